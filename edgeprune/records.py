@@ -1,0 +1,373 @@
+"""Frozen records that flow down the pipeline, and how they are loaded and saved.
+
+Units are in the names. `tokens` always counts every token a block hands on: prefix (CLS, distillation,
+registers) and any fused or mean token included. One definition, from the profiler to the ONNX shapes.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+
+from edgeprune.errors import OutputError, RecordError
+
+SCHEMA = 1
+MAX_RECORD_BYTES = 64 << 20
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base: immutable, keyword-only, unknown fields refused."""
+
+
+class Simulation(Record):
+    """Constants of the tail-effect model of a device (runtimes/simulated.py has the formula)."""
+
+    clock_mhz: float
+    fma_per_clock_per_sm: dict[str, int]  # by precision: fp32, fp16, int8
+    bandwidth_gb_per_s: float
+    launch_us: float
+    tile: tuple[int, int] = (128, 64)  # rows, columns of one thread block's output
+
+
+class Device(Record):
+    """A target: what it is, what runs there, how its power state is read."""
+
+    name: str
+    title: str
+    runtime: str  # key of runtimes.RUNTIMES
+    build: bool = True  # False: too old to build for, planning with --simulate only
+    reason: str = ""  # why not, when build is False
+    compute_capability: str | None = None
+    sm_count: int | None = None
+    memory_gib: float | None = None
+    tensorrt: str | None = None  # versions that fit, for example ">=8.6,<11"
+    jetpack: str | None = None
+    power_query: str | None = None  # command that prints the power mode
+    clocks_query: str | None = None
+    machine: tuple[str, ...] = ()  # a substring of /proc/device-tree/model names the board
+    image: str | None = None  # container image for the device half
+    simulation: Simulation | None = None
+
+
+class Preprocessing(Record):
+    """From a picture to the network's input, as timm's eval transform does it."""
+
+    image_px: int
+    resize_px: int  # shorter side before the centre crop ("center"), or both sides ("squash")
+    interpolation: str  # bicubic | bilinear | nearest | lanczos
+    crop_mode: str  # center | squash
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+class Vit(Record):
+    """The shape and identity of one Vision Transformer."""
+
+    name: str
+    weights_sha256: str
+    family: str
+    image_px: int
+    patch_px: int
+    depth: int
+    width: int
+    heads: int
+    head_dim: int
+    mlp_width: int
+    mlp_matrices: int = 2  # 3 for gated (SwiGLU) MLPs, whose first layer is twice as wide
+    prefix: int  # CLS, distillation and register tokens
+    tokens: int  # tokens entering block 0, prefix included
+    classes: int
+    prefix_pooled: bool  # the head reads the prefix tokens alone
+
+    def __post_init__(self) -> None:
+        if min(self.depth, self.width, self.heads, self.patch_px, self.image_px) < 1:
+            raise ValueError("depth, width, heads, patch_px and image_px are at least 1")
+        if not 0 <= self.prefix < self.tokens:
+            raise ValueError(f"prefix {self.prefix} must be below tokens {self.tokens}")
+
+
+class Setup(Record):
+    """All that makes two latencies comparable."""
+
+    device: str
+    machine: str  # the processor or GPU as it names itself
+    runtime: str  # ort-cpu, ort-cuda, trt, simulated
+    runtime_version: str
+    precision: str
+    batch: int
+    threads: int | None = None
+    power_mode: str | None = None
+
+    @property
+    def simulated(self) -> bool:
+        """True where no hardware was measured."""
+        return self.runtime == "simulated"
+
+
+class Latency(Record):
+    """Milliseconds of single inferences; statistics are computed, never stored."""
+
+    samples_ms: tuple[float, ...]
+    warmup: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.samples_ms or not all(np.isfinite(s) and s >= 0 for s in self.samples_ms):
+            raise ValueError("samples_ms needs at least one finite, non-negative value")
+
+    @property
+    def median_ms(self) -> float:
+        """Median, ms."""
+        return float(np.median(self.samples_ms))
+
+    @property
+    def p99_ms(self) -> float:
+        """99th percentile, ms."""
+        return float(np.percentile(self.samples_ms, 99))
+
+    @property
+    def interval_ms(self) -> tuple[float, float]:
+        """Distribution-free 95 % interval of the median from order statistics, ms."""
+        return median_interval(self.samples_ms)
+
+    def summary(self) -> dict[str, float]:
+        """The keys that the command contract gives a latency."""
+        low, high = self.interval_ms
+        return {"median": self.median_ms, "p99": self.p99_ms, "low": low, "high": high}
+
+
+def median_interval(values: Sequence[float]) -> tuple[float, float]:
+    """95 % interval of the median by the binomial sign test (normal approximation of the ranks)."""
+    ordered = sorted(values)
+    n = len(ordered)
+    reach = 0.98 * n**0.5  # 1.96 * sqrt(n / 4)
+    low, high = int(np.floor(n / 2 - reach)), int(np.ceil(n / 2 + reach))
+    return ordered[max(low, 0)], ordered[min(high, n - 1)]
+
+
+class Point(Record):
+    """Latency of the whole trunk (all blocks) run at a constant token count."""
+
+    tokens: int
+    latency: Latency
+
+
+class CutCost(Record):
+    """What one cut adds to a block beyond attention at `tokens_in` and MLP at `tokens_out`, ms."""
+
+    tokens_in: int
+    tokens_out: int
+    cost_ms: float
+
+
+class Staircase(Record):
+    """Latency over token counts on one setup. Knows no GPU: it is points, noise and treads."""
+
+    schema: int = SCHEMA
+    vit: Vit
+    setup: Setup
+    fixed: Latency  # embedding and head
+    dense: Latency  # the whole unpruned model, in the same rounds
+    points: tuple[Point, ...]  # ascending token counts, the unpruned count included
+    cuts: dict[str, tuple[CutCost, ...]] = {}  # by method
+    last_prefix: Latency | None = None  # one block that serves the prefix alone (the head's last block)
+
+    def __post_init__(self) -> None:
+        counts = [p.tokens for p in self.points]
+        if counts != sorted(set(counts)) or not counts:
+            raise ValueError("points need ascending, distinct token counts")
+        if counts[-1] != self.vit.tokens:
+            raise ValueError(f"points must include the unpruned count {self.vit.tokens}")
+
+    @property
+    def probes(self) -> int:
+        """Latency measurements taken (samples of all points)."""
+        return sum(len(p.latency.samples_ms) for p in self.points)
+
+
+class Schedule(Record):
+    """Tokens leaving each block; never rising."""
+
+    schema: int = SCHEMA
+    vit: Vit
+    method: str
+    policy: str
+    tokens: tuple[int, ...]
+    predicted_ms: float | None = None
+    staircase_sha256: str | None = None
+
+    def __post_init__(self) -> None:
+        check_tokens(self.tokens, self.vit)
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Blocks that lose tokens."""
+        before = (self.vit.tokens, *self.tokens)
+        return tuple(i for i, n in enumerate(self.tokens) if n < before[i])
+
+
+def check_tokens(tokens: Sequence[int], vit: Vit) -> None:
+    """Raise ValueError unless `tokens` is a schedule of `vit`: one per block, never rising, above prefix."""
+    if len(tokens) != vit.depth:
+        raise ValueError(f"{len(tokens)} token counts for {vit.depth} blocks")
+    before = vit.tokens
+    for block, count in enumerate(tokens):
+        if count > before:
+            raise ValueError(f"tokens rise from {before} to {count} in block {block}")
+        if count < vit.prefix + 1:
+            raise ValueError(f"block {block} keeps {count}, below prefix + 1 = {vit.prefix + 1}")
+        before = count
+
+
+class Engine(Record):
+    """A compiled model; `path` is relative to the folder that holds it."""
+
+    path: str
+    sha256: str
+    onnx_sha256: str
+    size_bytes: int
+    setup: Setup
+
+
+class Report(Record):
+    """What was measured: latency in ms, top-1 and agreement in percent, KL in nats."""
+
+    latency: Latency
+    dense_latency: Latency
+    speedup: float
+    speedup_interval: tuple[float, float]
+    agreement: float | None = None
+    kl: float | None = None
+    top1: float | None = None
+    dense_top1: float | None = None
+    images: int = 0
+    probes: int = 0
+    predicted_ms: float | None = None
+
+
+class Manifest(Record):
+    """The sidecar of a bundle: everything needed to check, run and rebuild it."""
+
+    schema: int = SCHEMA
+    edgeprune: str
+    vit: Vit
+    engine: Engine
+    schedule: Schedule
+    report: Report
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
+    files: dict[str, str]  # name in the bundle -> sha256
+    tolerance: float  # largest difference allowed between golden output and a run
+
+
+T = TypeVar("T", bound=Record)
+
+
+def decode(data: bytes, kind: type[T], source: str) -> T:
+    """JSON bytes to a record. Raises RecordError naming the bad field and an unknown schema."""
+    try:
+        record = msgspec.json.decode(data, type=kind)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise RecordError(f"{source}: not a valid {kind.__name__.lower()} file: {error}") from None
+    schema = getattr(record, "schema", SCHEMA)
+    if schema != SCHEMA:
+        raise RecordError(f"{source}: schema {schema}, this edgeprune reads {SCHEMA}: install a matching version")
+    return record
+
+
+def load(path: Path, kind: type[T]) -> T:
+    """Read a record from a JSON file. Raises RecordError."""
+    return decode(read_bytes(path), kind, str(path))
+
+
+def read_bytes(path: Path, limit: int = MAX_RECORD_BYTES) -> bytes:
+    """A whole file, refused above `limit` bytes before it is read. Raises RecordError."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > limit:
+                raise RecordError(f"{path}: {size} bytes, more than the {limit} allowed: not such a file")
+            return file.read()
+    except OSError as error:
+        raise RecordError(f"{path}: cannot be read ({error.strerror}): check the path") from None
+
+
+def encode(record: Record) -> bytes:
+    """A record as indented JSON."""
+    return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
+
+
+def save(record: Record, path: Path) -> None:
+    """Write a record atomically. Raises OutputError."""
+    write_bytes(path, encode(record))
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file atomically: a reader sees the old content or the new, never a part. Raises OutputError."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+@contextmanager
+def writable(path: Path) -> Iterator[None]:
+    """Turn the operating system's complaints about a place into one OutputError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            hint = "free some space or choose another --out / --work"
+        else:
+            hint = "choose a folder you may write to"
+        raise OutputError(f"{path}: cannot be written ({error.strerror or error}): {hint}") from None
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well. Raises OutputError."""
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            os.chmod(temporary, 0o644)
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex digest."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex digest of a file, read in pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def key_of(*parts: Any) -> str:
+    """A content key: the first 16 hex digits of the hash of the parts' JSON."""
+    return sha256_bytes(msgspec.json.encode(parts, order="deterministic"))[:16]
+
+
+Progress = Callable[[str, int, int], None]  # what, done, of how many
+
+
+def silent(what: str, done: int, total: int) -> None:
+    """The progress of a caller who does not want to see any."""

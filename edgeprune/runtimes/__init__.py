@@ -1,0 +1,68 @@
+"""The socket for engines: a table of runtimes by name, imported on use."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from edgeprune.errors import DeviceError
+from edgeprune.records import Device, Engine, Setup
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+RUNTIMES = {
+    "ort": "edgeprune.runtimes.ort:OrtRuntime",
+    "simulated": "edgeprune.runtimes.simulated:SimulatedRuntime",
+}
+
+
+class Session(Protocol):
+    """A loaded engine; a context manager that frees what it holds."""
+
+    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Outputs of one static batch. Raises EngineError on a wrong shape."""
+        ...
+
+    def time_ms(self) -> float:
+        """One inference on a fixed random input, in ms."""
+        ...
+
+    def __enter__(self) -> Session: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Runtime(Protocol):
+    """One way of running an ONNX file on a device."""
+
+    def setup(self, device: Device, precision: str, batch: int) -> Setup:
+        """What latencies of this runtime here are comparable under. Raises DeviceError, MissingError."""
+        ...
+
+    def compile(self, onnx: Path, setup: Setup, out: Path) -> Engine:
+        """Compile `onnx` into the file `out`. Raises EngineError, OutputError."""
+        ...
+
+    def open(self, path: Path, setup: Setup) -> Session:
+        """Load a compiled file. Raises EngineError."""
+        ...
+
+
+def runtime_for(device: Device, simulate: bool = False) -> Runtime:
+    """The runtime of a device, or the tail-effect model in its place. Raises DeviceError."""
+    name = "simulated" if simulate else device.runtime
+    if name not in RUNTIMES:
+        raise DeviceError(
+            f"device {device.name} needs the runtime {name!r}, which this version does not have "
+            f"(it has: {', '.join(RUNTIMES)}): plan with --simulate"
+        )
+    module, _, attribute = RUNTIMES[name].partition(":")
+    runtime: Runtime = getattr(importlib.import_module(module), attribute)(device)
+    return runtime
