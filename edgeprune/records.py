@@ -28,7 +28,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Base: immutable, keyword-only, unknown fields refused."""
 
 
-class Simulation(Record):
+class Simulation(Record, frozen=True, kw_only=True):
     """Constants of the tail-effect model of a device (runtimes/simulated.py has the formula)."""
 
     clock_mhz: float
@@ -38,7 +38,7 @@ class Simulation(Record):
     tile: tuple[int, int] = (128, 64)  # rows, columns of one thread block's output
 
 
-class Device(Record):
+class Device(Record, frozen=True, kw_only=True):
     """A target: what it is, what runs there, how its power state is read."""
 
     name: str
@@ -58,7 +58,7 @@ class Device(Record):
     simulation: Simulation | None = None
 
 
-class Preprocessing(Record):
+class Preprocessing(Record, frozen=True, kw_only=True):
     """From a picture to the network's input, as timm's eval transform does it."""
 
     image_px: int
@@ -69,7 +69,7 @@ class Preprocessing(Record):
     std: tuple[float, float, float]
 
 
-class Vit(Record):
+class Vit(Record, frozen=True, kw_only=True):
     """The shape and identity of one Vision Transformer."""
 
     name: str
@@ -95,7 +95,7 @@ class Vit(Record):
             raise ValueError(f"prefix {self.prefix} must be below tokens {self.tokens}")
 
 
-class Setup(Record):
+class Setup(Record, frozen=True, kw_only=True):
     """All that makes two latencies comparable."""
 
     device: str
@@ -113,7 +113,7 @@ class Setup(Record):
         return self.runtime == "simulated"
 
 
-class Latency(Record):
+class Latency(Record, frozen=True, kw_only=True):
     """Milliseconds of single inferences; statistics are computed, never stored."""
 
     samples_ms: tuple[float, ...]
@@ -153,14 +153,14 @@ def median_interval(values: Sequence[float]) -> tuple[float, float]:
     return ordered[max(low, 0)], ordered[min(high, n - 1)]
 
 
-class Point(Record):
+class Point(Record, frozen=True, kw_only=True):
     """Latency of the whole trunk (all blocks) run at a constant token count."""
 
     tokens: int
     latency: Latency
 
 
-class CutCost(Record):
+class CutCost(Record, frozen=True, kw_only=True):
     """What one cut adds to a block beyond attention at `tokens_in` and MLP at `tokens_out`, ms."""
 
     tokens_in: int
@@ -168,7 +168,7 @@ class CutCost(Record):
     cost_ms: float
 
 
-class Staircase(Record):
+class Staircase(Record, frozen=True, kw_only=True):
     """Latency over token counts on one setup. Knows no GPU: it is points, noise and treads."""
 
     schema: int = SCHEMA
@@ -193,7 +193,7 @@ class Staircase(Record):
         return sum(len(p.latency.samples_ms) for p in self.points)
 
 
-class Schedule(Record):
+class Schedule(Record, frozen=True, kw_only=True):
     """Tokens leaving each block; never rising."""
 
     schema: int = SCHEMA
@@ -227,7 +227,7 @@ def check_tokens(tokens: Sequence[int], vit: Vit) -> None:
         before = count
 
 
-class Engine(Record):
+class Engine(Record, frozen=True, kw_only=True):
     """A compiled model; `path` is relative to the folder that holds it."""
 
     path: str
@@ -237,7 +237,7 @@ class Engine(Record):
     setup: Setup
 
 
-class Report(Record):
+class Report(Record, frozen=True, kw_only=True):
     """What was measured: latency in ms, top-1 and agreement in percent, KL in nats."""
 
     latency: Latency
@@ -253,7 +253,7 @@ class Report(Record):
     predicted_ms: float | None = None
 
 
-class Manifest(Record):
+class Manifest(Record, frozen=True, kw_only=True):
     """The sidecar of a bundle: everything needed to check, run and rebuild it."""
 
     schema: int = SCHEMA
@@ -279,7 +279,7 @@ def decode(data: bytes, kind: type[T], source: str) -> T:
         raise RecordError(f"{source}: not a valid {kind.__name__.lower()} file: {error}") from None
     schema = getattr(record, "schema", SCHEMA)
     if schema != SCHEMA:
-        raise RecordError(f"{source}: schema {schema}, this edgeprune reads {SCHEMA}: install a matching version")
+        raise RecordError(f"{source}: schema {schema}, not {SCHEMA}: install the edgeprune that wrote it")
     return record
 
 

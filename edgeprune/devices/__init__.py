@@ -1,0 +1,117 @@
+"""The socket for devices: one TOML file each; which there are, and which of them this machine is."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+from importlib import resources
+from pathlib import Path
+
+import msgspec
+
+from edgeprune.errors import DeviceError, RecordError
+from edgeprune.records import Device, read_bytes
+
+MAX_TOML_BYTES = 64 << 10
+DEVICE_TREE = Path("/proc/device-tree/model")
+CPUINFO = Path("/proc/cpuinfo")
+SIMULATION_FIGURES = ("clock_mhz", "bandwidth_gb_per_s", "launch_us")
+NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+
+
+def names() -> tuple[str, ...]:
+    """The devices that come with edgeprune, sorted."""
+    files = resources.files(__name__).iterdir()
+    return tuple(sorted(file.name.removesuffix(".toml") for file in files if file.name.endswith(".toml")))
+
+
+def load_device(name: str) -> Device:
+    """The device called `name`, or the one in a user's file when `name` ends in .toml.
+
+    Raises DeviceError for an unknown name, RecordError for a file that cannot be read or a field
+    (named as `$.field`) that is missing, unknown or out of range.
+    """
+    if name.endswith(".toml"):
+        return parse(read_bytes(Path(name), MAX_TOML_BYTES), name)
+    if name not in names():
+        raise DeviceError(f"no device {name!r}: choose {', '.join(names())}, or give your own .toml file")
+    return parse((resources.files(__name__) / f"{name}.toml").read_bytes(), f"{name}.toml")
+
+
+def parse(data: bytes, source: str) -> Device:
+    """TOML bytes to a checked Device. Raises RecordError naming `source` and the field."""
+    try:
+        device = msgspec.toml.decode(data, type=Device)
+    except (msgspec.DecodeError, ValueError, RecursionError) as error:
+        detail = " ".join(str(error).split())
+        raise RecordError(f"{source}: not a valid device file: {detail}: correct it") from None
+    if problem := _problem(device):
+        raise RecordError(f"{source}: not a valid device file: {problem}: correct it")
+    return device
+
+
+def _problem(device: Device) -> str | None:
+    """The first field with the right type but an unusable value; the name becomes a folder's name."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", device.name):
+        return "$.name: use lower-case letters, digits, - and _"
+    figures: dict[str, float | None] = {"sm_count": device.sm_count, "memory_gib": device.memory_gib}
+    if (model := device.simulation) is not None:
+        if device.sm_count is None:
+            return "$.sm_count: a simulation needs it"
+        figures |= {f"simulation.{k}": getattr(model, k) for k in SIMULATION_FIGURES}
+        figures |= {f"simulation.fma_per_clock_per_sm.{k}": v for k, v in model.fma_per_clock_per_sm.items()}
+        figures |= {f"simulation.tile[{i}]": v for i, v in enumerate(model.tile)}
+    for field, value in figures.items():
+        if value is not None and not 0 < value < 1e9:
+            return f"$.{field} is not above 0 and below 1e9"
+    return None
+
+
+def this_machine() -> str:
+    """What this machine is, in one line: the board's own name, else the CPU and, if one answers, the GPU."""
+    if board := _first_line(DEVICE_TREE):
+        return board
+    cpu = platform.processor() or platform.machine() or "unknown processor"
+    if CPUINFO.is_file():
+        named = re.search(r"^model name\s*:\s*(.+)$", CPUINFO.read_text(errors="replace"), re.MULTILINE)
+        cpu = named[1].strip() if named else cpu
+    gpu = nvidia_gpu()
+    return f"{cpu}, {gpu}" if gpu else cpu
+
+
+def nvidia_gpu() -> str | None:
+    """Name of the first NVIDIA GPU, or None where `nvidia-smi` is absent, fails or lists none."""
+    try:
+        done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, errors="replace", timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.strip().splitlines()
+    return lines[0].strip() if done.returncode == 0 and lines else None
+
+
+def check_is_here(device: Device) -> None:
+    """Raise DeviceError unless engines for `device` can be built and timed on this machine.
+
+    A device with `machine` must find one of those strings in this machine's name; one without needs an
+    NVIDIA GPU if it names TensorRT versions (cuda) and nothing otherwise (cpu).
+    """
+    plan = "plan with --simulate" if device.simulation else "choose --device cpu"
+    if not device.build:
+        raise DeviceError(f"device {device.name} cannot be built for: {device.reason}: {plan}")
+    away = f"device {device.name} is not this machine"
+    if device.machine:
+        here = this_machine()
+        if not any(part in here for part in device.machine):
+            raise DeviceError(f"{away} (this is {here}): run there, or {plan}")
+    elif device.tensorrt is not None and nvidia_gpu() is None:
+        here = f"{this_machine()}; no NVIDIA GPU answers {NVIDIA_SMI[0]}"
+        raise DeviceError(f"{away} (this is {here}): run there, or {plan}")
+
+
+def _first_line(path: Path) -> str:
+    """A small system file's first line without its NUL; empty if there is none."""
+    try:
+        return path.read_bytes().replace(b"\0", b"").decode(errors="replace").strip().partition("\n")[0]
+    except OSError:
+        return ""

@@ -1,0 +1,112 @@
+"""timm VisionTransformer: ViT, DeiT (distilled too), DeiT-3, CLIP image towers, DINOv2 with registers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import Tensor, nn
+
+from edgeprune.records import Vit
+from edgeprune.tokens import Attended
+
+
+def unsupported(model: nn.Module) -> str | None:
+    """Why this family cannot prune `model`, or None."""
+    kind = type(model).__name__
+    if not isinstance(model, VisionTransformer):
+        return f"{kind} is not a timm VisionTransformer: choose one of `timm.list_models('vit_*')`"
+    for index, block in enumerate(model.blocks):
+        if type(block) not in (Block, ResPostBlock):
+            return f"block {index} is a {type(block).__name__}, whose attention and MLP cannot be parted"
+        if type(block.attn) is not Attention:
+            return f"block {index} has {type(block.attn).__name__}, only timm's Attention is supported"
+    if model.global_pool == "":
+        return "the model has no pooling (global_pool=''): create it with a classification head"
+    height, width = model.patch_embed.img_size
+    if height != width:
+        return f"the model takes {height}x{width} images, only square ones are supported"
+    return None
+
+
+def describe(model: Any, name: str, weights_sha256: str) -> Vit:
+    """The Vit record of a supported model."""
+    block = model.blocks[0]
+    attn, mlp = block.attn, block.mlp
+    image_px = model.patch_embed.img_size[0]
+    gated = not hasattr(mlp, "fc1") or mlp.fc1.out_features != mlp.fc2.in_features
+    side = model.patch_embed.grid_size[0]
+    return Vit(
+        name=name,
+        weights_sha256=weights_sha256,
+        family="vit",
+        image_px=image_px,
+        patch_px=image_px // side,
+        depth=len(model.blocks),
+        width=model.embed_dim,
+        heads=attn.num_heads,
+        head_dim=attn.head_dim,
+        mlp_width=mlp.fc2.in_features,
+        mlp_matrices=3 if gated else 2,
+        prefix=model.num_prefix_tokens,
+        tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
+        classes=model.num_classes or model.embed_dim,
+        prefix_pooled=model.global_pool == "token",
+    )
+
+
+def embed(model: Any, images: Tensor) -> Tensor:
+    """(B, 3, P, P) to (B, N, C)."""
+    x = model._pos_embed(model.patch_embed(images))
+    out: Tensor = model.norm_pre(model.patch_drop(x))
+    return out
+
+
+def run(block: Any, x: Tensor, sizes: Tensor | None) -> Tensor:
+    """timm's block untouched, so that its attention stays fusable; sizes enter as an attention mask."""
+    out: Tensor = block(x) if sizes is None else block(x, attn_mask=size_bias(sizes))
+    return out
+
+
+def size_bias(sizes: Tensor) -> Tensor:
+    """Proportional attention (Token Merging, arXiv 2210.09461, eq. 1): log sizes (B, N) as (B, 1, 1, N)."""
+    return sizes.log()[:, None, None, :]
+
+
+def attend(block: Any, x: Tensor, sizes: Tensor | None) -> Attended:
+    """timm's Attention written out, the scale before the first product as TensorRT's fusion wants it."""
+    pre_norm = isinstance(block, Block)
+    attn = block.attn
+    y = block.norm1(x) if pre_norm else x
+    batch, count, _ = y.shape
+    qkv = attn.qkv(y).reshape(batch, count, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+    queries, keys, values = qkv.unbind(0)
+    queries, keys = attn.q_norm(queries), attn.k_norm(keys)
+    logits = (queries * attn.scale) @ keys.transpose(-2, -1)
+    if sizes is not None:
+        logits = logits + size_bias(sizes)
+    weights = logits.softmax(dim=-1)
+    out = (weights @ values).transpose(1, 2).reshape(batch, count, attn.attn_dim)
+    out = attn.norm(out)
+    if attn.gate is not None:
+        out = out * torch.sigmoid(attn.gate(y))
+    out = attn.proj(out)
+    out = x + (block.ls1(out) if pre_norm else block.norm1(out))
+    return Attended(out, weights, keys, values)
+
+
+def feed(block: Any, x: Tensor) -> Tensor:
+    """MLP and residual: (B, N, C) to (B, N, C)."""
+    if isinstance(block, Block):
+        out: Tensor = x + block.ls2(block.mlp(block.norm2(x)))
+    else:
+        out = x + block.norm2(block.mlp(x))
+    return out
+
+
+def classify(model: Any, x: Tensor) -> Tensor:
+    """(B, N, C) to (B, classes)."""
+    out: Tensor = model.forward_head(model.norm(x))
+    return out

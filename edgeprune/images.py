@@ -1,0 +1,169 @@
+"""A folder or CSV of images as preprocessed batches, exactly as timm's eval transform makes them."""
+
+from __future__ import annotations
+
+import csv
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from edgeprune.errors import ImageError
+from edgeprune.records import Preprocessing, key_of, sha256_file
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
+MAX_CSV_BYTES = 256 << 20
+Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow raises above twice this, before it allocates
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Pictures in a fixed order; labels (class indices) where every picture has one."""
+
+    paths: tuple[Path, ...]
+    labels: tuple[int, ...] | None
+    class_names: tuple[str, ...] | None  # from class folders
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def part(self, count: int, seed: int = 0) -> ImageSet:
+        """A seeded random choice of at most `count` pictures."""
+        if count >= len(self):
+            return self
+        chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
+        labels = tuple(self.labels[i] for i in chosen) if self.labels else None
+        return ImageSet(tuple(self.paths[i] for i in chosen), labels, self.class_names)
+
+    def key(self) -> str:
+        """Hash of contents and labels."""
+        return key_of([sha256_file(path) for path in self.paths], self.labels)
+
+
+def load_images(source: Path) -> ImageSet:
+    """A CSV `image[,label]`, a folder of class folders, or a folder of loose pictures.
+
+    Class folders are numbered in sorted order of their names. Raises ImageError.
+    """
+    if source.is_file():
+        return _from_csv(source)
+    if not source.is_dir():
+        raise ImageError(f"{source}: no such folder or CSV: pass --images DIR or --images FILE.csv")
+    loose = _pictures(source)
+    if loose:
+        return ImageSet(loose, None, None)
+    classes = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
+    found = [(path, index) for index, folder in enumerate(classes) for path in _pictures(folder)]
+    if not found:
+        raise ImageError(f"{source}: no pictures ({', '.join(SUFFIXES)}) in it or in its class folders")
+    names = tuple(folder.name for folder in classes)
+    return ImageSet(tuple(p for p, _ in found), tuple(i for _, i in found), names)
+
+
+def _pictures(folder: Path) -> tuple[Path, ...]:
+    return tuple(sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()))
+
+
+def _from_csv(source: Path) -> ImageSet:
+    if source.stat().st_size > MAX_CSV_BYTES:
+        raise ImageError(f"{source}: too large for a CSV of images")
+    paths: list[Path] = []
+    labels: list[int] = []
+    base = source.parent.resolve()
+    try:
+        with open(source, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file)
+            if not reader.fieldnames or "image" not in reader.fieldnames:
+                raise ImageError(f"{source}: the first line must be `image` or `image,label`")
+            for row in reader:
+                where = f"{source}:{reader.line_num}"
+                path = (base / (row["image"] or "")).resolve()
+                if not path.is_relative_to(base):
+                    raise ImageError(f"{where}: {row['image']} leads out of {base.name}/: keep paths inside")
+                if not path.is_file():
+                    raise ImageError(f"{where}: {row['image']} does not exist: paths are relative to the CSV")
+                paths.append(path)
+                if "label" in reader.fieldnames:
+                    labels.append(_label(row["label"], where))
+    except (UnicodeDecodeError, csv.Error, ValueError) as error:
+        raise ImageError(f"{source}: not a CSV in UTF-8 ({error}): write `image,label` lines") from None
+    if not paths:
+        raise ImageError(f"{source}: no images in it: write `image,label` lines")
+    return ImageSet(tuple(paths), tuple(labels) if labels else None, None)
+
+
+def _label(text: str | None, where: str) -> int:
+    if text is None or not text.strip().isdecimal() or len(text) > 9:
+        raise ImageError(f"{where}: label {text!r} is not a class index: use whole numbers from 0")
+    return int(text)
+
+
+def read_image(path: Path, how: Preprocessing) -> NDArray[np.uint8]:
+    """One picture as (P, P, 3) bytes after resize and centre crop. Raises ImageError."""
+    resample = {
+        "bicubic": Image.Resampling.BICUBIC,
+        "bilinear": Image.Resampling.BILINEAR,
+        "nearest": Image.Resampling.NEAREST,
+        "lanczos": Image.Resampling.LANCZOS,
+    }[how.interpolation]
+    try:
+        with Image.open(path) as file:
+            image = file.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ImageError(f"{path}: not a readable picture ({error}): remove or replace it") from None
+    width, height = image.size
+    if how.crop_mode == "squash":
+        target = (how.resize_px, how.resize_px)
+    else:  # the shorter side to resize_px, the longer truncated as torchvision does
+        short, long = min(width, height), max(width, height)
+        longer = int(how.resize_px * long / short)
+        target = (how.resize_px, longer) if width <= height else (longer, how.resize_px)
+    if target != image.size:
+        image = image.resize(target, resample)
+    return _centre(np.asarray(image), how.image_px)
+
+
+def _centre(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Centre crop of (H, W, 3) to (side, side, 3); black where the picture is smaller."""
+    for axis in (0, 1):
+        missing = side - pixels.shape[axis]
+        if missing > 0:
+            pad = [(0, 0)] * 3
+            pad[axis] = (missing // 2, missing - missing // 2)
+            pixels = np.pad(pixels, pad)
+    top = round((pixels.shape[0] - side) / 2.0)
+    left = round((pixels.shape[1] - side) / 2.0)
+    return pixels[top : top + side, left : left + side]
+
+
+def normalise(pixels: NDArray[np.uint8], how: Preprocessing) -> NDArray[np.float32]:
+    """(B, P, P, 3) bytes to the network's (B, 3, P, P) fp32 input."""
+    mean = np.array(how.mean, np.float32)[:, None, None]
+    std = np.array(how.std, np.float32)[:, None, None]
+    planes = pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
+    return np.ascontiguousarray((planes - mean) / std)
+
+
+def load_pixels(paths: Sequence[Path], how: Preprocessing) -> NDArray[np.uint8]:
+    """All pictures as (images, P, P, 3) bytes: 150 kB an image at 224 px. Raises ImageError."""
+    return np.stack([read_image(path, how) for path in paths])
+
+
+def batches(
+    pixels: NDArray[np.uint8], how: Preprocessing, batch: int
+) -> Iterator[tuple[NDArray[np.float32], int]]:
+    """Whole static batches and how many of each are real: the last one repeats its last picture."""
+    for start in range(0, len(pixels), batch):
+        piece = pixels[start : start + batch]
+        real = len(piece)
+        if real < batch:
+            piece = np.concatenate([piece, np.repeat(piece[-1:], batch - real, axis=0)])
+        yield normalise(piece, how), real

@@ -1,0 +1,121 @@
+"""PrunedViT: one explicit loop over blocks, each leaving the number of tokens its schedule says."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgeprune.families import Family
+from edgeprune.records import Vit, check_tokens
+from edgeprune.tokens import Reducer
+
+
+class PrunedViT(nn.Module):
+    """A timm model with a token schedule. The timm model is held, never changed.
+
+    Requires a schedule valid for `vit`; ensures that block i hands on exactly tokens[i] tokens.
+    """
+
+    def __init__(
+        self, model: nn.Module, family: Family, vit: Vit, tokens: Sequence[int], reducer: Reducer | None
+    ) -> None:
+        super().__init__()
+        check_tokens(tokens, vit)
+        if reducer is None and any(n != vit.tokens for n in tokens):
+            raise ValueError("a schedule that loses tokens needs a reducer")
+        self.model = model
+        self.family = family
+        self.vit = vit
+        self.tokens = tuple(tokens)
+        self.reducer = reducer
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, P, P) images to (B, classes) logits."""
+        x = self.family.embed(self.model, images)
+        x, _ = self.blocks(x, None, 0, self.vit.depth)
+        return self.family.classify(self.model, x)
+
+    def blocks(self, x: Tensor, sizes: Tensor | None, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
+        """Blocks start..stop-1 on the stream x (B, N, C); token sizes (B, N) travel beside it."""
+        blocks: Any = self.model.blocks
+        for block, keep in zip(blocks[start:stop], self.tokens[start:stop], strict=True):
+            x, sizes = step(self.family, block, x, sizes, keep, self.vit.prefix, self.reducer)
+        return x, sizes
+
+
+def step(
+    family: Family,
+    block: Any,
+    x: Tensor,
+    sizes: Tensor | None,
+    keep: int,
+    prefix: int,
+    reducer: Reducer | None,
+) -> tuple[Tensor, Tensor | None]:
+    """One block that leaves `keep` tokens: timm's own where none is lost, else a cut before its MLP."""
+    if keep == x.shape[1]:
+        return family.run(block, x, sizes), sizes
+    assert reducer is not None
+    attended = family.attend(block, x, sizes)
+    x, sizes = reducer(attended.out, sizes, attended, keep, prefix)
+    assert x.shape[1] == keep, f"the reducer left {x.shape[1]} tokens instead of {keep}"
+    return family.feed(block, x), sizes
+
+
+class Trunk(nn.Module):
+    """All blocks without a cut: (B, n, C) to (B, n, C), for any n. What a staircase probe times."""
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        super().__init__()
+        self.model_blocks: Any = model.blocks
+        self.family = family
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n, C) to (B, n, C)."""
+        for block in self.model_blocks:
+            x = self.family.run(block, x, None)
+        return x
+
+
+class Fixed(nn.Module):
+    """Embedding and head without a block: the part of the latency that no schedule changes."""
+
+    def __init__(self, model: nn.Module, family: Family) -> None:
+        super().__init__()
+        self.model = model
+        self.family = family
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, P, P) to (B, classes)."""
+        return self.family.classify(self.model, self.family.embed(self.model, images))
+
+
+class CutBlock(nn.Module):
+    """One block that loses tokens: (B, n, C) to (B, keep, C). What the cost of a cut is measured on."""
+
+    def __init__(
+        self, model: nn.Module, family: Family, vit: Vit, keep: int, reducer: Reducer | None
+    ) -> None:
+        super().__init__()
+        blocks: Any = model.blocks
+        self.block = blocks[vit.depth // 2]
+        self.family, self.vit, self.keep, self.reducer = family, vit, keep, reducer
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n, C) to (B, keep, C)."""
+        return step(self.family, self.block, x, None, self.keep, self.vit.prefix, self.reducer)[0]
+
+
+@torch.no_grad()
+def random_kept(x: Tensor, keep: int, prefix: int, generator: torch.Generator) -> Tensor:
+    """(B, N, C) to (B, keep, C): prefix and a random choice of the body, one choice per image.
+
+    How the paper (sec. 3) estimates A(n) without a pruning method.
+    """
+    noise = torch.rand(x.shape[0], x.shape[1] - prefix, generator=generator)
+    index = noise.topk(keep - prefix, dim=1).indices + prefix
+    body = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    return torch.cat([x[:, :prefix], body], dim=1)

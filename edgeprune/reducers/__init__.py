@@ -1,0 +1,30 @@
+"""The socket for ways of losing tokens: plain functions over tensors, and what they share."""
+
+from __future__ import annotations
+
+import importlib
+
+from edgeprune.errors import InputError
+from edgeprune.tokens import Reducer
+
+REDUCERS = {
+    "topk": "edgeprune.reducers.topk:topk",
+    "evit": "edgeprune.reducers.evit:evit",
+    "pomt": "edgeprune.reducers.pomt:pomt",
+}
+
+
+def methods() -> tuple[str, ...]:
+    """All names that --method takes."""
+    return (*REDUCERS, "none")
+
+
+def reducer_named(method: str) -> Reducer | None:
+    """The reducer of a method; None for `none`, which cuts nothing. Raises InputError."""
+    if method == "none":
+        return None
+    if method not in REDUCERS:
+        raise InputError(f"unknown method {method!r}: choose from {', '.join(methods())}")
+    module, _, name = REDUCERS[method].partition(":")
+    reducer: Reducer = getattr(importlib.import_module(module), name)
+    return reducer

@@ -1,0 +1,271 @@
+"""The tail-effect model: latencies of a device from its public figures, deterministic, no hardware needed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from math import ceil, prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+
+from edgeprune import __version__, devices
+from edgeprune.errors import DeviceError, EngineError, MissingError
+from edgeprune.records import Device, Engine, Setup, Simulation, Vit, replacing, sha256_file
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from typing_extensions import Self
+
+SLICE = 64  # inner elements per step of a thread block's main loop
+BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
+PRODUCTS = ("MatMul", "Gemm", "Conv")
+# Kernels of their own, with the input that decides: with constant indices they are slices, and fused.
+LAUNCHES = {"TopK": 0, "ArgMax": 0, "OneHot": 0, "Gather": 1, "GatherElements": 1, "GatherND": 1}
+UNKNOWN = {"Attention", "ConvTranspose", "Einsum", "If", "Loop", "Scan", "MatMulInteger", "QLinearMatMul"}
+
+Fixed = tuple[int, ...]
+Shape = tuple[int | str, ...]  # a dimension without a number has its name or "?"
+
+
+@dataclass(frozen=True)
+class Product:
+    """`count` independent matrix products (rows × inner) · (inner × cols); inner 0 is a bare launch."""
+
+    rows: int
+    cols: int
+    inner: int
+    count: int = 1  # for example batch · heads
+    weight: bool = False  # the right operand is a weight, read from memory
+
+
+LAUNCH = Product(rows=1, cols=1, inner=0)
+
+
+def products_of_trunk(vit: Vit, tokens: int, batch: int) -> list[Product]:
+    """The matrix products of all blocks of `vit` at a constant `tokens` (prefix included)."""
+    rows, inside, gated = batch * tokens, vit.heads * vit.head_dim, vit.mlp_matrices - 1
+    block = [
+        Product(rows, 3 * inside, vit.width, weight=True),
+        Product(tokens, tokens, vit.head_dim, batch * vit.heads),
+        Product(tokens, vit.head_dim, tokens, batch * vit.heads),
+        Product(rows, vit.width, inside, weight=True),
+        Product(rows, gated * vit.mlp_width, vit.width, weight=True),
+        Product(rows, vit.width, vit.mlp_width, weight=True),
+    ]
+    return block * vit.depth
+
+
+def products_of_ends(vit: Vit, batch: int) -> list[Product]:
+    """The matrix products outside the blocks: patch embedding and head."""
+    patches = (vit.image_px // vit.patch_px) ** 2
+    return [
+        Product(batch * patches, vit.width, 3 * vit.patch_px**2, weight=True),
+        Product(batch, vit.classes, vit.width, weight=True),
+    ]
+
+
+def products_of_onnx(path: Path) -> list[Product]:
+    """Every MatMul, Gemm, Conv (as implicit GEMM) and launch of its own in a static ONNX file.
+
+    Raises EngineError for a file that is no ONNX, a product with a shape that is not static (naming the
+    tensor), or an operator whose cost the model does not know.
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+        return list(_walk(onnx.shape_inference.infer_shapes(model, data_prop=True).graph))
+    except EngineError as error:
+        raise EngineError(f"{path}: {error}") from None
+    except Exception as error:  # protobuf, onnx and the system each raise their own
+        detail = " ".join(str(error).split())[:200]
+        raise EngineError(f"{path}: cannot be read as ONNX ({detail}): export it again") from None
+
+
+def _walk(graph: Any) -> Iterator[Product]:
+    """Products of an ONNX graph with inferred shapes, in order. Raises EngineError."""
+    shapes: dict[str, Shape] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
+    for value in (*graph.input, *graph.value_info, *graph.output):
+        if value.type.tensor_type.HasField("shape"):
+            dims = value.type.tensor_type.shape.dim
+            shapes.setdefault(value.name, tuple(d.dim_value or d.dim_param or "?" for d in dims))
+    constants = {"", *(tensor.name for tensor in graph.initializer)}
+    for node in graph.node:
+        if node.op_type in UNKNOWN or node.domain not in ("", "ai.onnx"):
+            raise EngineError(f"no cost is known for operator {node.op_type}: export without it")
+        if constants.issuperset(node.input):
+            constants.update(node.output)
+        elif node.op_type in PRODUCTS:
+            left, right, out = (_static(name, shapes) for name in (*node.input[:2], node.output[0]))
+            yield _product(node, left, right, out, node.input[1] in constants)
+        elif node.op_type in LAUNCHES and node.input[LAUNCHES[node.op_type]] not in constants:
+            yield LAUNCH
+
+
+def _static(name: str, shapes: dict[str, Shape]) -> Fixed:
+    """Shape of a tensor. Raises EngineError unless it is known and every dimension is a number."""
+    shape = shapes.get(name, ("?",))
+    fixed = tuple(size for size in shape if isinstance(size, int))
+    if len(fixed) < len(shape):
+        found = ", ".join(map(str, shape))
+        raise EngineError(f"tensor {name!r} has no static shape [{found}]: export with fixed sizes")
+    return fixed
+
+
+def _product(node: Any, left: Fixed, right: Fixed, out: Fixed, weight: bool) -> Product:
+    """One MatMul, Gemm or Conv node as a Product, from the shapes of its first two inputs and its output."""
+    if node.op_type == "Conv":  # (B, C, *in) and (M, C / group, *kernel) give (B, M, *out)
+        groups = next((a.i for a in node.attribute if a.name == "group"), 1)
+        return Product(out[0] * prod(out[2:]), out[1] // groups, prod(right[1:]), groups, weight)
+    if node.op_type == "Gemm":
+        turned = any(a.name == "transA" and a.i for a in node.attribute)
+        return Product(out[0], out[1], left[0 if turned else 1], weight=weight)
+    left, right = (1, *left) if len(left) == 1 else left, (*right, 1) if len(right) == 1 else right
+    if len(right) == 2:  # a linear layer: the batch is more rows
+        return Product(prod(left[:-1]), right[1], left[-1], weight=weight)
+    count = prod(np.broadcast_shapes(left[:-2], right[:-2]))
+    return Product(left[-2], right[-1], left[-1], count, weight)
+
+
+def latency_ms(products: Iterable[Product], device: Device, precision: str) -> float:
+    """Time of the products one after another, in ms, by the formula of SimulatedRuntime.
+
+    Raises DeviceError for a device without a simulation or a precision it has no rate for.
+    """
+    model, sm_count = _model(device, precision)
+    rates = model.fma_per_clock_per_sm
+    rows, cols = model.tile
+    total_us = 0.0
+    for product in products:
+        kind = "fp16" if precision == "int8" and not product.weight and "fp16" in rates else precision
+        tiles = ceil(product.rows / rows) * ceil(product.cols / cols) * product.count
+        steps = ceil(tiles / sm_count) * rows * cols * ceil(product.inner / SLICE) * SLICE
+        math_us = steps / (rates[kind] * model.clock_mhz)
+        read = product.inner * product.cols * product.count * BYTES[kind] if product.weight else 0
+        total_us += model.launch_us + max(math_us, read / (model.bandwidth_gb_per_s * 1e3))
+    return total_us / 1e3
+
+
+def _model(device: Device, precision: str) -> tuple[Simulation, int]:
+    """Constants and SM count of a device. Raises DeviceError where there are none."""
+    if device.simulation is None or device.sm_count is None:
+        known = [name for name in devices.names() if devices.load_device(name).simulation]
+        raise DeviceError(f"device {device.name} has no simulation: use --simulate with {', '.join(known)}")
+    known = [kind for kind in BYTES if kind in device.simulation.fma_per_clock_per_sm]
+    if precision not in known:
+        raise DeviceError(f"device {device.name} has no rate for {precision!r}: choose {', '.join(known)}")
+    return device.simulation, device.sm_count
+
+
+class _Timed:
+    """What a session and a trunk share: a latency computed once, and nothing to free."""
+
+    def __init__(self, products: Iterable[Product], device: Device, precision: str) -> None:
+        self._ms = latency_ms(products, device, precision)
+
+    def time_ms(self) -> float:
+        """Simulated latency of one inference, ms; the same each time."""
+        return self._ms
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+class SimulatedTrunk(_Timed):
+    """All blocks of `vit` at a constant token count, without torch or an ONNX file.
+
+    Raises DeviceError as latency_ms does.
+    """
+
+    def __init__(self, device: Device, vit: Vit, tokens: int, precision: str, batch: int) -> None:
+        super().__init__(products_of_trunk(vit, tokens, batch), device, precision)
+
+
+class SimulatedSession(_Timed):
+    """Simulated time, real maths: `infer` runs the ONNX on this CPU."""
+
+    def __init__(self, path: Path, device: Device, precision: str) -> None:
+        super().__init__(products_of_onnx(path), device, precision)
+        self.path = path
+        self._ort: Any = None
+
+    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Outputs of one static batch: (B, 3, H, W) to (B, classes) for a model that build exports.
+
+        Raises EngineError on a wrong shape, MissingError without ONNX Runtime.
+        """
+        if self._ort is None:
+            self._ort = _onnx_runtime(self.path)
+        wanted = self._ort.get_inputs()[0]
+        if list(images.shape) != list(wanted.shape):
+            raise EngineError(f"{self.path}: input is {list(images.shape)}: give {list(wanted.shape)}")
+        kind = np.float16 if "float16" in wanted.type else np.float32
+        return np.asarray(self._ort.run(None, {wanted.name: images.astype(kind)})[0], dtype=np.float32)
+
+
+def _onnx_runtime(path: Path) -> Any:
+    """ONNX Runtime's CPU session of a file. Raises MissingError, EngineError."""
+    try:
+        import onnxruntime
+    except ImportError:
+        raise MissingError('ONNX Runtime is not installed: pip install "edgeprune[ort]"') from None
+    try:
+        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions share no base below this one
+        detail = " ".join(str(error).split())[:200]
+        raise EngineError(f"{path}: ONNX Runtime cannot load it ({detail}): export it again") from None
+
+
+class SimulatedRuntime:
+    """The tail-effect model of a device in the place of its runtime.
+
+    Every matrix product is cut into output tiles of `tile` rows × columns, for each item of its batch and
+    each head; each tile is one thread block, and blocks fill the SMs in waves. The last wave costs as much
+    as a full one, so latency over token counts is a staircase:
+
+        tiles     = ceil(rows / tile_rows) · ceil(cols / tile_cols) · count
+        waves     = ceil(tiles / sm_count)
+        math_us   = waves · tile_rows · tile_cols · K / (fma_per_clock_per_sm · clock_mhz)
+        time_us   = launch_us + max(math_us, weight bytes / bandwidth)
+
+    K is the inner dimension rounded up to whole steps of SLICE: a block's main loop masks nothing finer.
+    Linear layers count the batch as rows. Elementwise operators, normalisations and softmax are taken as
+    fused into the products and cost nothing; top-k, argmax, one-hot and gathers by computed indices cost one
+    launch. At int8 products of two activations run at the fp16 rate: only linear layers are quantised.
+
+    It knows no caches, no choice of tile per matrix and no overlap: good for where the steps lie, not for
+    absolute times. Sources: NVIDIA, "Matrix Multiplication Background User's Guide", Dimension Quantization
+    Effects (tile and wave quantization); arXiv 2407.05941 on the GPU tail effect behind token pruning.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+
+    def setup(self, device: Device, precision: str, batch: int) -> Setup:
+        """What simulated latencies are comparable under. Raises DeviceError as latency_ms does."""
+        _model(device, precision)
+        return Setup(
+            device=device.name,
+            machine=f"{device.title} (simulated)",
+            runtime="simulated",
+            runtime_version=__version__,
+            precision=precision,
+            batch=batch,
+        )
+
+    def compile(self, onnx: Path, setup: Setup, out: Path) -> Engine:
+        """Check that the model covers the ONNX file and copy it to `out`. Raises EngineError, OutputError."""
+        products_of_onnx(onnx)
+        with replacing(out) as temporary:
+            shutil.copyfile(onnx, temporary)
+        digest, size = sha256_file(out), out.stat().st_size
+        return Engine(path=out.name, sha256=digest, onnx_sha256=digest, size_bytes=size, setup=setup)
+
+    def open(self, path: Path, setup: Setup) -> SimulatedSession:
+        """Load a compiled file. Raises EngineError, DeviceError."""
+        return SimulatedSession(path, self.device, setup.precision)

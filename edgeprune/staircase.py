@@ -1,0 +1,190 @@
+"""Latency over token counts: which counts to probe, where the treads are, what a schedule will cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from edgeprune.measure import Open, Samples, interleave
+from edgeprune.records import (
+    CutCost,
+    Latency,
+    Point,
+    Progress,
+    Setup,
+    Staircase,
+    Vit,
+    median_interval,
+    silent,
+)
+
+GRID = 8  # tokens between coarse probes; GPU tiles are multiples of it
+SMALLEST_SHARE = 0.1  # the lowest count probed, as a share of the unpruned count
+STEEP = 1.5  # a gap this many times steeper than the whole curve hides a step
+
+
+def coarse_counts(vit: Vit) -> list[int]:
+    """Multiples of the grid from a tenth of the tokens up, and the unpruned count."""
+    grid = max(GRID, round(vit.tokens / 25 / GRID) * GRID)
+    lowest = max(vit.prefix + 2, round(SMALLEST_SHARE * vit.tokens))
+    counts = {n for n in range(grid, vit.tokens, grid) if n >= lowest}
+    return sorted(counts | {vit.tokens}) if counts else all_counts(vit)
+
+
+def all_counts(vit: Vit) -> list[int]:
+    """Every count that a schedule can use, within the probed range."""
+    lowest = max(vit.prefix + 2, round(SMALLEST_SHARE * vit.tokens))
+    return list(range(min(lowest, vit.tokens), vit.tokens + 1))
+
+
+def probe(
+    vit: Vit,
+    setup: Setup,
+    open_trunk: Callable[[int], Open],
+    others: Mapping[str, Open],
+    rounds: int,
+    exhaustive: bool = False,
+    samples: Samples | None = None,
+    save: Callable[[Samples], None] = lambda _: None,
+    progress: Progress = silent,
+    keep_open: bool = True,
+) -> tuple[Staircase, Samples]:
+    """Measure a staircase in interleaved rounds.
+
+    `others` holds the candidates "fixed" (embedding and head) and "dense" (the whole model), and for the
+    cost of cuts "block n" and "cut METHOD a>b"; all are timed in the same rounds. After a coarse grid,
+    gaps that are steeper than the curve as a whole and wider than their noise are halved until the step
+    is found. `samples` of an interrupted run are taken up. Returns the staircase and all samples (ms).
+    """
+    samples = {} if samples is None else samples
+    counts = all_counts(vit) if exhaustive else coarse_counts(vit)
+    while True:
+        candidates = {f"trunk {n}": open_trunk(n) for n in counts} | dict(others)
+        interleave(candidates, rounds, samples, save, progress, keep_open, f"{len(counts)} token counts")
+        staircase = _staircase(vit, setup, samples)
+        counts = [] if exhaustive else _halves_of_steps(staircase)
+        if not counts:
+            return staircase, samples
+
+
+def _staircase(vit: Vit, setup: Setup, samples: Samples) -> Staircase:
+    latency = {name: Latency(samples_ms=tuple(v)) for name, v in samples.items() if v}
+    counts = sorted(int(name.split()[1]) for name in latency if name.startswith("trunk "))
+    return Staircase(
+        vit=vit,
+        setup=setup,
+        fixed=latency["fixed"],
+        dense=latency["dense"],
+        points=tuple(Point(tokens=n, latency=latency[f"trunk {n}"]) for n in counts),
+        cuts=_cut_costs(vit, samples),
+    )
+
+
+def _cut_costs(vit: Vit, samples: Samples) -> dict[str, tuple[CutCost, ...]]:
+    """What each measured cut adds to its block, from the medians of the differences per round."""
+    costs: dict[str, tuple[CutCost, ...]] = {}
+    for name, cut in samples.items():
+        if not name.startswith("cut "):
+            continue
+        _, method, pair = name.split()
+        entering, leaving = map(int, pair.split(">"))
+        share = attention_share(vit, entering)
+        full, less = samples[f"block {entering}"], samples[f"block {leaving}"]
+        added = [c - share * f - (1 - share) * s for c, f, s in zip(cut, full, less, strict=False)]
+        cost = CutCost(tokens_in=entering, tokens_out=leaving, cost_ms=float(np.median(added)))
+        costs[method] = (*costs.get(method, ()), cost)
+    return costs
+
+
+def _halves_of_steps(staircase: Staircase) -> list[int]:
+    """The middles of gaps that hide a step."""
+    points = staircase.points
+    whole = points[-1].latency.median_ms - points[0].latency.median_ms
+    slope = whole / max(points[-1].tokens - points[0].tokens, 1)
+    middles = []
+    for a, b in pairwise(points):
+        gap = b.tokens - a.tokens
+        rise = b.latency.median_ms - a.latency.median_ms
+        if gap > 1 and rise > STEEP * slope * gap and exceeds(b.latency, a.latency):
+            middles.append((a.tokens + b.tokens) // 2)
+    return middles
+
+
+def exceeds(high: Latency, low: Latency) -> bool:
+    """Is `high` slower than `low` beyond what their noise explains?
+
+    Of equally many samples, taken in the same rounds, the median difference per round must be above
+    zero with 95 % confidence; of others, the intervals of the medians must not touch.
+    """
+    a, b = high.samples_ms, low.samples_ms
+    if len(a) == len(b):
+        return median_interval([x - y for x, y in zip(a, b, strict=True)])[0] > 0
+    return high.interval_ms[0] > low.interval_ms[1]
+
+
+def treads(staircase: Staircase) -> tuple[int, ...]:
+    """Right ends of the treads, ascending: the most tokens for their latency.
+
+    From the unpruned count down, a count opens a new tread when it is faster than the last tread's end
+    beyond their noise: fewer tokens that save nothing real are never candidates.
+    """
+    ends = [staircase.points[-1]]
+    for point in reversed(staircase.points[:-1]):
+        if exceeds(ends[-1].latency, point.latency):
+            ends.append(point)
+    return tuple(p.tokens for p in reversed(ends))
+
+
+def snap(staircase: Staircase, tokens: int) -> int:
+    """The tread end at or below `tokens`, or the lowest tread: never dearer, and mostly free tokens."""
+    ends = treads(staircase)
+    return max((n for n in ends if n <= tokens), default=ends[0])
+
+
+def trunk_ms(staircase: Staircase, tokens: float) -> float:
+    """Median of the whole trunk at `tokens`, ms; between two probes on the straight line."""
+    counts = [p.tokens for p in staircase.points]
+    return float(np.interp(tokens, counts, [p.latency.median_ms for p in staircase.points]))
+
+
+def attention_share(vit: Vit, tokens: int) -> float:
+    """Share of a block's multiply-adds that lie before a cut (attention), the rest being the MLP."""
+    inner = vit.heads * vit.head_dim
+    attention = 4 * vit.width * inner + 2 * tokens * inner
+    return attention / (attention + vit.mlp_matrices * vit.width * vit.mlp_width)
+
+
+def additive_block_ms(staircase: Staircase, entering: int, leaving: int) -> float:
+    """A block whose attention sees `entering` tokens and whose MLP sees `leaving`, ms, cut cost left out."""
+    vit = staircase.vit
+    share = attention_share(vit, entering)
+    return (share * trunk_ms(staircase, entering) + (1 - share) * trunk_ms(staircase, leaving)) / vit.depth
+
+
+def cut_cost_ms(costs: Sequence[CutCost], entering: int) -> float:
+    """What a cut adds at `entering` tokens, on the line through the measured cuts; 0 without any."""
+    if not costs:
+        return 0.0
+    ordered = sorted(costs, key=lambda c: c.tokens_in)
+    xs, ys = [c.tokens_in for c in ordered], [c.cost_ms for c in ordered]
+    return float(np.interp(entering, xs, ys))
+
+
+def predict_ms(staircase: Staircase, tokens: Sequence[int], method: str) -> float:
+    """Latency of a schedule by the additive model, ms.
+
+    fixed + sum over blocks (attention at the tokens entering, MLP at the tokens leaving, plus the
+    measured cost of a cut), times dense / (fixed + trunk), which is 1 where the model is exact.
+    """
+    vit = staircase.vit
+    costs = staircase.cuts.get(method, ())
+    total, entering = staircase.fixed.median_ms, vit.tokens
+    for leaving in tokens:
+        total += additive_block_ms(staircase, entering, leaving)
+        if leaving < entering:
+            total += cut_cost_ms(costs, entering)
+        entering = leaving
+    whole = staircase.fixed.median_ms + trunk_ms(staircase, vit.tokens)
+    return total * staircase.dense.median_ms / whole

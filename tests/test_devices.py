@@ -1,0 +1,195 @@
+"""Devices: every bundled file, a user's own file, and what this machine is."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from edgeprune import devices
+from edgeprune.errors import DeviceError, RecordError
+
+BUNDLED = ("agx-orin", "cpu", "cuda", "jetson-thor", "jetson-tx2", "orin-nano", "orin-nx")
+MINE = """
+name = "mine"
+title = "My board"
+runtime = "trt"
+sm_count = 4
+machine = ["My Board"]
+[simulation]
+clock_mhz = 1000
+bandwidth_gb_per_s = 50
+launch_us = 5
+fma_per_clock_per_sm = {fp16 = 1024}
+"""
+
+
+@pytest.fixture
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A PC with a CPU called Example CPU and no NVIDIA GPU; returns where a board's name would stand."""
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Example CPU\nflags\t: fpu\n")
+    monkeypatch.setattr(devices, "DEVICE_TREE", tmp_path / "model")
+    monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
+    monkeypatch.setattr(devices, "NVIDIA_SMI", (str(tmp_path / "nvidia-smi"),))
+    return tmp_path / "model"
+
+
+def has_gpu(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Let Python stand in for nvidia-smi."""
+    monkeypatch.setattr(devices, "NVIDIA_SMI", (sys.executable, "-c", code))
+
+
+def test_names_are_the_bundled_files() -> None:
+    assert devices.names() == BUNDLED
+
+
+@pytest.mark.parametrize("name", BUNDLED)
+def test_bundled_device_loads_under_its_own_name(name: str) -> None:
+    device = devices.load_device(name)
+    assert device.name == name
+    assert device.title
+    if name in ("cpu", "cuda"):
+        assert device.simulation is None and not device.machine
+    else:
+        assert device.simulation is not None and device.machine and device.power_query == "nvpmodel -q"
+        assert {"fp32", "fp16", "int8"} == set(device.simulation.fma_per_clock_per_sm)
+
+
+@pytest.mark.parametrize(
+    ("name", "cores", "dense_tops"),
+    [
+        ("orin-nano", 1024, 67 / 2),
+        ("orin-nx", 1024, 60 / 2 * 1173 / 918),
+        ("agx-orin", 2048, 170 / 2),
+        ("jetson-thor", 2560, 1035 / 2),
+        ("jetson-tx2", 256, None),
+    ],
+)
+def test_figures_give_the_published_peaks(name: str, cores: int, dense_tops: float | None) -> None:
+    device = devices.load_device(name)
+    assert device.simulation is not None and device.sm_count is not None
+    rates = device.simulation.fma_per_clock_per_sm
+    assert device.sm_count * rates["fp32"] == cores
+    if dense_tops is not None:
+        assert rates["fp16"] * 2 == rates["int8"]
+        tops = 2 * rates["int8"] * device.sm_count * device.simulation.clock_mhz * 1e6 / 1e12
+        assert tops == pytest.approx(dense_tops, rel=0.01)
+
+
+def test_unknown_device_lists_the_known() -> None:
+    with pytest.raises(DeviceError, match=r"no device 'orin'.*agx-orin, cpu, cuda"):
+        devices.load_device("orin")
+    with pytest.raises(DeviceError, match="no device"):
+        devices.load_device("../devices/cpu")
+
+
+def test_own_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(MINE)
+    device = devices.load_device(str(path))
+    assert (device.name, device.sm_count) == ("mine", 4)
+    assert device.simulation is not None and device.simulation.tile == (128, 64)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ("sm_count = 4", 'sm_count = "four"', r"\$\.sm_count"),
+        ("sm_count = 4", "cores = 4", "cores"),
+        ("sm_count = 4", "", r"\$\.sm_count: a simulation"),
+        ("sm_count = 4", "sm_count = 0", r"\$\.sm_count is not above 0"),
+        ('title = "My board"', "", "title"),
+        ('"mine"', '"../mine"', r"\$\.name"),
+        ("clock_mhz = 1000", "clock_mhz = nan", r"\$\.simulation\.clock_mhz is not above 0"),
+        ("fp16 = 1024", "fp16 = -1", r"\$\.simulation\.fma_per_clock_per_sm\.fp16"),
+        ("launch_us = 5", "launch_us = 5\ntile = [64, 0]", r"\$\.simulation\.tile\[1\]"),
+        ("sm_count = 4", "sm_count = ", "line 5"),
+        ("sm_count = 4", "sm_count = " + "9" * 5000, "not a valid device file"),
+        ("sm_count = 4", "sm_count = 0x" + "f" * 5000, "not a valid device file"),
+        ("sm_count = 4", "x = " + "[" * 5000, "not a valid device file"),
+    ],
+)
+def test_malformed_file_names_the_field(tmp_path: Path, old: str, new: str, named: str) -> None:
+    path = tmp_path / "mine.toml"
+    assert old in MINE
+    path.write_text(MINE.replace(old, new))
+    with pytest.raises(RecordError, match=f"mine.toml: .*{named}") as caught:
+        devices.load_device(str(path))
+    assert "\n" not in str(caught.value)
+
+
+def test_file_that_is_no_toml(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    with pytest.raises(RecordError, match="cannot be read"):
+        devices.load_device(str(path))
+    path.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(RecordError, match="not a valid device file"):
+        devices.load_device(str(path))
+    path.write_bytes(b"#" * (devices.MAX_TOML_BYTES + 1))
+    with pytest.raises(RecordError, match="more than"):
+        devices.load_device(str(path))
+
+
+def test_this_machine_is_the_board_if_it_has_a_name(machine: Path) -> None:
+    machine.write_bytes(b"NVIDIA Jetson Orin NX Engineering Reference Developer Kit\0")
+    assert devices.this_machine() == "NVIDIA Jetson Orin NX Engineering Reference Developer Kit"
+
+
+def test_this_machine_is_cpu_and_gpu(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert devices.this_machine() == "Example CPU"
+    has_gpu(monkeypatch, "print('Example GPU\\nSecond GPU')")
+    assert devices.this_machine() == "Example CPU, Example GPU"
+    has_gpu(monkeypatch, "print('driver mismatch'); raise SystemExit(9)")
+    assert devices.this_machine() == "Example CPU"
+
+
+def test_device_elsewhere_is_refused_with_the_name_of_this_machine(machine: Path) -> None:
+    with pytest.raises(DeviceError) as caught:
+        devices.check_is_here(devices.load_device("orin-nano"))
+    assert str(caught.value) == (
+        "device orin-nano is not this machine (this is Example CPU): run there, or plan with --simulate"
+    )
+    machine.write_bytes(b"NVIDIA Jetson AGX Orin Developer Kit\0")
+    with pytest.raises(DeviceError, match="this is NVIDIA Jetson AGX Orin Developer Kit"):
+        devices.check_is_here(devices.load_device("orin-nano"))
+
+
+@pytest.mark.parametrize(
+    ("name", "model"),
+    [
+        ("orin-nano", "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super"),
+        ("orin-nx", "NVIDIA Jetson Orin NX Engineering Reference Developer Kit"),
+        ("agx-orin", "NVIDIA Jetson AGX Orin Developer Kit"),
+        ("jetson-thor", "NVIDIA Jetson AGX Thor Developer Kit"),
+    ],
+)
+def test_a_board_is_one_device_only(machine: Path, name: str, model: str) -> None:
+    machine.write_bytes(model.encode() + b"\0")
+    boards = [devices.load_device(n) for n in BUNDLED if n not in ("cpu", "cuda")]
+    fits = []
+    for device in boards:
+        try:
+            devices.check_is_here(device)
+        except DeviceError:
+            continue
+        fits.append(device.name)
+    assert fits == [name]
+
+
+def test_tx2_is_refused_with_its_reason_even_on_a_tx2(machine: Path) -> None:
+    machine.write_bytes(b"NVIDIA Jetson TX2 Developer Kit\0")
+    with pytest.raises(DeviceError, match=r"TensorRT 8\.2 is too old.*plan with --simulate"):
+        devices.check_is_here(devices.load_device("jetson-tx2"))
+
+
+def test_cuda_needs_a_gpu_that_answers_and_cpu_nothing(
+    machine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices.check_is_here(devices.load_device("cpu"))
+    cuda = devices.load_device("cuda")
+    with pytest.raises(DeviceError, match="this is Example CPU; no NVIDIA GPU answers") as caught:
+        devices.check_is_here(cuda)
+    assert "--simulate" not in str(caught.value)
+    has_gpu(monkeypatch, "print('Example GPU')")
+    devices.check_is_here(cuda)
