@@ -130,9 +130,7 @@ def attention_forms(model: onnx.ModelProto) -> list[bool]:
             continue
         scaled = any(producer.get(i) is not None and producer[i].op_type == "Mul" for i in scores.input)
         after = consumers.get(node.output[0], [])
-        forms.append(
-            scaled and uses[scores.output[0]] == 1 and len(after) == 1 and after[0].op_type == "MatMul"
-        )
+        forms.append(scaled and uses[scores.output[0]] == 1 and len(after) == 1 and after[0].op_type == "MatMul")
     return forms
 
 
@@ -202,9 +200,7 @@ def strip_traces(model: onnx.ModelProto) -> None:
 def _save(model: onnx.ModelProto, path: Path) -> None:
     size = sum(_bytes_of(tensor) for tensor in model.graph.initializer)
     if size > INLINE_BYTES:
-        raise ExportError(
-            f"{size / 2**30:.1f} GiB of weights do not fit into one ONNX file: use a smaller model"
-        )
+        raise ExportError(f"{size / 2**30:.1f} GiB of weights do not fit into one ONNX file: use a smaller model")
     with replacing(path) as temporary:
         temporary.write_bytes(model.SerializeToString())
 

@@ -11,8 +11,8 @@ import torch
 from edgeprune import measure
 from edgeprune.images import normalise
 from edgeprune.models import Model
-from edgeprune.prune import random_kept, step
-from edgeprune.records import check_tokens
+from edgeprune.prune import PrunedViT, random_kept, step
+from edgeprune.records import Progress, check_tokens, silent
 from edgeprune.reducers import reducer_named
 
 if TYPE_CHECKING:
@@ -28,6 +28,30 @@ class Fidelity(NamedTuple):
     kl: float  # nats
     agreement: float  # percent
     top1: float | None
+
+
+def pruned_module(model: Model, method: str, tokens: Sequence[int]) -> PrunedViT:
+    """The model with a schedule, in eval mode."""
+    pruned = PrunedViT(model.module, model.family, model.vit, tokens, reducer_named(method))
+    return pruned.eval()
+
+
+def logits_of_schedule(
+    model: Model,
+    method: str,
+    tokens: Sequence[int],
+    pixels: NDArray[np.uint8],
+    progress: Progress = silent,
+) -> NDArray[np.float32]:
+    """PyTorch logits (images, classes) of a schedule over any number of images, in little memory."""
+    module, rows = pruned_module(model, method, tokens), []
+    with torch.inference_mode():
+        for start in range(0, len(pixels), CHUNK):
+            progress("evaluating", start, len(pixels))
+            images = normalise(pixels[start : start + CHUNK], model.preprocessing)
+            rows.append(module(torch.from_numpy(images)).numpy())
+    progress("evaluating", len(pixels), len(pixels))
+    return np.concatenate(rows)
 
 
 class Evaluator:

@@ -157,9 +157,7 @@ def load_pixels(paths: Sequence[Path], how: Preprocessing) -> NDArray[np.uint8]:
     return np.stack([read_image(path, how) for path in paths])
 
 
-def batches(
-    pixels: NDArray[np.uint8], how: Preprocessing, batch: int
-) -> Iterator[tuple[NDArray[np.float32], int]]:
+def batches(pixels: NDArray[np.uint8], how: Preprocessing, batch: int) -> Iterator[tuple[NDArray[np.float32], int]]:
     """Whole static batches and how many of each are real: the last one repeats its last picture."""
     for start in range(0, len(pixels), batch):
         piece = pixels[start : start + batch]

@@ -77,7 +77,8 @@ def _create(name: str, weights: str, state: dict[str, Tensor] | None) -> nn.Modu
     import timm
 
     if name == zoo.EMBEDDED:
-        return zoo.vit_digits()
+        embedded: nn.Module = zoo.vit_digits()
+        return embedded
     options: dict[str, Any] = {}
     if state is not None and "head.weight" in state and state["head.weight"].ndim == 2:
         options["num_classes"] = state["head.weight"].shape[0]
@@ -173,9 +174,7 @@ def _preprocessing(
     if data["crop_mode"] not in CROP_MODES:
         raise InputError(f"crop mode {data['crop_mode']!r} is not supported: use {' or '.join(CROP_MODES)}")
     if data["interpolation"] not in INTERPOLATIONS:
-        raise InputError(
-            f"interpolation {data['interpolation']!r} is not supported: use {', '.join(INTERPOLATIONS)}"
-        )
+        raise InputError(f"interpolation {data['interpolation']!r} is not supported: use {', '.join(INTERPOLATIONS)}")
     return Preprocessing(
         image_px=vit.image_px,
         resize_px=math.floor(vit.image_px / data["crop_pct"]),

@@ -66,16 +66,16 @@ def step(
 
 
 class Trunk(nn.Module):
-    """All blocks without a cut: (B, n, C) to (B, n, C), for any n. What a staircase probe times."""
+    """Blocks without a cut: (B, n, C) to (B, n, C), for any n. What a staircase probe times."""
 
-    def __init__(self, model: nn.Module, family: Family) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], family: Family) -> None:
         super().__init__()
-        self.model_blocks: Any = model.blocks
+        self.blocks = nn.ModuleList(blocks)
         self.family = family
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, C) to (B, n, C)."""
-        for block in self.model_blocks:
+        for block in self.blocks:
             x = self.family.run(block, x, None)
         return x
 
@@ -96,13 +96,9 @@ class Fixed(nn.Module):
 class CutBlock(nn.Module):
     """One block that loses tokens: (B, n, C) to (B, keep, C). What the cost of a cut is measured on."""
 
-    def __init__(
-        self, model: nn.Module, family: Family, vit: Vit, keep: int, reducer: Reducer | None
-    ) -> None:
+    def __init__(self, block: nn.Module, family: Family, vit: Vit, keep: int, reducer: Reducer) -> None:
         super().__init__()
-        blocks: Any = model.blocks
-        self.block = blocks[vit.depth // 2]
-        self.family, self.vit, self.keep, self.reducer = family, vit, keep, reducer
+        self.block, self.family, self.vit, self.keep, self.reducer = block, family, vit, keep, reducer
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, C) to (B, keep, C)."""

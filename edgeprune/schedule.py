@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 from edgeprune.errors import ScheduleError
 from edgeprune.records import Progress, Schedule, Staircase, encode, sha256_bytes, silent
-from edgeprune.staircase import predict_ms, snap, treads, trunk_ms
+from edgeprune.staircase import predict_ms, treads, trunk_ms
 
 PAPER_BLOCK = 3  # the paper prunes in block 3 (sec. 4)
 
@@ -127,9 +127,7 @@ def single_cut_front(
     todo: list[tuple[int, ...]] = [(vit.tokens,) * vit.depth]
     ends = [n for n in treads(staircase) if vit.prefix + 1 < n < vit.tokens]
     for block in range(vit.depth):
-        options = [
-            single_cut(staircase, block, n) for n in treads(staircase) if vit.prefix + 1 < n < vit.tokens
-        ]
+        options = [single_cut(staircase, block, n) for n in ends]
         if limit is not None:
             fits = [t for t in options if predict_ms(staircase, t, method) <= limit]
             options = fits[-1:]
@@ -176,9 +174,7 @@ def choose(
     if goal.max_drop is not None:
         low, high = 0, len(front) - 1  # front[-1] has the lowest KL: nearest to the unpruned model
         if drop(front[high].tokens) > goal.max_drop:
-            raise ScheduleError(
-                f"no schedule of {method} loses at most {goal.max_drop} points: raise --max-drop"
-            )
+            raise ScheduleError(f"no schedule of {method} loses at most {goal.max_drop} points: raise --max-drop")
         while low < high:
             middle = (low + high) // 2
             if drop(front[middle].tokens) <= goal.max_drop:

@@ -9,9 +9,7 @@ from edgeprune.reducers.common import best, cls_score, take
 from edgeprune.tokens import Attended
 
 
-def evit(
-    x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int
-) -> tuple[Tensor, Tensor | None]:
+def evit(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> tuple[Tensor, Tensor | None]:
     """(B, N, C) to (B, keep, C): prefix, the keep - prefix - 1 best, and the score-weighted mean of the rest.
 
     EViT's sum is divided by the sum of its weights: without training the token must keep the scale of

@@ -9,9 +9,7 @@ from edgeprune.reducers.common import best, pomt_score, take
 from edgeprune.tokens import Attended
 
 
-def pomt(
-    x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int
-) -> tuple[Tensor, Tensor | None]:
+def pomt(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> tuple[Tensor, Tensor | None]:
     """(B, N, C) to (B, keep, C): prefix, the keep - prefix - 1 best, and the mean of all others.
 
     The mean is taken by subtraction (sum of all less sum of kept), so nothing but the kept is gathered.

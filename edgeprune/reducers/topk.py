@@ -9,9 +9,7 @@ from edgeprune.reducers.common import best, cls_score, take
 from edgeprune.tokens import Attended
 
 
-def topk(
-    x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int
-) -> tuple[Tensor, Tensor | None]:
+def topk(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> tuple[Tensor, Tensor | None]:
     """(B, N, C) to (B, keep, C): prefix, then the keep - prefix best by CLS attention."""
     index = best(cls_score(attended, prefix), keep - prefix)
     return torch.cat([x[:, :prefix], take(x[:, prefix:], index)], dim=1), None

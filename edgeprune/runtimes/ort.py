@@ -52,9 +52,7 @@ class OrtRuntime:
         with replacing(out) as temporary, writable(out):
             temporary.write_bytes(onnx.read_bytes())
         digest = sha256_file(out)
-        return Engine(
-            path=out.name, sha256=digest, onnx_sha256=digest, size_bytes=out.stat().st_size, setup=setup
-        )
+        return Engine(path=out.name, sha256=digest, onnx_sha256=digest, size_bytes=out.stat().st_size, setup=setup)
 
     def open(self, path: Path, setup: Setup) -> OrtSession:
         """Raises EngineError, with ONNX Runtime's own first line."""
@@ -63,10 +61,8 @@ class OrtRuntime:
         options.log_severity_level = 3
         if setup.threads:
             options.intra_op_num_threads = setup.threads
-        # Threads that spin between operators disturb the other candidates of an interleaved round.
-        options.add_session_config_entry(
-            "session.intra_op.allow_spinning", "0" if setup.threads == 1 else "1"
-        )
+        # Threads that go on spinning after a run would disturb the next candidate of an interleaved round.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             session = ort.InferenceSession(os.fspath(path), options, providers=[PROVIDERS[self.kind]])
         except Exception as error:  # onnxruntime raises many types, all derived from Exception alone
@@ -84,9 +80,7 @@ class OrtSession:
         self._input = session.get_inputs()[0]
         self._output = session.get_outputs()[0].name
         if not all(isinstance(n, int) for n in self._input.shape):
-            raise EngineError(
-                f"{path}: input shape {self._input.shape} is not static: export it with edgeprune"
-            )
+            raise EngineError(f"{path}: input shape {self._input.shape} is not static: export it with edgeprune")
         self.shape: tuple[int, ...] = tuple(self._input.shape)
         rng = np.random.default_rng(0)
         self._fixed = rng.standard_normal(self.shape, dtype=np.float32)

@@ -176,14 +176,15 @@ class _Timed:
         pass
 
 
-class SimulatedTrunk(_Timed):
-    """All blocks of `vit` at a constant token count, without torch or an ONNX file.
+class SimulatedProducts(_Timed):
+    """A list of products timed like a session, without torch or an ONNX file.
 
     Raises DeviceError as latency_ms does.
     """
 
-    def __init__(self, device: Device, vit: Vit, tokens: int, precision: str, batch: int) -> None:
-        super().__init__(products_of_trunk(vit, tokens, batch), device, precision)
+    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Raises EngineError: a list of products has no weights to compute with."""
+        raise EngineError("a simulated trunk cannot infer: open an exported ONNX file")
 
 
 class SimulatedSession(_Timed):

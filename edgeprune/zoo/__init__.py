@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
 EMBEDDED = "vit_digits"
 WEIGHTS: Path = Path(__file__).resolve().parent / "vit_digits.safetensors"
+RECORD: Path = WEIGHTS.with_suffix(".json")  # its Vit record, for planning without torch
 CLASS_NAMES: tuple[str, ...] = tuple(str(digit) for digit in range(10))
 
 

@@ -74,9 +74,12 @@ def train_model(images: torch.Tensor, labels: torch.Tensor, epochs: int) -> dict
     torch.manual_seed(SEED)
     model = vit_digits().train()
     model.patch_drop = PatchDropout(PATCH_DROP, num_prefix_tokens=1)  # has no weights, idle in eval mode
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):  # timm's std 0.02 is too small a start at width 64
+            torch.nn.init.xavier_uniform_(module.weight)
     optimiser = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.05)
     steps = -(-len(images) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, max_lr=2e-3, total_steps=epochs * steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 2e-3, epochs * steps, pct_start=0.1)
     for epoch in range(epochs):
         total = 0.0
         for batch in torch.split(torch.randperm(len(images)), BATCH):
@@ -84,6 +87,7 @@ def train_model(images: torch.Tensor, labels: torch.Tensor, epochs: int) -> dict
             loss = F.cross_entropy(logits, labels[batch], label_smoothing=0.05)
             optimiser.zero_grad()
             torch.autograd.backward(loss)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             schedule.step()
             total += loss.item() * len(batch)

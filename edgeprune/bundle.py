@@ -1,0 +1,121 @@
+"""Engine, manifest and golden input as one hashed folder that appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgeprune import __version__
+from edgeprune.errors import InputError
+from edgeprune.records import (
+    Engine,
+    Manifest,
+    Preprocessing,
+    Report,
+    Schedule,
+    Staircase,
+    Vit,
+    decode,
+    encode,
+    load,
+    read_bytes,
+    sha256_file,
+    writable,
+)
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+MANIFEST = "manifest.json"
+STAIRCASE = "staircase.json"
+GOLDEN = ("golden_input.npy", "golden_output.npy")
+TOLERANCE = 1e-3
+
+
+def write_bundle(
+    out: Path,
+    *,
+    vit: Vit,
+    engine_file: Path,
+    engine: Engine,
+    schedule: Schedule,
+    staircase: Staircase | None,
+    report: Report,
+    preprocessing: Preprocessing,
+    labels: tuple[str, ...],
+    golden: tuple[NDArray[np.float32], NDArray[np.float32]],
+    extra: dict[str, bytes] | None = None,
+) -> Manifest:
+    """Write the folder `out`; an earlier bundle there is replaced only when the new one is complete.
+
+    `golden` is one batch of real input and its output. Raises OutputError.
+    """
+    with writable(out):
+        if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out} exists and is no bundle: choose another --out")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
+        try:
+            shutil.copyfile(engine_file, fresh / engine.path)
+            for name, array in zip(GOLDEN, golden, strict=True):
+                np.save(fresh / name, array, allow_pickle=False)
+            if staircase is not None:
+                (fresh / STAIRCASE).write_bytes(encode(staircase))
+            for name, data in (extra or {}).items():
+                (fresh / name).write_bytes(data)
+            manifest = Manifest(
+                edgeprune=__version__,
+                vit=vit,
+                engine=engine,
+                schedule=schedule,
+                report=report,
+                preprocessing=preprocessing,
+                labels=labels,
+                files={p.name: sha256_file(p) for p in sorted(fresh.iterdir())},
+                tolerance=TOLERANCE,
+            )
+            (fresh / MANIFEST).write_bytes(encode(manifest))
+            os.chmod(fresh, 0o755)
+            _take_place(fresh, out)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return manifest
+
+
+def _take_place(fresh: Path, out: Path) -> None:
+    """Put `fresh` where `out` is: two renames, each of a complete folder."""
+    old = fresh.with_suffix(".old")
+    if out.exists():
+        os.rename(out, old)
+    os.rename(fresh, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def load_bundle(path: Path) -> Manifest:
+    """The manifest of a bundle whose files are all there and unchanged. Raises InputError, RecordError."""
+    if not (path / MANIFEST).is_file():
+        raise InputError(f"{path}: no bundle ({MANIFEST} is missing): make one with edgeprune build")
+    manifest = decode(read_bytes(path / MANIFEST), Manifest, str(path / MANIFEST))
+    for name, digest in manifest.files.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file() or file.is_symlink():
+            raise InputError(f"{path}: {name} is missing: build the bundle again")
+        found = sha256_file(file)
+        if found != digest:
+            raise InputError(
+                f"{path}: {name} has sha256 {found[:12]}…, the manifest says {digest[:12]}…: it was changed "
+                "or cut short, copy or build the bundle again"
+            )
+    if manifest.engine.path not in manifest.files:
+        raise InputError(f"{path}: the engine {manifest.engine.path} is not in the manifest: build it again")
+    return manifest
+
+
+def staircase_of(path: Path) -> Staircase:
+    """The staircase in a bundle. Raises RecordError."""
+    return load(path / STAIRCASE, Staircase)

@@ -1,0 +1,105 @@
+"""What is installed here, what this machine is, and what would make its figures untrustworthy."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+from edgeprune import __version__
+from edgeprune.devices import this_machine
+
+PACKAGES = {
+    "numpy": "base",
+    "onnx": "base",
+    "pillow": "base",
+    "torch": "export",
+    "torchvision": "export",
+    "timm": "export",
+    "onnxscript": "export",
+    "onnxruntime": "ort",
+    "onnxruntime-gpu": "ort-gpu",
+    "tensorrt": "trt",
+    "pycuda": "trt",
+    "matplotlib": "report",
+}
+CPU = Path("/sys/devices/system/cpu")
+THERMAL = Path("/sys/class/thermal")
+HOT_C = 80.0
+
+
+class Finding(NamedTuple):
+    """One line of the doctor: `status` is ok, info or warning; a warning ends with what to do."""
+
+    name: str
+    status: str
+    detail: str
+
+
+def examine() -> list[Finding]:
+    """Look, and change nothing."""
+    return [*_software(), *_machine()]
+
+
+def _software() -> list[Finding]:
+    found = [Finding("edgeprune", "ok", f"{__version__}, Python {platform.python_version()}, {platform.platform()}")]
+    installed = set()
+    for package, extra in PACKAGES.items():
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            how = "" if extra == "base" else f': pip install "edgeprune[{extra}]"'
+            found.append(Finding(package, "info", f"not installed{how}"))
+            continue
+        installed.add(package)
+        found.append(Finding(package, "ok", version))
+    if {"onnxruntime", "onnxruntime-gpu"} <= installed:
+        what = "both are installed and overwrite each other: uninstall one"
+        found.append(Finding("onnxruntime", "warning", what))
+    return found
+
+
+def _machine() -> list[Finding]:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    found = [Finding("machine", "ok", f"{this_machine()}, {cores} processors")]
+    governor = _read(CPU / "cpu0/cpufreq/scaling_governor")
+    if governor is None:
+        found.append(Finding("governor", "info", "clocks cannot be read (virtual machine?): expect drift"))
+    elif governor == "performance":
+        found.append(Finding("governor", "ok", governor))
+    else:
+        what = f"{governor}: clocks follow the load, set it to performance before measuring"
+        found.append(Finding("governor", "warning", what))
+    if hasattr(os, "getloadavg"):
+        load = os.getloadavg()[0]
+        busy = load > 0.5 * cores
+        what = f"{load:.2f} over the last minute" + (": other work is running, wait for it" if busy else "")
+        found.append(Finding("load", "warning" if busy else "ok", what))
+    degrees = [int(t) / 1000 for p in THERMAL.glob("thermal_zone*/temp") if (t := _read(p) or "").isdigit()]
+    if degrees:
+        hot = max(degrees) >= HOT_C
+        what = f"{max(degrees):.0f} °C at most" + (": near throttling, let it cool" if hot else "")
+        found.append(Finding("temperature", "warning" if hot else "ok", what))
+    stolen = _steal_percent()
+    if stolen is not None and stolen > 1:
+        what = f"{stolen:.1f} % of processor time since boot went to other guests: expect noise"
+        found.append(Finding("shared cores", "warning", what))
+    return found
+
+
+def _steal_percent() -> float | None:
+    """Share of processor time since boot that the hypervisor gave to others, percent (proc(5), cpu steal)."""
+    line = (_read(Path("/proc/stat")) or "").partition("\n")[0].split()
+    if len(line) < 9 or line[0] != "cpu":
+        return None
+    ticks = [int(value) for value in line[1:9]]
+    return 100 * ticks[7] / max(sum(ticks), 1)
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return None

@@ -1,0 +1,191 @@
+"""A staircase for a model on a target: exports the probes, measures them, resumes what was interrupted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from edgeprune import export, zoo
+from edgeprune.errors import InputError
+from edgeprune.measure import Open, Samples
+from edgeprune.records import Staircase, Vit, load, read_bytes, save, write_bytes
+from edgeprune.staircase import probe
+from edgeprune.target import Target
+
+if TYPE_CHECKING:
+    from edgeprune.models import Model
+
+log = logging.getLogger(__name__)
+
+ROUNDS = 15
+
+
+def cut_pairs(vit: Vit) -> tuple[tuple[int, int], ...]:
+    """Token counts (entering, leaving) on which the cost of a cut is measured."""
+    shares = ((1.0, 0.6), (0.5, 0.3))
+    lowest = vit.prefix + 2
+    return tuple((max(round(a * vit.tokens), lowest + 1), max(round(b * vit.tokens), lowest)) for a, b in shares)
+
+
+def export_probes(model: Model, method: str, batch: int, folder: Path) -> None:
+    """Write trunk, block, fixed and dense ONNX files, and a cut block per pair; those that exist stay.
+
+    `vit.json` beside them says what they are: with it the folder is all that `profile --trunk` needs.
+    """
+    import torch
+
+    from edgeprune.prune import CutBlock, Fixed, PrunedViT, Trunk
+    from edgeprune.reducers import reducer_named
+
+    vit, module, family = model.vit, model.module, model.family
+    blocks: Any = module.blocks
+    middle = blocks[vit.depth // 2]
+    stream = torch.zeros(batch, vit.tokens, vit.width)
+    images = torch.zeros(batch, 3, vit.image_px, vit.image_px)
+    dense = PrunedViT(module, family, vit, (vit.tokens,) * vit.depth, None)
+
+    def missing(name: str, write: Callable[[Path], None]) -> None:
+        if not (folder / name).exists():
+            write(folder / name)
+
+    missing("trunk.onnx", lambda p: export.trunk_from_module(Trunk(list(blocks), family), stream, p))
+    missing("fixed.onnx", lambda p: export.onnx_from_module(Fixed(module, family), images, p))
+    missing("dense.onnx", lambda p: export.onnx_from_module(dense, images, p))
+    reducer = reducer_named(method)
+    if reducer is not None:
+        missing("block.onnx", lambda p: export.trunk_from_module(Trunk([middle], family), stream, p))
+        for entering, leaving in cut_pairs(vit):
+            cut = CutBlock(middle, family, vit, leaving, reducer)
+            example = stream[:, :1].expand(-1, entering, -1).contiguous()
+            name = f"cut-{method}-{entering}-{leaving}.onnx"
+            missing(name, lambda p, c=cut, e=example: export.onnx_from_module(c, e, p, ("x", "y")))  # type: ignore[misc]
+    missing("vit.json", lambda p: save(vit, p))
+
+
+def staircase_of_model(target: Target, model: Model, method: str, exhaustive: bool = False) -> Staircase:
+    """The staircase of a model with the cost of one method's cuts; reused or resumed from the work folder."""
+    batch = target.setup.batch
+    folder = target.path("probes", "", model.vit, batch)
+
+    def make() -> Path:
+        target.progress("exporting probes", 0, 1)
+        export_probes(model, method, batch, folder)
+        target.progress("exporting probes", 1, 1)
+        return folder
+
+    return _measured(target, model.vit, method, exhaustive, make)
+
+
+def staircase_of_folder(target: Target, trunk: Path, method: str, exhaustive: bool = False) -> Staircase:
+    """The staircase of exported probes, without torch. Raises InputError where one is missing."""
+    folder = trunk.parent
+    for name in ("trunk.onnx", "fixed.onnx", "dense.onnx", "vit.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} is missing: make the folder with edgeprune export --trunk")
+    if trunk.name != "trunk.onnx":
+        raise InputError(f"{trunk}: pass the trunk.onnx that edgeprune export --trunk wrote")
+    return _measured(target, load(folder / "vit.json", Vit), method, exhaustive, lambda: folder)
+
+
+def staircase_simulated(target: Target, vit: Vit, exhaustive: bool = False) -> Staircase:
+    """The staircase of the tail-effect model from a model's shape alone: no torch, no ONNX file."""
+    from edgeprune.runtimes.simulated import SimulatedProducts, products_of_ends, products_of_trunk
+
+    device, setup = target.device, target.setup
+    ends, batch = products_of_ends(vit, setup.batch), setup.batch
+
+    def opens(products: Any) -> Open:
+        return lambda: SimulatedProducts(products, device, setup.precision)
+
+    others = {"fixed": opens(ends), "dense": opens(ends + products_of_trunk(vit, vit.tokens, batch))}
+    staircase, _ = probe(
+        vit, setup, lambda n: opens(products_of_trunk(vit, n, batch)), others, 1, exhaustive,
+        progress=target.progress,
+    )  # fmt: skip
+    return staircase
+
+
+def vit_of(name: str) -> Vit:
+    """The shape of a model; of the embedded one without torch. Raises ModelError, MissingError."""
+    if name == zoo.EMBEDDED:
+        return load(zoo.RECORD, Vit)
+    from edgeprune.models import load_model
+
+    return load_model(name, "random").vit
+
+
+def _measured(target: Target, vit: Vit, method: str, exhaustive: bool, folder_made: Callable[[], Path]) -> Staircase:
+    rounds = 1 if target.setup.simulated else ROUNDS
+    parts = (vit, target.setup, method, exhaustive, rounds)
+    partial = target.path("samples", ".json", *parts)
+
+    def make(path: Path) -> None:
+        folder = folder_made()
+        samples = _resumed(partial)
+        staircase, _ = probe(
+            vit,
+            target.setup,
+            lambda n: _static(target, folder / "trunk.onnx", n),
+            _others(target, vit, method, folder),
+            rounds,
+            exhaustive,
+            samples,
+            lambda state: write_bytes(partial, msgspec.json.encode(state)),
+            target.progress,
+            keep_open=_fits_memory(folder / "trunk.weights"),
+        )
+        save(staircase, path)
+        partial.unlink(missing_ok=True)
+
+    return load(target.step("staircase", ".json", parts, make), Staircase)
+
+
+def _others(target: Target, vit: Vit, method: str, folder: Path) -> Mapping[str, Open]:
+    others = {name: target.opener(folder / f"{name}.onnx") for name in ("fixed", "dense")}
+    for entering, leaving in cut_pairs(vit):
+        cut = folder / f"cut-{method}-{entering}-{leaving}.onnx"
+        if cut.is_file():
+            others[f"cut {method} {entering}>{leaving}"] = target.opener(cut)
+            for n in (entering, leaving):
+                others[f"block {n}"] = _static(target, folder / "block.onnx", n)
+    return others
+
+
+def _static(target: Target, trunk: Path, tokens: int) -> Open:
+    """Fixes the trunk to `tokens` and opens it, when called."""
+
+    def open_() -> Any:
+        static = trunk.with_name(f"{trunk.stem}-{tokens}.onnx")
+        if not static.exists():
+            export.fix_tokens(trunk, tokens, static)
+        return target.runtime.open(static, target.setup)
+
+    return open_
+
+
+def _resumed(partial: Path) -> Samples:
+    """Samples of an interrupted run; none where there are none or they cannot be read."""
+    if not partial.exists():
+        return {}
+    try:
+        samples = msgspec.json.decode(read_bytes(partial), type=Samples)
+    except msgspec.DecodeError:
+        log.warning("%s cannot be read: measuring anew", partial)
+        return {}
+    log.info("staircase: going on with %d samples", sum(map(len, samples.values())))
+    return samples
+
+
+def _fits_memory(weights: Path) -> bool:
+    """Do some thirty sessions, each with its own copy of the weights, fit half of the free memory?"""
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return weights.stat().st_size * 3 * 40 < int(line.split()[1]) * 1024 / 2
+    except OSError:
+        pass
+    return False

@@ -1,0 +1,245 @@
+"""What a person reads and a program parses: tables, plots and the rows of the command contract."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.records import Manifest, Report, Schedule, Staircase
+from edgeprune.staircase import treads
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+DENSE_COLOUR, PRUNED_COLOUR, TREAD_COLOUR = "#767676", "#1a7f37", "#0969da"
+
+
+def row_of(manifest: Manifest, path: Path | None) -> dict[str, Any]:
+    """A build as the JSON row of the command contract; an unknown figure is None."""
+    setup, schedule, report = manifest.engine.setup, manifest.schedule, manifest.report
+    row: dict[str, Any] = {
+        "bundle": str(path) if path else None,
+        "model": manifest.vit.name,
+        "device": setup.device,
+        "runtime": setup.runtime,
+        "runtime_version": setup.runtime_version,
+        "precision": setup.precision,
+        "batch": setup.batch,
+        "method": schedule.method,
+        "policy": schedule.policy,
+        "tokens": list(schedule.tokens),
+        "latency_ms": report.latency.summary(),
+        "dense_latency_ms": report.dense_latency.summary(),
+        "speedup": report.speedup,
+        "speedup_interval": list(report.speedup_interval),
+        "predicted_ms": report.predicted_ms,
+        "agreement": report.agreement,
+        "kl": report.kl,
+        "top1": report.top1,
+        "dense_top1": report.dense_top1,
+        "images": report.images,
+        "probes": report.probes,
+    }
+    if setup.simulated:
+        row["simulated"] = True
+    return row
+
+
+def profile_row(staircase: Staircase, path: Path) -> dict[str, Any]:
+    """A staircase as the JSON object of `profile --json`."""
+    points = []
+    for point in staircase.points:
+        low, high = point.latency.interval_ms
+        points.append({"tokens": point.tokens, "median_ms": point.latency.median_ms, "low": low, "high": high})
+    return {
+        "device": staircase.setup.device,
+        "model": staircase.vit.name,
+        "runtime": staircase.setup.runtime,
+        "simulated": staircase.setup.simulated,
+        "precision": staircase.setup.precision,
+        "batch": staircase.setup.batch,
+        "probes": staircase.probes,
+        "points": points,
+        "treads": list(treads(staircase)),
+        "fixed_ms": staircase.fixed.median_ms,
+        "dense_ms": staircase.dense.median_ms,
+        "path": str(path),
+    }
+
+
+def build_table(manifest: Manifest) -> Table:
+    """Unpruned against pruned."""
+    from rich.table import Table
+
+    setup, schedule, report = manifest.engine.setup, manifest.schedule, manifest.report
+    simulated = ", SIMULATED latency" if setup.simulated else ""
+    table = Table(
+        title=f"{manifest.vit.name} on {setup.device} ({setup.runtime} {setup.runtime_version}, "
+        f"{setup.precision}, batch {setup.batch}{simulated})"
+    )
+    table.add_column("")
+    table.add_column("unpruned", justify="right")
+    table.add_column(f"{schedule.method} ({schedule.policy})", justify="right")
+    table.add_row("tokens per block", f"{manifest.vit.tokens} x {manifest.vit.depth}", runs(schedule.tokens))
+    table.add_row("latency, ms (95 % interval)", _ms(report, dense=True), _ms(report, dense=False))
+    low, high = report.speedup_interval
+    table.add_row("speed-up (95 % interval)", "1", f"{report.speedup:.3f} ({low:.3f} to {high:.3f})")
+    if report.predicted_ms is not None:
+        off = 100 * (report.predicted_ms / report.latency.median_ms - 1)
+        table.add_row("predicted, ms", "", f"{report.predicted_ms:.3f} ({off:+.1f} %)")
+    table.add_row("top-1, %", _number(report.dense_top1), _number(report.top1))
+    table.add_row("agreement, %", "100", _number(report.agreement))
+    table.add_row("KL, nats", "0", _number(report.kl, 4))
+    table.caption = f"{report.images} images, {len(report.latency.samples_ms)} interleaved rounds"
+    return table
+
+
+def runs(tokens: tuple[int, ...]) -> str:
+    """(197, 197, 120) as "197 x 2, 120"."""
+    parts: list[list[int]] = []
+    for count in tokens:
+        if parts and parts[-1][0] == count:
+            parts[-1][1] += 1
+        else:
+            parts.append([count, 1])
+    return ", ".join(f"{n} x {times}" if times > 1 else str(n) for n, times in parts)
+
+
+def _ms(report: Report, dense: bool) -> str:
+    latency = report.dense_latency if dense else report.latency
+    low, high = latency.interval_ms
+    return f"{latency.median_ms:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def profile_table(staircase: Staircase) -> Table:
+    """Treads with their latency."""
+    from rich.table import Table
+
+    simulated = " (simulated)" if staircase.setup.simulated else ""
+    table = Table(title=f"{staircase.vit.name} on {staircase.setup.device}{simulated}: treads")
+    for column in ("tokens", "trunk, ms (95 % interval)", "of unpruned"):
+        table.add_column(column, justify="right")
+    ends = set(treads(staircase))
+    most = staircase.points[-1].latency.median_ms
+    for point in reversed(staircase.points):
+        if point.tokens in ends:
+            low, high = point.latency.interval_ms
+            median = point.latency.median_ms
+            table.add_row(str(point.tokens), f"{median:.3f} ({low:.3f} to {high:.3f})", f"{median / most:.3f}")
+    table.caption = f"{len(staircase.points)} counts, {staircase.probes} probes"
+    return table
+
+
+def staircase_svg(staircase: Staircase, schedule: Schedule | None = None) -> dict[str, bytes]:
+    """The plot of a staircase as {"staircase.svg": bytes}; empty without matplotlib (extra `report`)."""
+    try:
+        import matplotlib
+    except ImportError:
+        return {}
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    ends = treads(staircase)
+    x = [p.tokens for p in staircase.points]
+    y = [p.latency.median_ms for p in staircase.points]
+    low, high = zip(*(p.latency.interval_ms for p in staircase.points), strict=True)
+    with plt.rc_context({"svg.hashsalt": "edgeprune", "font.size": 10, "svg.fonttype": "none"}):
+        figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
+        axes.fill_between(x, low, high, step=None, color=DENSE_COLOUR, alpha=0.3, lw=0, label="95 % interval")
+        axes.plot(x, y, color=DENSE_COLOUR, lw=1, marker=".", ms=4, label="median")
+        tops = [y[x.index(n)] for n in ends]
+        axes.plot(ends, tops, "o", color=TREAD_COLOUR, ms=5, mfc="none", label="right end of a tread")
+        if schedule is not None:
+            for index, count in enumerate(sorted(set(schedule.tokens))):
+                axes.axvline(count, color=PRUNED_COLOUR, lw=1.5, ls="--", label=None if index else "chosen")
+        setup = staircase.setup
+        simulated = ", SIMULATED" if setup.simulated else ""
+        axes.set(
+            xlabel="tokens in every block",
+            ylabel="latency of all blocks, ms",
+            title=f"{staircase.vit.name} on {setup.device} ({setup.runtime} {setup.runtime_version}, "
+            f"{setup.precision}, batch {setup.batch}{simulated})",
+            ylim=(0, None),
+        )
+        axes.grid(alpha=0.3)
+        axes.legend(frameon=False)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+        plt.close(figure)
+    return {"staircase.svg": buffer.getvalue()}
+
+
+def bench_table(rows: list[dict[str, Any]]) -> Table:
+    """Bundles with their latency."""
+    from rich.table import Table
+
+    table = Table(title="bundles, measured interleaved")
+    for column in ("bundle", "median, ms (95 % interval)", "p99, ms", "speed-up to the first"):
+        table.add_column(column, justify="left" if column == "bundle" else "right", overflow="fold")
+    for row in rows:
+        ms, (low, high) = row["latency_ms"], row["speedup_interval"]
+        table.add_row(
+            row["bundle"] + (" (SIMULATED)" if row["simulated"] else ""),
+            f"{ms['median']:.3f} ({ms['low']:.3f} to {ms['high']:.3f})",
+            f"{ms['p99']:.3f}",
+            f"{row['speedup_to_first']:.3f} ({low:.3f} to {high:.3f})",
+        )
+    return table
+
+
+def device_rows() -> list[dict[str, Any]]:
+    """Every device file as a row."""
+    from edgeprune.devices import load_device, names
+
+    rows = []
+    for name in names():
+        device = load_device(name)
+        rows.append(
+            {
+                "name": name,
+                "title": device.title,
+                "runtime": device.runtime,
+                "build": device.build,
+                "reason": device.reason or None,
+                "compute_capability": device.compute_capability,
+                "sm_count": device.sm_count,
+                "memory_gib": device.memory_gib,
+                "tensorrt": device.tensorrt,
+                "jetpack": device.jetpack,
+                "simulation": device.simulation is not None,
+            }
+        )
+    return rows
+
+
+def device_table(rows: list[dict[str, Any]]) -> Table:
+    """The devices."""
+    from rich.table import Table
+
+    table = Table(title="devices")
+    for column in ("name", "what it is", "runtime", "SMs", "GiB", "TensorRT", "JetPack", "--simulate"):
+        table.add_column(column)
+    for row in rows:
+        runtime = row["runtime"] if row["build"] else "planning only"
+        cells = (row[key] for key in ("sm_count", "memory_gib", "tensorrt", "jetpack"))
+        shown = ("–" if cell is None else f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in cells)
+        table.add_row(row["name"], row["title"], runtime, *shown, "yes" if row["simulation"] else "–")
+    return table
+
+
+def doctor_table(findings: list[Any]) -> Table:
+    """What the doctor found."""
+    from rich.table import Table
+
+    colours = {"ok": "green", "info": "dim", "warning": "yellow"}
+    table = Table(title="edgeprune doctor")
+    for column in ("", "status", "finding"):
+        table.add_column(column, overflow="fold")
+    for name, status, detail in findings:
+        table.add_row(name, f"[{colours[status]}]{status}[/]", detail.replace("[", r"\["))
+    return table

@@ -1,0 +1,70 @@
+"""Where one run measures: device, runtime and setup, and the folder that keeps its finished steps."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune import __version__
+from edgeprune.devices import load_device
+from edgeprune.errors import InputError
+from edgeprune.measure import Open
+from edgeprune.records import Device, Progress, Setup, key_of, silent
+from edgeprune.runtimes import Runtime, runtime_for
+
+log = logging.getLogger(__name__)
+
+WORK = Path("engines/.work")
+PRECISIONS = ("fp32", "fp16", "int8")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A device as its runtime sees it, and a work folder. Steps are kept under a hash of their inputs."""
+
+    device: Device
+    runtime: Runtime
+    setup: Setup
+    work: Path = WORK
+    progress: Progress = silent
+
+    def opener(self, path: Path) -> Open:
+        """Opens a compiled file when called."""
+        return lambda: self.runtime.open(path, self.setup)
+
+    def path(self, name: str, suffix: str, *parts: Any) -> Path:
+        """The place in the work folder for a result that depends on `parts` alone."""
+        return self.work / f"{name}-{key_of(__version__, *parts)}{suffix}"
+
+    def step(self, name: str, suffix: str, parts: Sequence[Any], make: Callable[[Path], None]) -> Path:
+        """The file of a finished step; made now unless one with the same inputs is already there."""
+        path = self.path(name, suffix, *parts)
+        if path.exists():
+            log.info("%s: reused %s", name, path.name)
+        else:
+            make(path)
+            log.info("%s: done", name)
+        return path
+
+
+def target_for(
+    device: str,
+    precision: str = "fp32",
+    batch: int = 1,
+    simulate: bool = False,
+    work: Path = WORK,
+    progress: Progress = silent,
+) -> Target:
+    """Raises DeviceError, MissingError, InputError."""
+    if batch < 1:
+        raise InputError(f"batch {batch} is not possible: use 1 or more")
+    if precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}")
+    if precision != "fp32" and not simulate:
+        raise InputError(f"this version builds fp32 only: plan {precision} with --simulate")
+    found = load_device(device)
+    runtime = runtime_for(found, simulate)
+    return Target(found, runtime, runtime.setup(found, precision, batch), work, progress)
