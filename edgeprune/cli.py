@@ -91,7 +91,7 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Model to bundle: staircase, schedule, ONNX, engine, measurement."""
-    from edgeprune.pipeline import Options
+    from edgeprune.job import Options
     from edgeprune.pipeline import build as run
     from edgeprune.report import build_table, row_of
 
@@ -182,7 +182,8 @@ def schedule(
     as_json: AsJson = False,
 ) -> None:
     """Choose the tokens that each block keeps, from a staircase and pictures."""
-    from edgeprune.pipeline import Options, schedule_from_file
+    from edgeprune.job import Options
+    from edgeprune.planning import schedule_from_file
     from edgeprune.records import save
     from edgeprune.report import runs
 

@@ -1,0 +1,137 @@
+"""One model on one target with its pictures: what the steps of a build share, each made on first use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeprune import measure, zoo
+from edgeprune.errors import InputError
+from edgeprune.images import ImageSet, load_images, load_pixels
+from edgeprune.profiling import staircase_of_model
+from edgeprune.records import Progress, Staircase, replacing, silent
+from edgeprune.schedule import PAPER_BLOCK, Goal
+from edgeprune.target import WORK, Target, target_for
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from edgeprune.fidelity import Evaluator
+    from edgeprune.models import Model
+
+ENGINES = Path("engines")
+ROUNDS = 60
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asks of a build: the command line's options by name."""
+
+    device: str = "cpu"
+    model: str = zoo.EMBEDDED
+    weights: str | None = None
+    images: Path | None = None
+    method: str = "pomt"
+    policy: str = "search"
+    goal: Goal = field(default_factory=Goal)
+    precision: str = "fp32"
+    batch: int = 1
+    work: Path = WORK
+    out: Path | None = None
+    simulate: bool = False
+    exhaustive: bool = False
+    block: int = PAPER_BLOCK
+    search_images: int = 64
+    rounds: int = ROUNDS
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+    def folder(self) -> Path:
+        """Where the bundle goes."""
+        name = f"{self.method}-{self.precision}-b{self.batch}" + ("-simulated" if self.simulate else "")
+        return self.out or ENGINES / self.device / self.model / name
+
+
+class Job:
+    """One model on one target with its pictures: what every step of a build needs, each made on first use."""
+
+    def __init__(self, options: Options, progress: Progress = silent) -> None:
+        from edgeprune.models import load_model
+
+        self.options, self.progress = options, progress
+        self.target: Target = target_for(
+            options.device, options.precision, options.batch, options.simulate, options.work, progress
+        )
+        self.model: Model = load_model(options.model, options.weights, options.overrides)
+        self.pictures = pictures_of(options)
+        if self.pictures and self.pictures.labels and max(self.pictures.labels) >= self.model.vit.classes:
+            raise InputError(
+                f"label {max(self.pictures.labels)} does not exist: {options.model} has classes 0 to "
+                f"{self.model.vit.classes - 1}: check the CSV or the weights"
+            )
+
+    @cached_property
+    def staircase(self) -> Staircase:
+        """Measured, resumed or reused."""
+        return staircase_of_model(self.target, self.model, self.options.method, self.options.exhaustive)
+
+    @cached_property
+    def pixels(self) -> NDArray[np.uint8]:
+        """All pictures, (images, P, P, 3) bytes."""
+        if self.pictures is None:
+            raise InputError(f"{self.options.model} needs pictures to choose a schedule: pass --images DIR|CSV")
+        pictures, how = self.pictures, self.model.preprocessing
+
+        def make(path: Path) -> None:
+            array = load_pixels(pictures.paths, how)
+            with replacing(path) as temporary, open(temporary, "wb") as file:
+                np.save(file, array, allow_pickle=False)
+
+        path = self.target.step("pixels", ".npy", (self.pictures_key, how), make)
+        pixels: NDArray[np.uint8] = np.load(path, allow_pickle=False)
+        return pixels
+
+    @cached_property
+    def pictures_key(self) -> str:
+        """Hash of the pictures and labels; empty without any."""
+        return self.pictures.key() if self.pictures else ""
+
+    @cached_property
+    def chosen(self) -> NDArray[np.int64]:
+        """Indices of the seeded random choice of pictures on which schedules are compared."""
+        order = np.random.default_rng(0).permutation(len(self.pixels))
+        return np.sort(order[: self.options.search_images])
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Fidelity on the chosen pictures."""
+        from edgeprune.fidelity import Evaluator
+
+        labels = self.pictures.labels if self.pictures else None
+        part = [labels[i] for i in self.chosen] if labels else None
+        return Evaluator(self.model, self.options.method, self.pixels[self.chosen], part)
+
+    def drop(self, tokens: Sequence[int]) -> float:
+        """Points of top-1 that a schedule loses on all pictures; points of agreement without labels."""
+        from edgeprune.fidelity import logits_of_schedule
+
+        dense = (self.model.vit.tokens,) * self.model.vit.depth
+        unpruned, pruned = (
+            logits_of_schedule(self.model, self.options.method, t, self.pixels, self.progress)
+            for t in (dense, tokens)
+        )
+        if self.pictures and self.pictures.labels:
+            labels = self.pictures.labels
+            return measure.top1(unpruned, labels) - measure.top1(pruned, labels)
+        return 100 - measure.agreement(unpruned, pruned)
+
+
+def pictures_of(options: Options) -> ImageSet | None:
+    """The images asked for; the embedded model's held-out digits by default. Raises ImageError."""
+    if options.images is not None:
+        return load_images(options.images)
+    return load_images(zoo.images_dir() / "labels.csv") if options.model == zoo.EMBEDDED else None
