@@ -74,7 +74,8 @@ def fix_tokens(trunk: Path, tokens: int, out: Path) -> None:
         dims = value.type.tensor_type.shape.dim
         if len(dims) != 3:
             raise InputError(f"{trunk}: {value.name} is not (batch, tokens, width): export it with edgeprune")
-        dims[1].dim_value = tokens
+        if not dims[1].HasField("dim_value"):  # the last block's output is the prefix, whatever enters it
+            dims[1].dim_value = tokens
     model = shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     static_or_raise(model)
     with replacing(out) as temporary:

@@ -30,9 +30,10 @@ class Fidelity(NamedTuple):
     top1: float | None
 
 
-def pruned_module(model: Model, method: str, tokens: Sequence[int]) -> PrunedViT:
+def pruned_module(model: Model, method: str, tokens: Sequence[int], prefix_last: bool = False) -> PrunedViT:
     """The model with a schedule, in eval mode."""
-    pruned = PrunedViT(model.module, model.family, model.vit, tokens, reducer_named(method))
+    reducer = reducer_named(method)
+    pruned = PrunedViT(model.module, model.family, model.vit, tokens, reducer, prefix_last)
     return pruned.eval()
 
 

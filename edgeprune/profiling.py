@@ -38,7 +38,7 @@ def export_probes(model: Model, method: str, batch: int, folder: Path) -> None:
     """
     import torch
 
-    from edgeprune.prune import CutBlock, Fixed, PrunedViT, Trunk
+    from edgeprune.prune import CutBlock, Fixed, LastBlock, PrunedViT, Trunk
     from edgeprune.reducers import reducer_named
 
     vit, module, family = model.vit, model.module, model.family
@@ -55,9 +55,12 @@ def export_probes(model: Model, method: str, batch: int, folder: Path) -> None:
     missing("trunk.onnx", lambda p: export.trunk_from_module(Trunk(list(blocks), family), stream, p))
     missing("fixed.onnx", lambda p: export.onnx_from_module(Fixed(module, family), images, p))
     missing("dense.onnx", lambda p: export.onnx_from_module(dense, images, p))
+    missing("block.onnx", lambda p: export.trunk_from_module(Trunk([middle], family), stream, p))
+    if vit.prefix_pooled:
+        last = LastBlock(middle, family, vit.prefix)
+        missing("last.onnx", lambda p: export.trunk_from_module(last, stream, p))
     reducer = reducer_named(method)
     if reducer is not None:
-        missing("block.onnx", lambda p: export.trunk_from_module(Trunk([middle], family), stream, p))
         for entering, leaving in cut_pairs(vit):
             cut = CutBlock(middle, family, vit, leaving, reducer)
             example = stream[:, :1].expand(-1, entering, -1).contiguous()
@@ -146,6 +149,10 @@ def _measured(target: Target, vit: Vit, method: str, exhaustive: bool, folder_ma
 
 def _others(target: Target, vit: Vit, method: str, folder: Path) -> Mapping[str, Open]:
     others = {name: target.opener(folder / f"{name}.onnx") for name in ("fixed", "dense")}
+    if (folder / "last.onnx").is_file():
+        for n in sorted({n for pair in cut_pairs(vit) for n in pair}):
+            others[f"block {n}"] = _static(target, folder / "block.onnx", n)
+            others[f"last {n}"] = _static(target, folder / "last.onnx", n)
     for entering, leaving in cut_pairs(vit):
         cut = folder / f"cut-{method}-{entering}-{leaving}.onnx"
         if cut.is_file():

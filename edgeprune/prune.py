@@ -16,14 +16,22 @@ from edgeprune.tokens import Reducer
 class PrunedViT(nn.Module):
     """A timm model with a token schedule. The timm model is held, never changed.
 
-    Requires a schedule valid for `vit`; ensures that block i hands on exactly tokens[i] tokens.
+    Requires a schedule valid for `vit`; ensures that block i hands on exactly tokens[i] tokens. With
+    `prefix_last` the last block computes the prefix alone, all that a prefix-pooled head reads: lossless,
+    and no cut may lie in it.
     """
 
     def __init__(
-        self, model: nn.Module, family: Family, vit: Vit, tokens: Sequence[int], reducer: Reducer | None
+        self,
+        model: nn.Module,
+        family: Family,
+        vit: Vit,
+        tokens: Sequence[int],
+        reducer: Reducer | None,
+        prefix_last: bool = False,
     ) -> None:
         super().__init__()
-        check_tokens(tokens, vit)
+        check_tokens(tokens, vit, prefix_last)
         if reducer is None and any(n != vit.tokens for n in tokens):
             raise ValueError("a schedule that loses tokens needs a reducer")
         self.model = model
@@ -31,11 +39,16 @@ class PrunedViT(nn.Module):
         self.vit = vit
         self.tokens = tuple(tokens)
         self.reducer = reducer
+        self.prefix_last = prefix_last
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, P, P) images to (B, classes) logits."""
         x = self.family.embed(self.model, images)
-        x, _ = self.blocks(x, None, 0, self.vit.depth)
+        last = self.vit.depth - 1 if self.prefix_last else self.vit.depth
+        x, sizes = self.blocks(x, None, 0, last)
+        if self.prefix_last:
+            blocks: Any = self.model.blocks
+            x = self.family.finish(blocks[last], x, sizes, self.vit.prefix)
         return self.family.classify(self.model, x)
 
     def blocks(self, x: Tensor, sizes: Tensor | None, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
@@ -103,6 +116,18 @@ class CutBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, C) to (B, keep, C)."""
         return step(self.family, self.block, x, None, self.keep, self.vit.prefix, self.reducer)[0]
+
+
+class LastBlock(nn.Module):
+    """The last block for the prefix alone: (B, n, C) to (B, prefix, C). What `prefix_last` costs."""
+
+    def __init__(self, block: nn.Module, family: Family, prefix: int) -> None:
+        super().__init__()
+        self.block, self.family, self.prefix = block, family, prefix
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, n, C) to (B, prefix, C)."""
+        return self.family.finish(self.block, x, None, self.prefix)
 
 
 @torch.no_grad()

@@ -168,6 +168,13 @@ class CutCost(Record, frozen=True, kw_only=True):
     cost_ms: float
 
 
+class LastShare(Record, frozen=True, kw_only=True):
+    """The last block for the prefix alone, as a share of the whole block's latency at `tokens`."""
+
+    tokens: int
+    share: float
+
+
 class Staircase(Record, frozen=True, kw_only=True):
     """Latency over token counts on one setup. Knows no GPU: it is points, noise and treads."""
 
@@ -178,7 +185,7 @@ class Staircase(Record, frozen=True, kw_only=True):
     dense: Latency  # the whole unpruned model, in the same rounds
     points: tuple[Point, ...]  # ascending token counts, the unpruned count included
     cuts: dict[str, tuple[CutCost, ...]] = {}  # by method
-    last_prefix: Latency | None = None  # one block that serves the prefix alone (the head's last block)
+    last: tuple[LastShare, ...] = ()  # empty where the head reads more than the prefix
 
     def __post_init__(self) -> None:
         counts = [p.tokens for p in self.points]
@@ -201,11 +208,12 @@ class Schedule(Record, frozen=True, kw_only=True):
     method: str
     policy: str
     tokens: tuple[int, ...]
+    prefix_last: bool = False  # the last block computes the prefix alone (lossless)
     predicted_ms: float | None = None
     staircase_sha256: str | None = None
 
     def __post_init__(self) -> None:
-        check_tokens(self.tokens, self.vit)
+        check_tokens(self.tokens, self.vit, self.prefix_last)
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -214,8 +222,15 @@ class Schedule(Record, frozen=True, kw_only=True):
         return tuple(i for i, n in enumerate(self.tokens) if n < before[i])
 
 
-def check_tokens(tokens: Sequence[int], vit: Vit) -> None:
-    """Raise ValueError unless `tokens` is a schedule of `vit`: one per block, never rising, above prefix."""
+def check_tokens(tokens: Sequence[int], vit: Vit, prefix_last: bool = False) -> None:
+    """Raise ValueError unless `tokens` is a schedule of `vit`: one per block, never rising, above prefix.
+
+    With `prefix_last` the last block's count is what enters it; the head must read the prefix alone.
+    """
+    if prefix_last and not vit.prefix_pooled:
+        raise ValueError(f"the head of {vit.name} reads more than the prefix: its last block is needed whole")
+    if prefix_last and len(tokens) > 1 and tokens[-1] != tokens[-2]:
+        raise ValueError("no cut can lie in a last block that computes the prefix alone")
     if len(tokens) != vit.depth:
         raise ValueError(f"{len(tokens)} token counts for {vit.depth} blocks")
     before = vit.tokens

@@ -10,6 +10,7 @@ import numpy as np
 from edgeprune.measure import Open, Samples, interleave
 from edgeprune.records import (
     CutCost,
+    LastShare,
     Latency,
     Point,
     Progress,
@@ -79,7 +80,19 @@ def _staircase(vit: Vit, setup: Setup, samples: Samples) -> Staircase:
         dense=latency["dense"],
         points=tuple(Point(tokens=n, latency=latency[f"trunk {n}"]) for n in counts),
         cuts=_cut_costs(vit, samples),
+        last=_last_shares(samples),
     )
+
+
+def _last_shares(samples: Samples) -> tuple[LastShare, ...]:
+    """The last block for the prefix alone against the whole block, by the median ratio per round."""
+    shares = []
+    for name, last in samples.items():
+        if name.startswith("last "):
+            tokens = name.split()[1]
+            ratios = [a / b for a, b in zip(last, samples[f"block {tokens}"], strict=False)]
+            shares.append(LastShare(tokens=int(tokens), share=float(np.median(ratios))))
+    return tuple(sorted(shares, key=lambda s: s.tokens))
 
 
 def _cut_costs(vit: Vit, samples: Samples) -> dict[str, tuple[CutCost, ...]]:
@@ -172,17 +185,27 @@ def cut_cost_ms(costs: Sequence[CutCost], entering: int) -> float:
     return float(np.interp(entering, xs, ys))
 
 
-def predict_ms(staircase: Staircase, tokens: Sequence[int], method: str) -> float:
+def last_share(staircase: Staircase, tokens: float) -> float:
+    """Latency of a last block that computes the prefix alone, as a share of the whole block; 1 if unknown."""
+    if not staircase.last:
+        return 1.0
+    counts, shares = [s.tokens for s in staircase.last], [s.share for s in staircase.last]
+    return float(np.interp(tokens, counts, shares))
+
+
+def predict_ms(staircase: Staircase, tokens: Sequence[int], method: str, prefix_last: bool = False) -> float:
     """Latency of a schedule by the additive model, ms.
 
     fixed + sum over blocks (attention at the tokens entering, MLP at the tokens leaving, plus the
-    measured cost of a cut), times dense / (fixed + trunk), which is 1 where the model is exact.
+    measured cost of a cut), times dense / (fixed + trunk), which is 1 where the model is exact. With
+    `prefix_last` the last block counts with its measured share.
     """
     vit = staircase.vit
     costs = staircase.cuts.get(method, ())
     total, entering = staircase.fixed.median_ms, vit.tokens
-    for leaving in tokens:
-        total += additive_block_ms(staircase, entering, leaving)
+    for block, leaving in enumerate(tokens):
+        part = additive_block_ms(staircase, entering, leaving)
+        total += part * last_share(staircase, entering) if prefix_last and block == vit.depth - 1 else part
         if leaving < entering:
             total += cut_cost_ms(costs, entering)
         entering = leaving

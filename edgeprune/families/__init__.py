@@ -34,6 +34,10 @@ class Family(Protocol):
         """Attention and residual of a block, with the softmax weights, keys and values kept."""
         ...
 
+    def finish(self, block: Any, x: Tensor, sizes: Tensor | None, prefix: int) -> Tensor:
+        """The last block for the first `prefix` tokens alone: all that a prefix-pooled head reads."""
+        ...
+
     def feed(self, block: Any, x: Tensor) -> Tensor:
         """MLP and residual of a block."""
         ...

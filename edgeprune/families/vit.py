@@ -8,6 +8,7 @@ import torch
 from timm.layers import Attention
 from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from edgeprune.records import Vit
 from edgeprune.tokens import Attended
@@ -89,12 +90,40 @@ def attend(block: Any, x: Tensor, sizes: Tensor | None) -> Attended:
         logits = logits + size_bias(sizes)
     weights = logits.softmax(dim=-1)
     out = (weights @ values).transpose(1, 2).reshape(batch, count, attn.attn_dim)
+    return Attended(x + _project(block, out, y), weights, keys, values)
+
+
+def finish(block: Any, x: Tensor, sizes: Tensor | None, prefix: int) -> Tensor:
+    """(B, N, C) to (B, prefix, C): queries, projection and MLP for the prefix, keys and values for all.
+
+    The same values as the whole block gives its first tokens; nothing else of it is ever read.
+    """
+    pre_norm = isinstance(block, Block)
+    attn = block.attn
+    y = block.norm1(x) if pre_norm else x
+    batch, count, _ = y.shape
+    weight, bias, inner = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
+    queries = linear(y[:, :prefix], weight[:inner], None if bias is None else bias[:inner])
+    both = linear(y, weight[inner:], None if bias is None else bias[inner:])
+    queries = queries.reshape(batch, prefix, attn.num_heads, attn.head_dim).transpose(1, 2)
+    keys, values = both.reshape(batch, count, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    queries, keys = attn.q_norm(queries), attn.k_norm(keys)
+    logits = (queries * attn.scale) @ keys.transpose(-2, -1)
+    if sizes is not None:
+        logits = logits + size_bias(sizes)
+    out = (logits.softmax(dim=-1) @ values).transpose(1, 2).reshape(batch, prefix, inner)
+    return feed(block, x[:, :prefix] + _project(block, out, y[:, :prefix]))
+
+
+def _project(block: Any, out: Tensor, y: Tensor) -> Tensor:
+    """What follows the attention product up to the residual: (B, n, heads * D) to (B, n, C)."""
+    attn = block.attn
     out = attn.norm(out)
     if attn.gate is not None:
         out = out * torch.sigmoid(attn.gate(y))
     out = attn.proj(out)
-    out = x + (block.ls1(out) if pre_norm else block.norm1(out))
-    return Attended(out, weights, keys, values)
+    result: Tensor = block.ls1(out) if isinstance(block, Block) else block.norm1(out)
+    return result
 
 
 def feed(block: Any, x: Tensor) -> Tensor:

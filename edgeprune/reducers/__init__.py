@@ -11,6 +11,8 @@ REDUCERS = {
     "topk": "edgeprune.reducers.topk:topk",
     "evit": "edgeprune.reducers.evit:evit",
     "pomt": "edgeprune.reducers.pomt:pomt",
+    "tome": "edgeprune.reducers.tome:tome",
+    "fold": "edgeprune.reducers.fold:fold",
 }
 
 

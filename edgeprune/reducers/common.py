@@ -40,3 +40,8 @@ def take(x: Tensor, index: Tensor) -> Tensor:
         index = index + torch.arange(batch, device=x.device)[:, None] * count
     flat = x.reshape(batch * count, channels).index_select(0, index.reshape(-1))
     return flat.reshape(batch, -1, channels)
+
+
+def one_hot(index: Tensor, count: int) -> Tensor:
+    """(B, M) indices below `count` to (B, M, count) booleans, by comparison: no scatter."""
+    return index[..., None] == torch.arange(count, device=index.device)

@@ -1,0 +1,134 @@
+"""What tests share: the real assets, tiny random models of every kind, and hand-made records."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edgeprune.records import Latency, Point, Setup, Staircase, Vit
+
+
+def pytest_collection_finish() -> None:
+    """Two threads at most, where a test file has imported torch."""
+    if "torch" in sys.modules:
+        torch: Any = sys.modules["torch"]
+        torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The folder with the real ViT-Tiny weights and images."""
+    folder = os.environ.get("EDGEPRUNE_ASSETS")
+    if not folder:
+        pytest.skip("EDGEPRUNE_ASSETS is not set")
+    return Path(folder)
+
+
+def shake(module: Any) -> Any:
+    """Noise on every parameter, so that no zero or tiny initial value hides a term; eval mode."""
+    import torch
+
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return module.eval()
+
+
+KINDS: dict[str, dict[str, Any]] = {  # by what sets them apart; 16 body tokens each
+    "cls": {},
+    "distilled": {},  # prefix 2
+    "registers": {"reg_tokens": 4, "no_embed_class": True, "init_values": 1e-5},  # prefix 5
+    "gap": {"class_token": False, "global_pool": "avg"},  # prefix 0
+    "map": {"class_token": False, "global_pool": "map"},
+    "post-norm": {"block": "ResPostBlock", "init_values": 1e-5},
+    "gated-mlp": {"mlp": "SwiGLU"},
+    "packed-mlp": {"mlp": "SwiGLUPacked"},
+    "norms": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "pre_norm": True},
+    "gated-attention": {"gated": True},
+}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Any]:
+    """tiny(kind, depth=3) is an edgeprune Model of KINDS: 16 px, patch 4, width 48, 3 heads, 7 classes."""
+    import timm.layers
+    import timm.models.deit
+    import timm.models.vision_transformer as vits
+    import torch
+
+    from edgeprune.families import family_of
+    from edgeprune.models import Model
+    from edgeprune.records import Preprocessing
+
+    @cache
+    def make(kind: str, depth: int = 3) -> Model:
+        torch.manual_seed(0)
+        options = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": depth, "num_heads": 3, "num_classes": 7}
+        options |= KINDS[kind]
+        gated = options.pop("gated", False)
+        if "block" in options:
+            options["block_fn"] = getattr(vits, options.pop("block"))
+        if "mlp" in options:
+            options["mlp_layer"] = getattr(timm.layers, options.pop("mlp"))
+        build = timm.models.deit.VisionTransformerDistilled if kind == "distilled" else vits.VisionTransformer
+        module = build(**options)
+        for block in module.blocks if gated else ():
+            block.attn.gate = torch.nn.Linear(48, 48)
+        shake(module)
+        _, family = family_of(module)
+        how = Preprocessing(
+            image_px=16, resize_px=16, interpolation="bicubic", crop_mode="center", mean=(0.5,) * 3, std=(0.5,) * 3
+        )
+        return Model(module, family, family.describe(module, kind, "0" * 64), how)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_vit() -> Callable[..., Vit]:
+    """make_vit(**fields) is a Vit record: 12 blocks, 197 tokens, prefix 1, unless given otherwise."""
+
+    def make(**fields: Any) -> Vit:
+        defaults: dict[str, Any] = {"name": "test", "weights_sha256": "0" * 64, "family": "vit", "image_px": 224}
+        defaults |= {"patch_px": 16, "depth": 12, "width": 192, "heads": 3, "head_dim": 64, "mlp_width": 768}
+        defaults |= {"prefix": 1, "tokens": 197, "classes": 1000, "prefix_pooled": True}
+        return Vit(**defaults | fields)
+
+    return make
+
+
+SETUP = Setup(device="test", machine="test", runtime="fake", runtime_version="1", precision="fp32", batch=1)
+
+
+@pytest.fixture(scope="session")
+def make_staircase(make_vit: Callable[..., Vit]) -> Callable[..., Staircase]:
+    """make_staircase({tokens: ms or samples}, fixed=, dense=, **fields) is a Staircase.
+
+    The unpruned model takes the fixed part and the trunk together unless `dense` is given.
+    """
+
+    def make(
+        points: Mapping[int, float | Sequence[float]], fixed: float = 1.0, dense: float | None = None, **fields: Any
+    ) -> Staircase:
+        def latency(ms: float | Sequence[float]) -> Latency:
+            return Latency(samples_ms=(ms,) if isinstance(ms, int | float) else tuple(ms))
+
+        counts = sorted(points)
+        whole = fixed + latency(points[counts[-1]]).median_ms if dense is None else dense
+        return Staircase(
+            vit=fields.pop("vit", None) or make_vit(tokens=counts[-1]),
+            setup=SETUP,
+            fixed=latency(fixed),
+            dense=latency(whole),
+            points=tuple(Point(tokens=n, latency=latency(points[n])) for n in counts),
+            **fields,
+        )
+
+    return make
