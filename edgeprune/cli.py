@@ -30,14 +30,17 @@ Weights = Annotated[
 Images = Annotated[
     Path | None, typer.Option(help="folder of class folders, CSV `image[,label]`, or folder of pictures")
 ]
-Method = Annotated[str, typer.Option(help="how tokens are lost: pomt | evit | topk | none")]
-Policy = Annotated[str, typer.Option(help="search: any block, by KL | paper: one block, by utility")]
+Method = Annotated[str, typer.Option(help="how tokens are lost: fold | pomt | tome | evit | topk | none")]
+Policy = Annotated[str, typer.Option(help="search: cuts in any blocks, by KL | paper: one block, by utility")]
 Alpha = Annotated[float | None, typer.Option(help="weight of latency in the utility, 0 to 1", min=0, max=1)]
 Speedup = Annotated[float | None, typer.Option(help="be at least this many times faster")]
 Budget = Annotated[float | None, typer.Option("--budget-ms", help="take at most this many ms")]
 MaxDrop = Annotated[float | None, typer.Option(help="lose at most these points of top-1", min=0)]
 Precision = Annotated[str, typer.Option(help="fp32 | fp16 | int8")]
 Batch = Annotated[int, typer.Option(help="images in one inference")]
+WholeLast = Annotated[
+    bool, typer.Option("--whole-last", help="compute the whole last block, though the head reads the prefix alone")
+]
 Work = Annotated[Path, typer.Option(help="folder that keeps finished steps")]
 AsJson = Annotated[bool, typer.Option("--json", help="one JSON object as the last line of stdout")]
 Simulate = Annotated[bool, typer.Option(help="latency from the device's tail-effect model, not from hardware")]
@@ -69,7 +72,7 @@ def build(
     model: Model = EMBEDDED,
     weights: Weights = None,
     images: Images = None,
-    method: Method = "pomt",
+    method: Method = "fold",
     policy: Policy = "search",
     alpha: Alpha = None,
     speedup: Speedup = None,
@@ -78,6 +81,7 @@ def build(
     precision: Precision = "fp32",
     batch: Batch = 1,
     block: Block = 3,
+    whole_last: WholeLast = False,
     simulate: Simulate = False,
     exhaustive: Exhaustive = False,
     search_images: Annotated[int, typer.Option(help="pictures that the search compares schedules on", min=1)] = 64,
@@ -110,6 +114,7 @@ def build(
         simulate=simulate,
         exhaustive=exhaustive,
         block=block,
+        whole_last=whole_last,
         search_images=search_images,
         rounds=rounds,
         overrides=_overrides(crop_pct, interpolation, mean, std),
@@ -146,14 +151,14 @@ def profile(
     with _progress() as progress:
         target = target_for(device, precision, batch, simulate, work, progress)
         if trunk is not None:
-            staircase = profiling.staircase_of_folder(target, trunk, method, exhaustive)
+            staircase = profiling.staircase_of_folder(target, trunk, (method,), exhaustive)
         elif simulate:
             staircase = profiling.staircase_simulated(target, profiling.vit_of(model), exhaustive)
         else:
             from edgeprune.models import load_model
 
             loaded = load_model(model, weights)
-            staircase = profiling.staircase_of_model(target, loaded, method, exhaustive)
+            staircase = profiling.staircase_of_model(target, loaded, (method,), exhaustive)
     save(staircase, out)
     for plot in staircase_svg(staircase).values():
         write_bytes(out.with_suffix(".svg"), plot)
@@ -169,13 +174,14 @@ def schedule(
     model: Model = EMBEDDED,
     weights: Weights = None,
     images: Images = None,
-    method: Method = "pomt",
+    method: Method = "fold",
     policy: Policy = "search",
     alpha: Alpha = None,
     speedup: Speedup = None,
     budget_ms: Budget = None,
     max_drop: MaxDrop = None,
     block: Block = 3,
+    whole_last: WholeLast = False,
     search_images: Annotated[int, typer.Option(help="pictures that schedules are compared on", min=1)] = 64,
     work: Work = WORK,
     out: Annotated[Path, typer.Option(help="where the schedule goes")] = Path("schedule.json"),
@@ -195,6 +201,7 @@ def schedule(
         policy=policy,
         goal=_goal(alpha, speedup, budget_ms, max_drop),
         block=block,
+        whole_last=whole_last,
         search_images=search_images,
         work=work,
     )
@@ -244,7 +251,7 @@ def export(
         progress("exporting", 0, 1)
         if trunk:
             out = out if out != Path("model.onnx") else Path("probes")
-            export_probes(loaded, method, batch, out)
+            export_probes(loaded, (method,), batch, out)
             path = out / "trunk.onnx"
         else:
             path = export_model(loaded, schedule, batch, out)

@@ -42,10 +42,11 @@ def logits_of_schedule(
     method: str,
     tokens: Sequence[int],
     pixels: NDArray[np.uint8],
+    prefix_last: bool = False,
     progress: Progress = silent,
 ) -> NDArray[np.float32]:
     """PyTorch logits (images, classes) of a schedule over any number of images, in little memory."""
-    module, rows = pruned_module(model, method, tokens), []
+    module, rows = pruned_module(model, method, tokens, prefix_last), []
     with torch.inference_mode():
         for start in range(0, len(pixels), CHUNK):
             progress("evaluating", start, len(pixels))
@@ -63,9 +64,14 @@ class Evaluator:
     """
 
     def __init__(
-        self, model: Model, method: str, pixels: NDArray[np.uint8], labels: Sequence[int] | None = None
+        self,
+        model: Model,
+        method: str,
+        pixels: NDArray[np.uint8],
+        labels: Sequence[int] | None = None,
+        prefix_last: bool = False,
     ) -> None:
-        self.model, self.labels = model, labels
+        self.model, self.labels, self.prefix_last = model, labels, prefix_last
         self.reducer = reducer_named(method)
         self._blocks: Any = model.module.blocks
         self._streams: list[list[tuple[Tensor, Tensor | None]]] = []  # by block, by chunk
@@ -79,6 +85,8 @@ class Evaluator:
 
     def base(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Logits (images, classes) of a schedule; its streams are kept for the schedules that follow."""
+        if tuple(tokens) == self._base:
+            return self._classify(self._streams[-1])
         shared = self._shared(tokens)
         streams = self._streams[: shared + 1] or [self._embedded]
         for block in range(len(streams) - 1, self.model.vit.depth):
@@ -88,7 +96,7 @@ class Evaluator:
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
         """Logits (images, classes) of a schedule from the block on where it leaves the base."""
-        check_tokens(tokens, self.model.vit)
+        check_tokens(tokens, self.model.vit, self.prefix_last)
         shared = self._shared(tokens)
         out = []
         for x, sizes in self._streams[shared]:
@@ -130,6 +138,8 @@ class Evaluator:
     def _step(self, block: int, x: Tensor, sizes: Tensor | None, keep: int) -> tuple[Tensor, Tensor | None]:
         model = self.model
         with torch.inference_mode():
+            if self.prefix_last and block == model.vit.depth - 1:
+                return model.family.finish(self._blocks[block], x, sizes, model.vit.prefix), None
             return step(model.family, self._blocks[block], x, sizes, keep, model.vit.prefix, self.reducer)
 
     def _classify(self, streams: Sequence[tuple[Tensor, Tensor | None]]) -> NDArray[np.float32]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from copy import copy
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ class Options:
     model: str = zoo.EMBEDDED
     weights: str | None = None
     images: Path | None = None
-    method: str = "pomt"
+    method: str = "fold"
     policy: str = "search"
     goal: Goal = field(default_factory=Goal)
     precision: str = "fp32"
@@ -46,6 +47,7 @@ class Options:
     simulate: bool = False
     exhaustive: bool = False
     block: int = PAPER_BLOCK
+    whole_last: bool = False  # compute the whole last block though the head reads the prefix alone
     search_images: int = 64
     rounds: int = ROUNDS
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -74,10 +76,23 @@ class Job:
                 f"{self.model.vit.classes - 1}: check the CSV or the weights"
             )
 
+    def with_method(self, method: str) -> Job:
+        """The same job for another method, sharing model, pictures and staircase."""
+        other = copy(self)
+        other.options = replace(self.options, method=method)
+        other.__dict__.pop("evaluator", None)
+        return other
+
+    @property
+    def prefix_last(self) -> bool:
+        """Does the last block compute the prefix alone?"""
+        vit = self.model.vit
+        return vit.prefix_pooled and vit.depth > 1 and not self.options.whole_last
+
     @cached_property
     def staircase(self) -> Staircase:
         """Measured, resumed or reused."""
-        return staircase_of_model(self.target, self.model, self.options.method, self.options.exhaustive)
+        return staircase_of_model(self.target, self.model, (self.options.method,), self.options.exhaustive)
 
     @cached_property
     def pixels(self) -> NDArray[np.uint8]:
@@ -113,7 +128,7 @@ class Job:
 
         labels = self.pictures.labels if self.pictures else None
         part = [labels[i] for i in self.chosen] if labels else None
-        return Evaluator(self.model, self.options.method, self.pixels[self.chosen], part)
+        return Evaluator(self.model, self.options.method, self.pixels[self.chosen], part, self.prefix_last)
 
     def drop(self, tokens: Sequence[int]) -> float:
         """Points of top-1 that a schedule loses on all pictures; points of agreement without labels."""
@@ -121,7 +136,7 @@ class Job:
 
         dense = (self.model.vit.tokens,) * self.model.vit.depth
         unpruned, pruned = (
-            logits_of_schedule(self.model, self.options.method, t, self.pixels, self.progress)
+            logits_of_schedule(self.model, self.options.method, t, self.pixels, False, self.progress)
             for t in (dense, tokens)
         )
         if self.pictures and self.pictures.labels:

@@ -118,12 +118,12 @@ def export_model(model: Model, schedule: Path | None, batch: int, out: Path) -> 
 
     from edgeprune.fidelity import pruned_module
 
-    method, tokens = "none", (model.vit.tokens,) * model.vit.depth
+    method, tokens, prefix_last = "none", (model.vit.tokens,) * model.vit.depth, False
     if schedule is not None:
         found = load(schedule, Schedule)
         if found.vit != model.vit:
             raise InputError(f"{schedule} is of {found.vit.name} with other weights: make it for this model")
-        method, tokens = found.method, found.tokens
+        method, tokens, prefix_last = found.method, found.tokens, found.prefix_last
     example = torch.zeros(batch, 3, model.vit.image_px, model.vit.image_px)
-    export.onnx_from_module(pruned_module(model, method, tokens), example, out)
+    export.onnx_from_module(pruned_module(model, method, tokens, prefix_last), example, out)
     return out

@@ -5,43 +5,104 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from edgeprune.errors import InputError
 from edgeprune.job import Job, Options
-from edgeprune.records import Progress, Schedule, Staircase, encode, load, save, silent
-from edgeprune.schedule import Goal, choose, finished, paper_schedule, single_cut_front
+from edgeprune.records import Progress, Schedule, Staircase, encode, load, read_bytes, save, silent, write_bytes
+from edgeprune.schedule import Candidate, Goal, choose, finished, paper_schedule
+from edgeprune.search import Search, Tokens
+
+if TYPE_CHECKING:
+    from edgeprune.fidelity import Fidelity
 
 POLICIES = ("search", "paper")
+SAVE_EVERY = 8  # scores
+Row = tuple[float, float, float | None]  # KL, agreement, top-1
 
 
 def solve(job: Job, goal: Goal) -> Schedule:
-    """Tokens per block for a goal, by the policy asked for; kept in the work folder."""
+    """Tokens per block for a goal, by the policy asked for."""
     options, staircase, vit = job.options, job.staircase, job.model.vit
     if options.method == "none":
-        return finished(staircase, "none", options.policy, (vit.tokens,) * vit.depth)
-    images = (job.pictures_key, options.search_images)
-    parts = (
-        encode(staircase),
-        options.method,
-        options.policy,
-        goal,
-        options.block,
-        images,
-        job.model.preprocessing,
-    )
+        dense = (vit.tokens,) * vit.depth
+        return finished(staircase, "none", options.policy, dense, job.prefix_last)
+    parts = (encode(staircase), goal, options.policy, options.block, *_scored_on(job))
 
     def make(path: Path) -> None:
         if options.policy == "paper":
-            schedule = paper_schedule(staircase, options.method, goal, _accuracy(job), options.block, job.progress)
+            schedule = paper_schedule(
+                staircase, options.method, goal, _accuracy(job), options.block, job.prefix_last, job.progress
+            )
         else:
-            front = single_cut_front(staircase, options.method, job.evaluator.fidelity, goal, job.progress)
-            best = choose(front, staircase, options.method, goal, job.drop)
-            schedule = finished(staircase, options.method, "search", best.tokens)
+            best = _searched(job, goal)
+            schedule = finished(staircase, options.method, "search", best.tokens, job.prefix_last)
         save(schedule, path)
 
     return load(job.target.step("schedule", ".json", parts, make), Schedule)
+
+
+def _searched(job: Job, goal: Goal) -> Candidate:
+    """The front down to the goal, the goal's choice on it, polished where the goal is a latency."""
+    scores = Scores(job)
+    search = Search(job.staircase, job.options.method, scores.of, job.prefix_last, job.progress)
+    limit = goal.limit_ms(job.staircase.dense.median_ms)
+    try:
+        best = choose(search.front(limit), job.staircase, job.options.method, goal, job.drop)
+        return best if limit is None else search.polish(best, limit)
+    finally:
+        scores.save()
+
+
+def _scored_on(job: Job) -> tuple[object, ...]:
+    """All that the fidelity of a schedule depends on, besides its tokens."""
+    options = job.options
+    return (
+        job.model.vit,
+        options.method,
+        job.prefix_last,
+        job.pictures_key,
+        options.search_images,
+        job.model.preprocessing,
+    )
+
+
+class Scores:
+    """Fidelity by schedule, kept in a file: an interrupted search goes on, another goal starts ahead."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.path = job.target.path("scores", ".json", *_scored_on(job))
+        self.known: dict[str, Row] = {}
+        if self.path.exists():
+            try:
+                self.known = msgspec.json.decode(read_bytes(self.path), type=dict[str, Row])
+            except msgspec.DecodeError:
+                self.known = {}
+        self._unsaved = 0
+
+    def of(self, tokens: Tokens, base: Tokens) -> Fidelity:
+        """Fidelity of a schedule; `base` is the one it was derived from, whose streams it shares."""
+        from edgeprune.fidelity import Fidelity
+
+        key = ",".join(map(str, tokens))
+        if key not in self.known:
+            evaluator = self.job.evaluator
+            evaluator.base(base)
+            score = evaluator.fidelity(tokens)
+            self.known[key] = (score.kl, score.agreement, score.top1)
+            self._unsaved += 1
+            if self._unsaved >= SAVE_EVERY:
+                self.save()
+        return Fidelity(*self.known[key])
+
+    def save(self) -> None:
+        """Write what is known. Raises OutputError."""
+        if self._unsaved:
+            write_bytes(self.path, msgspec.json.encode(self.known))
+            self._unsaved = 0
 
 
 def _accuracy(job: Job) -> Callable[[int], float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ def cut_pairs(vit: Vit) -> tuple[tuple[int, int], ...]:
     return tuple((max(round(a * vit.tokens), lowest + 1), max(round(b * vit.tokens), lowest)) for a, b in shares)
 
 
-def export_probes(model: Model, method: str, batch: int, folder: Path) -> None:
+def export_probes(model: Model, methods: Sequence[str], batch: int, folder: Path) -> None:
     """Write trunk, block, fixed and dense ONNX files, and a cut block per pair; those that exist stay.
 
     `vit.json` beside them says what they are: with it the folder is all that `profile --trunk` needs.
@@ -59,9 +59,10 @@ def export_probes(model: Model, method: str, batch: int, folder: Path) -> None:
     if vit.prefix_pooled:
         last = LastBlock(middle, family, vit.prefix)
         missing("last.onnx", lambda p: export.trunk_from_module(last, stream, p))
-    reducer = reducer_named(method)
-    if reducer is not None:
-        for entering, leaving in cut_pairs(vit):
+    for method in methods:
+        reducer = reducer_named(method)
+        for entering, leaving in cut_pairs(vit) if reducer else ():
+            assert reducer is not None
             cut = CutBlock(middle, family, vit, leaving, reducer)
             example = stream[:, :1].expand(-1, entering, -1).contiguous()
             name = f"cut-{method}-{entering}-{leaving}.onnx"
@@ -69,21 +70,21 @@ def export_probes(model: Model, method: str, batch: int, folder: Path) -> None:
     missing("vit.json", lambda p: save(vit, p))
 
 
-def staircase_of_model(target: Target, model: Model, method: str, exhaustive: bool = False) -> Staircase:
-    """The staircase of a model with the cost of one method's cuts; reused or resumed from the work folder."""
+def staircase_of_model(target: Target, model: Model, methods: Sequence[str], exhaustive: bool = False) -> Staircase:
+    """The staircase of a model with the cost of these methods' cuts; reused or resumed from the work folder."""
     batch = target.setup.batch
     folder = target.path("probes", "", model.vit, batch)
 
     def make() -> Path:
         target.progress("exporting probes", 0, 1)
-        export_probes(model, method, batch, folder)
+        export_probes(model, methods, batch, folder)
         target.progress("exporting probes", 1, 1)
         return folder
 
-    return _measured(target, model.vit, method, exhaustive, make)
+    return _measured(target, model.vit, methods, exhaustive, make)
 
 
-def staircase_of_folder(target: Target, trunk: Path, method: str, exhaustive: bool = False) -> Staircase:
+def staircase_of_folder(target: Target, trunk: Path, methods: Sequence[str], exhaustive: bool = False) -> Staircase:
     """The staircase of exported probes, without torch. Raises InputError where one is missing."""
     folder = trunk.parent
     for name in ("trunk.onnx", "fixed.onnx", "dense.onnx", "vit.json"):
@@ -91,7 +92,7 @@ def staircase_of_folder(target: Target, trunk: Path, method: str, exhaustive: bo
             raise InputError(f"{folder / name} is missing: make the folder with edgeprune export --trunk")
     if trunk.name != "trunk.onnx":
         raise InputError(f"{trunk}: pass the trunk.onnx that edgeprune export --trunk wrote")
-    return _measured(target, load(folder / "vit.json", Vit), method, exhaustive, lambda: folder)
+    return _measured(target, load(folder / "vit.json", Vit), methods, exhaustive, lambda: folder)
 
 
 def staircase_simulated(target: Target, vit: Vit, exhaustive: bool = False) -> Staircase:
@@ -123,7 +124,7 @@ def vit_of(name: str) -> Vit:
 
 def _measured(target: Target, vit: Vit, method: str, exhaustive: bool, folder_made: Callable[[], Path]) -> Staircase:
     rounds = 1 if target.setup.simulated else ROUNDS
-    parts = (vit, target.setup, method, exhaustive, rounds)
+    parts = (vit, target.setup, methods, exhaustive, rounds)
     partial = target.path("samples", ".json", *parts)
 
     def make(path: Path) -> None:
@@ -133,7 +134,7 @@ def _measured(target: Target, vit: Vit, method: str, exhaustive: bool, folder_ma
             vit,
             target.setup,
             lambda n: _static(target, folder / "trunk.onnx", n),
-            _others(target, vit, method, folder),
+            _others(target, vit, methods, folder),
             rounds,
             exhaustive,
             samples,
@@ -147,18 +148,19 @@ def _measured(target: Target, vit: Vit, method: str, exhaustive: bool, folder_ma
     return load(target.step("staircase", ".json", parts, make), Staircase)
 
 
-def _others(target: Target, vit: Vit, method: str, folder: Path) -> Mapping[str, Open]:
+def _others(target: Target, vit: Vit, methods: Sequence[str], folder: Path) -> Mapping[str, Open]:
     others = {name: target.opener(folder / f"{name}.onnx") for name in ("fixed", "dense")}
     if (folder / "last.onnx").is_file():
         for n in sorted({n for pair in cut_pairs(vit) for n in pair}):
             others[f"block {n}"] = _static(target, folder / "block.onnx", n)
             others[f"last {n}"] = _static(target, folder / "last.onnx", n)
-    for entering, leaving in cut_pairs(vit):
-        cut = folder / f"cut-{method}-{entering}-{leaving}.onnx"
-        if cut.is_file():
-            others[f"cut {method} {entering}>{leaving}"] = target.opener(cut)
-            for n in (entering, leaving):
-                others[f"block {n}"] = _static(target, folder / "block.onnx", n)
+    for method in methods:
+        for entering, leaving in cut_pairs(vit):
+            cut = folder / f"cut-{method}-{entering}-{leaving}.onnx"
+            if cut.is_file():
+                others[f"cut {method} {entering}>{leaving}"] = target.opener(cut)
+                for n in (entering, leaving):
+                    others[f"block {n}"] = _static(target, folder / "block.onnx", n)
     return others
 
 

@@ -44,13 +44,13 @@ def correction(job: Job, asked: Goal, used: Goal, report: Report) -> Goal | None
 def dense_onnx(job: Job) -> Path:
     """The unpruned model's ONNX, among the probes."""
     folder = job.target.path("probes", "", job.model.vit, job.options.batch)
-    export_probes(job.model, "none", job.options.batch, folder)
+    export_probes(job.model, (), job.options.batch, folder)
     return folder / "dense.onnx"
 
 
 def pruned_onnx(job: Job, schedule: Schedule) -> Path:
     """The pruned model's ONNX, checked against PyTorch. Raises ExportError."""
-    if not schedule.cuts:
+    if not schedule.cuts and not schedule.prefix_last:
         return dense_onnx(job)
 
     def make(path: Path) -> None:
@@ -61,10 +61,11 @@ def pruned_onnx(job: Job, schedule: Schedule) -> Path:
         vit = job.model.vit
         example = torch.zeros(job.options.batch, 3, vit.image_px, vit.image_px)
         job.progress("exporting ONNX", 0, 1)
-        export.onnx_from_module(pruned_module(job.model, schedule.method, schedule.tokens), example, path)
+        module = pruned_module(job.model, schedule.method, schedule.tokens, schedule.prefix_last)
+        export.onnx_from_module(module, example, path)
         job.progress("exporting ONNX", 1, 1)
 
-    parts = (job.model.vit, schedule.method, schedule.tokens, job.options.batch)
+    parts = (job.model.vit, schedule.method, schedule.tokens, schedule.prefix_last, job.options.batch)
     return job.target.step("model", ".onnx", parts, make)
 
 
@@ -73,7 +74,8 @@ def check_parity(job: Job, schedule: Schedule, logits: NDArray[np.float32]) -> f
     from edgeprune.fidelity import logits_of_schedule
 
     count = min(PARITY_IMAGES, len(logits))
-    wanted = logits_of_schedule(job.model, schedule.method, schedule.tokens, job.pixels[:count])
+    pixels = job.pixels[:count]
+    wanted = logits_of_schedule(job.model, schedule.method, schedule.tokens, pixels, schedule.prefix_last)
     worst = float(np.abs(wanted - logits[:count]).max())
     if not worst <= PARITY:  # NaN is worse than any number
         raise ExportError(f"the engine's logits differ from PyTorch's by {worst:.2g}, above {PARITY}: report this")
@@ -83,7 +85,7 @@ def check_parity(job: Job, schedule: Schedule, logits: NDArray[np.float32]) -> f
 def realise(job: Job, schedule: Schedule) -> tuple[Path, Report]:
     """Compile a schedule and the unpruned model, measure both interleaved, compare their outputs."""
     target, options = job.target, job.options
-    files = [_compiled(target, onnx) for onnx in (dense_onnx(job), pruned_onnx(job, schedule))]
+    files = [compiled(target, onnx) for onnx in (dense_onnx(job), pruned_onnx(job, schedule))]
     hashes = [sha256_file(file) for file in files]
     rounds = 1 if target.setup.simulated else options.rounds
 
@@ -103,10 +105,10 @@ def realise(job: Job, schedule: Schedule) -> tuple[Path, Report]:
         speedup=speedup,
         speedup_interval=interval,
         probes=job.staircase.probes,
-        predicted_ms=predict_ms(job.staircase, schedule.tokens, schedule.method) * drift,
+        predicted_ms=predict_ms(job.staircase, schedule.tokens, schedule.method, schedule.prefix_last) * drift,
     )
     if job.pictures is not None:
-        unpruned, pruned = (_logits(job, file) for file in files)
+        unpruned, pruned = (logits_on(job, file) for file in files)
         check_parity(job, schedule, pruned)
         labels = job.pictures.labels
         report = msgspec.structs.replace(
@@ -120,7 +122,7 @@ def realise(job: Job, schedule: Schedule) -> tuple[Path, Report]:
     return files[1], report
 
 
-def _compiled(target: Target, onnx: Path) -> Path:
+def compiled(target: Target, onnx: Path) -> Path:
     """The engine of an ONNX file on the target."""
 
     def make(path: Path) -> None:
@@ -129,7 +131,7 @@ def _compiled(target: Target, onnx: Path) -> Path:
     return target.step("engine", ".onnx", (sha256_file(onnx), target.setup), make)
 
 
-def _logits(job: Job, engine: Path) -> NDArray[np.float32]:
+def logits_on(job: Job, engine: Path) -> NDArray[np.float32]:
     """Outputs of an engine over all pictures, (images, classes)."""
 
     def make(path: Path) -> None:

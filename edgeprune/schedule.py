@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from math import ceil
 from typing import NamedTuple, Protocol
 
 from edgeprune.errors import ScheduleError
-from edgeprune.records import Progress, Schedule, Staircase, encode, sha256_bytes, silent
+from edgeprune.records import Progress, Schedule, Staircase, Vit, encode, sha256_bytes, silent
 from edgeprune.staircase import predict_ms, treads, trunk_ms
 
 PAPER_BLOCK = 3  # the paper prunes in block 3 (sec. 4)
@@ -48,10 +49,9 @@ class Goal(NamedTuple):
         return self.budget_ms
 
 
-def single_cut(staircase: Staircase, block: int, tokens: int) -> tuple[int, ...]:
+def single_cut(vit: Vit, block: int, tokens: int) -> tuple[int, ...]:
     """All tokens before `block`, `tokens` from it on."""
-    depth = staircase.vit.depth
-    return (staircase.vit.tokens,) * block + (tokens,) * (depth - block)
+    return (vit.tokens,) * block + (tokens,) * (vit.depth - block)
 
 
 def paper_schedule(
@@ -60,6 +60,7 @@ def paper_schedule(
     goal: Goal,
     accuracy: Callable[[int], float],
     block: int = PAPER_BLOCK,
+    prefix_last: bool = False,
     progress: Progress = silent,
 ) -> Schedule:
     """POMT's schedule (arXiv 2407.05941, sec. 3): one cut, in `block`.
@@ -69,16 +70,18 @@ def paper_schedule(
     any n; here only treads are candidates, and a tie goes to more tokens. Raises ScheduleError.
     """
     vit = staircase.vit
-    if not 0 <= block < vit.depth:
-        raise ScheduleError(f"block {block} does not exist: {vit.name} has blocks 0 to {vit.depth - 1}")
+    end = vit.depth - 2 if prefix_last else vit.depth - 1
+    if not 0 <= block <= end:
+        raise ScheduleError(f"block {block} cannot lose tokens: {vit.name} can be cut in blocks 0 to {end}")
     counts = [n for n in treads(staircase) if n > vit.prefix + 1]
     if goal.max_drop is not None:
         raise ScheduleError("--max-drop needs --policy search: the paper's policy has no accuracy bound")
     limit = goal.limit_ms(staircase.dense.median_ms)
     if limit is not None:
-        fits = [n for n in counts if predict_ms(staircase, single_cut(staircase, block, n), method) <= limit]
+        cost = {n: predict_ms(staircase, single_cut(vit, block, n), method, prefix_last) for n in counts}
+        fits = [n for n in counts if cost[n] <= limit]
         if not fits:
-            raise _impossible(limit, staircase, single_cut(staircase, block, counts[0]), method)
+            raise impossible(limit, staircase, cost[counts[0]], method)
         best = max(fits)
     else:
         alpha = 0.5 if goal.alpha is None else goal.alpha
@@ -95,51 +98,67 @@ def paper_schedule(
                 n,
             ),
         )
-    return finished(staircase, method, "paper", single_cut(staircase, block, best))
+    return finished(staircase, method, "paper", single_cut(vit, block, best), prefix_last)
 
 
-def finished(staircase: Staircase, method: str, policy: str, tokens: Sequence[int]) -> Schedule:
+def published_shapes(vit: Vit, method: str, prefix_last: bool = False) -> Iterator[tuple[int, ...]]:
+    """The schedules of a baseline as its authors shape them, from gentle to strong.
+
+    pomt: one cut in block 3 (arXiv 2407.05941, sec. 4). evit: the same keep rate in blocks 3, 6 and 9 of 12
+    (arXiv 2202.07800, sec. 4), one fused token each. tome, topk: equally many tokens less in every block
+    (arXiv 2210.09461, sec. 3). Yields nothing for a method without a published shape.
+    """
+    body, last = vit.tokens - vit.prefix, vit.depth - 1 if prefix_last else vit.depth
+    if method == "pomt":
+        for n in range(vit.tokens - 1, vit.prefix + 1, -1):
+            yield single_cut(vit, PAPER_BLOCK, n)
+    elif method == "evit":
+        quarters = {vit.depth // 4, vit.depth // 2, 3 * vit.depth // 4}
+        for percent in range(99, 4, -1):
+            tokens, current = [], vit.tokens
+            for block in range(vit.depth):
+                if block in quarters:
+                    left = ceil((current - vit.prefix) * percent / 100)
+                    current = min(current, vit.prefix + max(left, 1) + 1)
+                tokens.append(current)
+            yield tuple(tokens)
+    elif method in ("tome", "topk"):
+        for less in range(1, body):
+            lowest = vit.prefix + 2
+            yield tuple(max(vit.tokens - less * min(block + 1, last), lowest) for block in range(vit.depth))
+
+
+def published_schedule(
+    staircase: Staircase, method: str, limit_ms: float, prefix_last: bool = False
+) -> Schedule | None:
+    """The gentlest schedule of the published shape that is predicted within a latency; None without a shape.
+
+    Raises ScheduleError where none is.
+    """
+    best = float("inf")
+    for tokens in published_shapes(staircase.vit, method, prefix_last):
+        cost = predict_ms(staircase, tokens, method, prefix_last)
+        if cost <= limit_ms:
+            return finished(staircase, method, "published", tokens, prefix_last)
+        best = min(best, cost)
+    if best < float("inf"):
+        raise impossible(limit_ms, staircase, best, method)
+    return None
+
+
+def finished(
+    staircase: Staircase, method: str, policy: str, tokens: Sequence[int], prefix_last: bool = False
+) -> Schedule:
     """A schedule record with its prediction and the staircase it rests on."""
     return Schedule(
         vit=staircase.vit,
         method=method,
         policy=policy,
         tokens=tuple(tokens),
-        predicted_ms=predict_ms(staircase, tokens, method),
+        prefix_last=prefix_last,
+        predicted_ms=predict_ms(staircase, tokens, method, prefix_last),
         staircase_sha256=sha256_bytes(encode(staircase)),
     )
-
-
-def single_cut_front(
-    staircase: Staircase,
-    method: str,
-    fidelity: Callable[[Sequence[int]], Score],
-    goal: Goal,
-    progress: Progress = silent,
-) -> list[Candidate]:
-    """Candidates with one cut at any block to any tread, those that a latency goal rules out left unscored.
-
-    With a latency goal only the most tokens that meet it are scored for each block: fewer tokens in the
-    same block cannot keep more.
-    """
-    vit = staircase.vit
-    limit = goal.limit_ms(staircase.dense.median_ms)
-    todo: list[tuple[int, ...]] = [(vit.tokens,) * vit.depth]
-    ends = [n for n in treads(staircase) if vit.prefix + 1 < n < vit.tokens]
-    for block in range(vit.depth):
-        options = [single_cut(staircase, block, n) for n in ends]
-        if limit is not None:
-            fits = [t for t in options if predict_ms(staircase, t, method) <= limit]
-            options = fits[-1:]
-        todo += options
-    front = []
-    for done, tokens in enumerate(todo):
-        progress("schedules", done, len(todo))
-        score = fidelity(tokens)
-        predicted = predict_ms(staircase, tokens, method)
-        front.append(Candidate(tokens, predicted, score.kl, score.agreement, score.top1))
-    progress("schedules", len(todo), len(todo))
-    return pareto(front)
 
 
 def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -168,8 +187,7 @@ def choose(
     if limit is not None:
         fits = [c for c in front if c.predicted_ms <= limit]
         if not fits:
-            fastest = single_cut(staircase, 0, treads(staircase)[0])
-            raise _impossible(limit, staircase, fastest, method)
+            raise impossible(limit, staircase, min(c.predicted_ms for c in front), method)
         return min(fits, key=lambda c: c.kl)
     if goal.max_drop is not None:
         low, high = 0, len(front) - 1  # front[-1] has the lowest KL: nearest to the unpruned model
@@ -191,10 +209,9 @@ def choose(
     )
 
 
-def _impossible(limit: float, staircase: Staircase, fastest: Sequence[int], method: str) -> ScheduleError:
-    """What to say where even the fastest schedule misses the limit."""
+def impossible(limit: float, staircase: Staircase, best: float, method: str) -> ScheduleError:
+    """What to say where even the fastest schedule, predicted to take `best` ms, misses the limit (ms)."""
     dense = staircase.dense.median_ms
-    best = predict_ms(staircase, fastest, method)
     return ScheduleError(
         f"{limit:.3g} ms cannot be met: {staircase.vit.name} takes {dense:.3g} ms unpruned and about "
         f"{best:.3g} ms at best with {method} ({dense / best:.2f}x): ask for less"

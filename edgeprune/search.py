@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 from edgeprune.records import Progress, Staircase, silent
 from edgeprune.schedule import Candidate, Score, pareto
@@ -47,9 +48,7 @@ class Search:
         """A schedule with its prediction and fidelity, evaluated once."""
         if tokens not in self.found:
             score = self.fidelity(tokens, base)
-            self.found[tokens] = Candidate(
-                tokens, self.predict(tokens), score.kl, score.agreement, score.top1
-            )
+            self.found[tokens] = Candidate(tokens, self.predict(tokens), score.kl, score.agreement, score.top1)
         return self.found[tokens]
 
     def predict(self, tokens: Tokens) -> float:
@@ -62,7 +61,7 @@ class Search:
         start = here.predicted_ms
         floor = limit_ms if limit_ms is not None else 0.0
         known: dict[tuple[int, int], float] = {}  # last loss of a move (block, stride), nats
-        while here.predicted_ms > floor and here.kl < WORST_KL:
+        while here.predicted_ms > floor and (limit_ms is not None or here.kl < WORST_KL):
             if limit_ms is not None:
                 gone = (start - here.predicted_ms) / max(start - floor, 1e-9)
                 self.progress("search", round(100 * min(gone, 1)), 100)
@@ -169,7 +168,7 @@ class Search:
         blocks, levels = [b for b, _ in cuts], [self.dense[0], *(n for _, n in cuts)]
         if len(set(blocks)) < len(blocks) or any(not 0 <= b <= self.last for b in blocks):
             return None
-        if any(a <= b for a, b in zip(levels, levels[1:], strict=False)):
+        if any(a <= b for a, b in pairwise(levels)):
             return None
         tokens, current = [], self.dense[0]
         for block in range(len(self.dense)):

@@ -1,0 +1,293 @@
+"""Exports: static shapes, opset 17, equal logits, fusable attention, and no trace of the exporting machine."""
+
+from __future__ import annotations
+
+import os
+import site
+import socket
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from edgeprune import export
+from edgeprune.errors import ExportError, InputError
+from edgeprune.prune import PrunedViT, Trunk
+from edgeprune.reducers import reducer_named
+
+CUT = (17, 9, 9)  # the tiny model of 17 tokens, cut in block 1
+METHODS = ("topk", "evit", "pomt")
+
+
+def run(path: Path, feed: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The one output of an ONNX file in ONNX Runtime."""
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
+    result: NDArray[np.float32] = session.run(None, {session.get_inputs()[0].name: feed})[0]
+    return result
+
+
+def images(batch: int, seed: int = 0) -> NDArray[np.float32]:
+    return np.random.default_rng(seed).standard_normal((batch, 3, 16, 16), dtype=np.float32)
+
+
+def shapes(path: Path) -> dict[str, list[int | str]]:
+    """Every tensor's dimensions, inferred anew: whatever the file says of inner tensors is dropped."""
+    model = onnx.load(path, load_external_data=False)
+    del model.graph.value_info[:]
+    for value in model.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    graph = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True).graph
+    found = {v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}
+    names = [name for node in graph.node for name in node.output if name] + [v.name for v in graph.input]
+    return {n: [d.dim_value or d.dim_param or "?" for d in found[n].type.tensor_type.shape.dim] for n in names}
+
+
+Export = Callable[..., tuple[Path, torch.nn.Module]]
+
+
+@pytest.fixture(scope="module")
+def exported(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Export:
+    """exported(method, batch, tokens, kind) is an ONNX file and the module it comes from, each made once."""
+    folder, made = tmp_path_factory.mktemp("onnx"), {}
+
+    def make(
+        method: str, batch: int, tokens: tuple[int, ...] = CUT, kind: str = "cls"
+    ) -> tuple[Path, torch.nn.Module]:
+        key = (method, batch, tokens, kind)
+        if key not in made:
+            model = tiny(kind)
+            module = PrunedViT(model.module, model.family, model.vit, tokens, reducer_named(method))
+            path = folder / f"{len(made)}.onnx"
+            export.onnx_from_module(module, torch.zeros(batch, 3, 16, 16), path)
+            made[key] = path, module
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("method", METHODS)
+def test_pruned_export(method: str, batch: int, exported: Export) -> None:
+    path, module = exported(method, batch)
+    model = onnx.load(path)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(o.domain, o.version) for o in model.opset_import] == [("", 17)]
+    found = shapes(path)
+    assert all(isinstance(n, int) and n > 0 for dims in found.values() for n in dims), found
+    assert found["images"] == [batch, 3, 16, 16] and found["logits"] == [batch, 7]
+    assert [batch, 9, 48] in found.values() and [batch, 17, 48] in found.values()
+    for seed in range(3):
+        feed = images(batch, seed)
+        with torch.inference_mode():
+            wanted = module(torch.from_numpy(feed)).numpy()
+        np.testing.assert_allclose(run(path, feed), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["registers", "post-norm", "gap"])
+def test_other_kinds_export(kind: str, exported: Export, tiny: Callable[..., Any]) -> None:
+    full = tiny(kind).vit.tokens
+    path, module = exported("pomt", 2, (full, full - 4, full - 6), kind)
+    with torch.inference_mode():
+        wanted = module(torch.from_numpy(images(2))).numpy()
+    np.testing.assert_allclose(run(path, images(2)), wanted, atol=1e-4, rtol=0)
+    assert export.attention_forms(onnx.load(path)) == [True, False, False]
+
+
+def test_only_the_cut_block_loses_fusable_attention(exported: Export) -> None:
+    assert export.attention_forms(onnx.load(exported("none", 1, (17, 17, 17))[0])) == [True] * 3
+    for method in METHODS:
+        assert export.attention_forms(onnx.load(exported(method, 1)[0])) == [True, False, True]
+
+
+def attention(*changes: str) -> onnx.ModelProto:
+    """One head by hand in the form that TensorRT fuses, less the changes named."""
+    node, nodes = helper.make_node, []
+    if "scale after" in changes:
+        nodes += [node("MatMul", ["q", "k"], ["raw"]), node("Mul", ["raw", "scale"], ["scores"])]
+    elif "no scale" in changes:
+        nodes += [node("MatMul", ["q", "k"], ["scores"])]
+    else:
+        nodes += [node("Mul", ["q", "scale"], ["scaled"]), node("MatMul", ["scaled", "k"], ["scores"])]
+    last = "scores"
+    if "bias" in changes:
+        nodes += [node("Log", ["sizes"], ["bias"]), node("Add", ["scores", "bias"], ["biased"])]
+        last = "biased"
+    nodes += [node("Softmax", [last], ["weights"], axis=-1), node("MatMul", ["weights", "v"], ["out"])]
+    taps = {"softmax used twice": "weights", "scores used twice": "scores", "biased used twice": "biased"}
+    nodes += [node("ReduceMax", [taps[change]], [f"max {taps[change]}"]) for change in changes if change in taps]
+    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 4]) for name in "qkv"}
+    values["sizes"] = helper.make_tensor_value_info("sizes", TensorProto.FLOAT, [1, 4])
+    out = [helper.make_tensor_value_info("out", TensorProto.FLOAT, [4, 4])]
+    if "softmax is an output" in changes:
+        out.append(helper.make_tensor_value_info("weights", TensorProto.FLOAT, [4, 4]))
+    scale = [numpy_helper.from_array(np.array(0.5, np.float32), "scale")]
+    graph = helper.make_graph(nodes, "head", list(values.values()), out, scale)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("changes", [(), ("bias",)])
+def test_the_fusable_form_is_recognised(changes: tuple[str, ...]) -> None:
+    assert export.attention_forms(attention(*changes)) == [True]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ("scale after",),
+        ("no scale",),
+        ("scale after", "bias"),
+        ("softmax used twice",),
+        ("scores used twice",),
+        ("scores used twice", "bias"),
+        ("biased used twice", "bias"),
+        ("softmax is an output",),
+    ],
+)
+def test_other_forms_do_not_count_as_fusable(changes: tuple[str, ...]) -> None:
+    onnx.checker.check_model(attention(*changes))
+    assert True not in export.attention_forms(attention(*changes))
+
+
+def test_a_dynamic_dimension_is_refused_by_name() -> None:
+    model = attention()
+    model.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "rows"
+    with pytest.raises(ExportError, match=r"k has the dynamic shape \(rows, 4\)"):
+        export.static_or_raise(onnx.shape_inference.infer_shapes(model))
+    with pytest.raises(ExportError, match="the shape of scaled is unknown"):
+        export.static_or_raise(attention())
+    export.static_or_raise(onnx.shape_inference.infer_shapes(attention()))
+
+
+def test_an_operator_that_opset_17_lacks_is_refused_by_name() -> None:
+    model = attention()
+    model.graph.node.append(helper.make_node("Pad", ["out", "pads"], ["padded"]))
+    with pytest.raises(ExportError, match="Pad has no opset-17 form"):
+        export.lower_opset(model)
+
+
+@pytest.fixture(scope="module")
+def trunk(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Trunk]:
+    """The tiny model's blocks, exported with a symbolic token axis."""
+    model = tiny("cls")
+    module = Trunk(list(model.module.blocks), model.family)
+    path = tmp_path_factory.mktemp("trunk") / "trunk.onnx"
+    path.with_suffix(".weights").write_bytes(b"left by an earlier export" * 100_000)
+    export.trunk_from_module(module, torch.zeros(2, 17, 48), path)
+    return path, module
+
+
+def test_trunk_is_symbolic_in_its_tokens_alone(trunk: tuple[Path, Trunk]) -> None:
+    path, _ = trunk
+    graph = onnx.load(path, load_external_data=False).graph
+    assert not [node.name for node in graph.node if node.op_type == "Shape"]
+    for value in (*graph.input, *graph.output):
+        first, tokens, last = value.type.tensor_type.shape.dim
+        assert (first.dim_value, tokens.dim_param, last.dim_value) == (2, "tokens", 48), value
+    onnx.checker.check_model(os.fspath(path), full_check=True)
+    assert export.attention_forms(onnx.load(path, load_external_data=False)) == [True] * 3
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 17, 40])
+def test_fixed_trunk(tokens: int, trunk: tuple[Path, Trunk]) -> None:
+    path, module = trunk
+    fixed = path.with_name(f"trunk-{tokens}.onnx")
+    export.fix_tokens(path, tokens, fixed)
+    found = shapes(fixed)
+    assert found["x"] == found["y"] == [2, tokens, 48]
+    assert all(isinstance(n, int) and n > 0 for dims in found.values() for n in dims), found
+    x = torch.randn(2, tokens, 48, generator=torch.Generator().manual_seed(tokens))
+    with torch.inference_mode():
+        np.testing.assert_allclose(run(fixed, x.numpy()), module(x).numpy(), atol=1e-5, rtol=1e-5)
+
+
+def test_fixed_trunks_share_one_weights_file(trunk: tuple[Path, Trunk]) -> None:
+    path, module = trunk
+    fixed = path.with_name("trunk-8.onnx")
+    export.fix_tokens(path, 8, fixed)
+    weights = path.with_suffix(".weights").stat().st_size
+    parameters = sum(p.nbytes for p in module.parameters())
+    assert 0.9 * parameters < weights < 1.1 * parameters
+    assert fixed.stat().st_size < weights / 4
+    places = {e.value for t in onnx.load(fixed, load_external_data=False).graph.initializer for e in t.external_data}
+    assert "trunk.weights" in places
+
+
+def test_fixed_trunk_elsewhere_or_of_no_trunk_is_refused(
+    trunk: tuple[Path, Trunk], exported: Export, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match="must lie beside"):
+        export.fix_tokens(trunk[0], 8, tmp_path / "trunk-8.onnx")
+    whole, _ = exported("none", 1, (17, 17, 17))
+    with pytest.raises(InputError, match=r"is not \(batch, tokens, width\)"):
+        export.fix_tokens(whole, 8, whole.with_name("whole-8.onnx"))
+    assert not whole.with_name("whole-8.onnx").exists()
+
+
+def test_no_trace_of_the_exporting_machine(exported: Export, trunk: tuple[Path, Trunk]) -> None:
+    places = {os.getcwd(), os.path.expanduser("~"), sys.prefix, *site.getsitepackages(), socket.gethostname()}
+    traces = [b"site-packages", b".py", *(os.fsencode(p) for p in places if len(p) > 5)]
+    for path in (exported("pomt", 1)[0], trunk[0]):
+        content = path.read_bytes()
+        assert not [trace for trace in traces if trace in content]
+
+
+def test_same_export_same_bytes(exported: Export, tmp_path: Path) -> None:
+    path, module = exported("pomt", 1)
+    export.onnx_from_module(module, torch.zeros(1, 3, 16, 16), tmp_path / "again.onnx")
+    assert (tmp_path / "again.onnx").read_bytes() == path.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["again.onnx"]
+
+
+def test_export_leaves_the_module_as_it_was(exported: Export, tiny: Callable[..., Any]) -> None:
+    model = tiny("cls")
+    before = [block.attn.fused_attn for block in model.module.blocks]
+    with pytest.raises(RuntimeError, match="stop"), export.unfused(model.module):
+        assert not any(block.attn.fused_attn for block in model.module.blocks)
+        raise RuntimeError("stop")
+    assert [block.attn.fused_attn for block in model.module.blocks] == before and all(before)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
+def test_truncated_file_is_refused(share: float, exported: Export, tmp_path: Path) -> None:
+    content = exported("pomt", 1)[0].read_bytes()
+    path = tmp_path / "cut.onnx"
+    path.write_bytes(content[: int(share * len(content))])
+    with pytest.raises(InputError, match=r"cut\.onnx: not an ONNX file .*export it again"):
+        export.load_graph(path)
+
+
+def test_file_that_is_no_onnx_or_absent_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text.onnx").write_text("no ONNX at all")
+    with pytest.raises(InputError, match="not an ONNX file"):
+        export.load_graph(tmp_path / "text.onnx")
+    with pytest.raises(InputError, match="cannot be read"):
+        export.load_graph(tmp_path / "absent.onnx")
+
+
+@pytest.mark.assets
+def test_real_weights_and_images(assets: Path, tmp_path: Path) -> None:
+    from edgeprune.images import load_images, load_pixels, normalise
+    from edgeprune.models import load_model
+
+    model = load_model("vit_tiny_patch16_224", os.fspath(next(assets.glob("vit_tiny*.safetensors"))))
+    pictures = load_images(assets / "imagenet-val-650" / "labels.csv").part(8)
+    feed = normalise(load_pixels(pictures.paths, model.preprocessing), model.preprocessing)
+    module = PrunedViT(model.module, model.family, model.vit, (197,) * 3 + (120,) * 9, reducer_named("pomt"))
+    export.onnx_from_module(module, torch.zeros(8, 3, 224, 224), tmp_path / "pruned.onnx")
+    with torch.inference_mode():
+        wanted = module(torch.from_numpy(feed)).numpy()
+    np.testing.assert_allclose(run(tmp_path / "pruned.onnx", feed), wanted, atol=1e-4, rtol=0)
+    assert pictures.labels is not None
+    assert (wanted.argmax(1) == np.array(pictures.labels)).mean() > 0.5
+    forms = export.attention_forms(onnx.load(tmp_path / "pruned.onnx"))
+    assert forms == [True] * 3 + [False] + [True] * 8
