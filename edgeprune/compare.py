@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -113,17 +114,17 @@ def _corrected(job: Job, entry: Entry, mine: Sequence[float], dense: Sequence[fl
     return entry if schedule is None else replace(entry, schedule=schedule, asked=asked)
 
 
-def _measured(job: Job, models: Sequence[object]) -> Samples:
+def _measured(job: Job, models: Sequence[Path]) -> Samples:
     """Samples of the unpruned model ("dense") and of every entry (by its number), in the same rounds."""
     target = job.target
-    files = {str(i): compiled(target, onnx) for i, onnx in enumerate(models)}  # type: ignore[arg-type]
+    files = {str(i): compiled(target, onnx) for i, onnx in enumerate(models)}
     files["dense"] = compiled(target, dense_onnx(job))
     rounds = 1 if target.setup.simulated else job.options.rounds
 
-    def make(path: object) -> None:
+    def make(path: Path) -> None:
         candidates = {name: target.opener(file) for name, file in files.items()}
         found = measure.interleave(candidates, rounds, progress=job.progress, what=f"{len(files)} engines")
-        write_bytes(path, msgspec.json.encode(found))  # type: ignore[arg-type]
+        write_bytes(path, msgspec.json.encode(found))
 
     hashes = {name: sha256_file(file) for name, file in files.items()}
     path = target.step("session", ".json", (hashes, target.setup, rounds), make)

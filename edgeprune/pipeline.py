@@ -15,6 +15,7 @@ from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.images import normalise
 from edgeprune.job import Job, Options
 from edgeprune.planning import POLICIES, solve
+from edgeprune.plots import staircase_svg
 from edgeprune.records import (
     Engine,
     Manifest,
@@ -27,7 +28,6 @@ from edgeprune.records import (
     silent,
 )
 from edgeprune.refine import CORRECTIONS, correction, realise
-from edgeprune.report import staircase_svg
 
 if TYPE_CHECKING:
     from edgeprune.models import Model

@@ -122,7 +122,9 @@ def vit_of(name: str) -> Vit:
     return load_model(name, "random").vit
 
 
-def _measured(target: Target, vit: Vit, method: str, exhaustive: bool, folder_made: Callable[[], Path]) -> Staircase:
+def _measured(
+    target: Target, vit: Vit, methods: Sequence[str], exhaustive: bool, folder_made: Callable[[], Path]
+) -> Staircase:
     rounds = 1 if target.setup.simulated else ROUNDS
     parts = (vit, target.setup, methods, exhaustive, rounds)
     partial = target.path("samples", ".json", *parts)

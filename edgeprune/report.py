@@ -1,26 +1,24 @@
-"""What a person reads and a program parses: tables, plots and the rows of the command contract."""
+"""What a person reads and a program parses: tables, and the rows of the command contract."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.records import Manifest, Report, Schedule, Staircase
+from edgeprune.records import Manifest, Report, Schedule, Setup, Staircase
 from edgeprune.staircase import treads
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-DENSE_COLOUR, PRUNED_COLOUR, TREAD_COLOUR = "#767676", "#1a7f37", "#0969da"
+    from edgeprune.compare import Comparison
 
 
-def row_of(manifest: Manifest, path: Path | None) -> dict[str, Any]:
-    """A build as the JSON row of the command contract; an unknown figure is None."""
-    setup, schedule, report = manifest.engine.setup, manifest.schedule, manifest.report
+def row_of(setup: Setup, schedule: Schedule, report: Report, bundle: Path | None) -> dict[str, Any]:
+    """A measured schedule as the JSON row of the command contract; an unknown figure is None."""
     row: dict[str, Any] = {
-        "bundle": str(path) if path else None,
-        "model": manifest.vit.name,
+        "bundle": str(bundle) if bundle else None,
+        "model": schedule.vit.name,
         "device": setup.device,
         "runtime": setup.runtime,
         "runtime_version": setup.runtime_version,
@@ -29,6 +27,7 @@ def row_of(manifest: Manifest, path: Path | None) -> dict[str, Any]:
         "method": schedule.method,
         "policy": schedule.policy,
         "tokens": list(schedule.tokens),
+        "prefix_last": schedule.prefix_last,
         "latency_ms": report.latency.summary(),
         "dense_latency_ms": report.dense_latency.summary(),
         "speedup": report.speedup,
@@ -135,45 +134,6 @@ def profile_table(staircase: Staircase) -> Table:
     return table
 
 
-def staircase_svg(staircase: Staircase, schedule: Schedule | None = None) -> dict[str, bytes]:
-    """The plot of a staircase as {"staircase.svg": bytes}; empty without matplotlib (extra `report`)."""
-    try:
-        import matplotlib
-    except ImportError:
-        return {}
-    matplotlib.use("svg")
-    import matplotlib.pyplot as plt
-
-    ends = treads(staircase)
-    x = [p.tokens for p in staircase.points]
-    y = [p.latency.median_ms for p in staircase.points]
-    low, high = zip(*(p.latency.interval_ms for p in staircase.points), strict=True)
-    with plt.rc_context({"svg.hashsalt": "edgeprune", "font.size": 10, "svg.fonttype": "none"}):
-        figure, axes = plt.subplots(figsize=(7.2, 4.0), layout="constrained")
-        axes.fill_between(x, low, high, step=None, color=DENSE_COLOUR, alpha=0.3, lw=0, label="95 % interval")
-        axes.plot(x, y, color=DENSE_COLOUR, lw=1, marker=".", ms=4, label="median")
-        tops = [y[x.index(n)] for n in ends]
-        axes.plot(ends, tops, "o", color=TREAD_COLOUR, ms=5, mfc="none", label="right end of a tread")
-        if schedule is not None:
-            for index, count in enumerate(sorted(set(schedule.tokens))):
-                axes.axvline(count, color=PRUNED_COLOUR, lw=1.5, ls="--", label=None if index else "chosen")
-        setup = staircase.setup
-        simulated = ", SIMULATED" if setup.simulated else ""
-        axes.set(
-            xlabel="tokens in every block",
-            ylabel="latency of all blocks, ms",
-            title=f"{staircase.vit.name} on {setup.device} ({setup.runtime} {setup.runtime_version}, "
-            f"{setup.precision}, batch {setup.batch}{simulated})",
-            ylim=(0, None),
-        )
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-        plt.close(figure)
-    return {"staircase.svg": buffer.getvalue()}
-
-
 def bench_table(rows: list[dict[str, Any]]) -> Table:
     """Bundles with their latency."""
     from rich.table import Table
@@ -242,4 +202,41 @@ def doctor_table(findings: list[Any]) -> Table:
         table.add_column(column, overflow="fold")
     for name, status, detail in findings:
         table.add_row(name, f"[{colours[status]}]{status}[/]", detail.replace("[", r"\["))
+    return table
+
+
+def compare_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """Entries of a comparison as rows of the contract, with the target speed-up of each."""
+    rows = []
+    for entry in comparison.entries:
+        assert entry.report is not None
+        rows.append({"target": entry.target, **row_of(comparison.setup, entry.schedule, entry.report, None)})
+    return rows
+
+
+def compare_table(rows: list[dict[str, Any]]) -> Table:
+    """Entries by target speed-up, the lowest KL first."""
+    from rich.table import Table
+
+    first = rows[0] if rows else {}
+    simulated = ", SIMULATED latency" if first.get("simulated") else ""
+    table = Table(
+        title=f"{first.get('model')} on {first.get('device')}{simulated}: {first.get('images')} pictures that no "
+        f"schedule was chosen on, unpruned top-1 {_number(first.get('dense_top1'))} %"
+    )
+    for column in ("target", "method", "shape", "speed-up (95 %)", "predicted", "top-1", "agreement", "KL", "tokens"):
+        table.add_column(column, justify="left" if column in ("method", "shape", "tokens") else "right")
+    for row in sorted(rows, key=lambda r: (r["target"], r["kl"])):
+        low, high = row["speedup_interval"]
+        table.add_row(
+            f"{row['target']:g}x",
+            row["method"],
+            row["policy"],
+            f"{row['speedup']:.2f} ({low:.2f}–{high:.2f})",
+            f"{row['dense_latency_ms']['median'] / row['predicted_ms']:.2f}",
+            _number(row["top1"]),
+            _number(row["agreement"]),
+            _number(row["kl"], 4),
+            runs(tuple(row["tokens"])),
+        )
     return table

@@ -1,0 +1,208 @@
+"""Images: bit-near timm's own eval transform, and folders and CSV files good and bad."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from edgeprune.errors import ImageError
+from edgeprune.images import batches, load_images, load_pixels, normalise, read_image
+from edgeprune.records import Preprocessing
+
+HOW = Preprocessing(
+    image_px=8, resize_px=8, interpolation="nearest", crop_mode="center", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)
+)
+
+
+def picture(path: Path, size: tuple[int, int] = (8, 8), mode: str = "RGB", seed: int = 0) -> Path:
+    """A random but smooth picture of `size` (width, height) in a new file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    small = np.random.default_rng(seed).integers(0, 256, (6, 5, 3), np.uint8)
+    Image.fromarray(small).resize(size, Image.Resampling.BICUBIC).convert(mode).save(path)
+    return path
+
+
+@pytest.mark.parametrize("size", [(224, 224), (227, 227), (500, 375), (301, 480), (64, 97), (248, 250), (20, 400)])
+@pytest.mark.parametrize(
+    ("interpolation", "crop_pct", "crop_mode", "image_px"),
+    [
+        ("bicubic", 0.9, "center", 224),
+        ("bicubic", 1.0, "center", 28),
+        ("bilinear", 0.875, "center", 96),
+        ("bicubic", 0.95, "squash", 96),
+        ("bicubic", 1.3, "center", 97),  # the crop is larger than what was resized: black edges
+    ],
+)
+def test_equals_timm(
+    interpolation: str, crop_pct: float, crop_mode: str, image_px: int, size: tuple[int, int], tmp_path: Path
+) -> None:
+    from timm.data import create_transform, resolve_model_data_config
+
+    from edgeprune.models import _preprocessing
+
+    config = {
+        "input_size": (3, image_px, image_px),
+        "interpolation": interpolation,
+        "crop_pct": crop_pct,
+        "crop_mode": crop_mode,
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+    }
+    module: Any = SimpleNamespace(pretrained_cfg=config)
+    path = picture(tmp_path / "picture.png", size)
+    wanted = create_transform(**resolve_model_data_config(module))(Image.open(path)).numpy()
+    how = _preprocessing(module, SimpleNamespace(image_px=image_px), None, {})  # type: ignore[arg-type]
+    found = normalise(read_image(path, how)[None], how)[0]
+    assert found.dtype == np.float32 and found.shape == (3, image_px, image_px)
+    np.testing.assert_allclose(found, wanted, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("L", "png"), ("P", "png"), ("RGBA", "webp"), ("CMYK", "jpg")])
+def test_other_colour_modes_are_read_as_rgb(mode: str, suffix: str, tmp_path: Path) -> None:
+    path = picture(tmp_path / f"picture.{suffix}", mode=mode)
+    np.testing.assert_array_equal(read_image(path, HOW), np.asarray(Image.open(path).convert("RGB")))
+
+
+def write_csv(folder: Path, text: str | bytes) -> Path:
+    for name in ("a.png", "sub/b.png", "c.png"):
+        picture(folder / name)
+    path = folder / "labels.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "labels"),
+    [
+        ("image,label\na.png,3\nsub/b.png, 0\n", (3, 0)),
+        ("\ufeffimage,label\r\na.png,3\r\nsub/b.png,0\r\n", (3, 0)),
+        ("label,other,image\n3,x,a.png\n0,,sub/b.png\n", (3, 0)),
+        ('image\n"a.png"\nsub/../sub/b.png', None),
+    ],
+)
+def test_csv(text: str, labels: tuple[int, ...] | None, tmp_path: Path) -> None:
+    found = load_images(write_csv(tmp_path, text))
+    assert [p.relative_to(tmp_path.resolve()) for p in found.paths] == [Path("a.png"), Path("sub/b.png")]
+    assert (found.labels, found.class_names, len(found)) == (labels, None, 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("image,label\na.png,cat\n", r"labels\.csv:2: label 'cat' is not a class index"),
+        ("image,label\na.png,1\nc.png,-1\n", r"labels\.csv:3: label '-1'"),
+        ("image,label\na.png,1\nc.png,\n", r"labels\.csv:3: label ''"),
+        ("image,label\na.png,1\nc.png\n", r"labels\.csv:3: label None"),
+        ("image,label\na.png,1.5\n", "label '1.5'"),
+        ("image,label\na.png,9999999999\n", "label '9999999999'"),
+        ("image\na.png\nabsent.png\n", r"labels\.csv:3: absent\.png does not exist: paths are relative"),
+        ("image\n../x.png\n", r"labels\.csv:2: \.\./x\.png leads out of"),
+        ("image\n/etc/passwd\n", "leads out of"),
+        ("image\nsub\n", "sub does not exist"),
+        ("image,label\n,1\n", "does not exist"),
+        ("image\n" + 300 * "x" + ".png\n", "x.png does not exist"),
+        ("image\na\0.png\n", "labels.csv"),
+        ("path,label\na.png,1\n", "the first line must be `image` or `image,label`"),
+        ("", "the first line must be"),
+        ("image,label\n", "no images in it"),
+        (b"image\n\xff\xfe.png\n", "not a CSV in UTF-8"),
+    ],
+)
+def test_bad_csv(text: str | bytes, reason: str, tmp_path: Path) -> None:
+    picture(tmp_path / "x.png")
+    with pytest.raises(ImageError, match=reason):
+        load_images(write_csv(tmp_path / "folder", text))
+
+
+def test_class_folders_are_numbered_by_name(tmp_path: Path) -> None:
+    for name in ("dog/2.jpg", "dog/1.JPG", "cat/9.png", ".hidden/1.png", "dog/notes.txt"):
+        picture(tmp_path / name) if name[-3:] != "txt" else (tmp_path / name).write_text("no picture")
+    (tmp_path / "emu").mkdir()
+    found = load_images(tmp_path)
+    assert [p.relative_to(tmp_path).as_posix() for p in found.paths] == ["cat/9.png", "dog/1.JPG", "dog/2.jpg"]
+    assert found.labels == (0, 1, 1)
+    assert found.class_names == ("cat", "dog", "emu")
+
+
+def test_loose_pictures_have_no_labels(tmp_path: Path) -> None:
+    for name in ("b.bmp", "a.tif", "c.ppm"):
+        picture(tmp_path / name)
+    found = load_images(tmp_path)
+    assert [p.name for p in found.paths] == ["a.tif", "b.bmp", "c.ppm"]
+    assert found.labels is None and found.class_names is None
+
+
+def test_nothing_to_load(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="no pictures"):
+        load_images(tmp_path)
+    (tmp_path / "empty-class").mkdir()
+    with pytest.raises(ImageError, match="no pictures"):
+        load_images(tmp_path)
+    for absent in ("absent", 300 * "x"):
+        with pytest.raises(ImageError, match="no such folder or CSV"):
+            load_images(tmp_path / absent)
+
+
+def broken(path: Path, kind: str) -> Path:
+    if kind == "truncated":
+        whole = picture(path.with_suffix(".jpg"), (64, 64)).read_bytes()
+        path.write_bytes(whole[: len(whole) // 2])
+    else:
+        path.write_bytes({"text": b"not a picture", "empty": b""}[kind])
+    return path
+
+
+@pytest.mark.parametrize("kind", ["truncated", "text", "empty"])
+def test_unreadable_picture_is_named(kind: str, tmp_path: Path) -> None:
+    path = broken(tmp_path / "bad.png", kind)
+    with pytest.raises(ImageError, match=r"bad\.png: not a readable picture .*: remove or replace it"):
+        load_pixels([picture(tmp_path / "good.png"), path], HOW)
+    with pytest.raises(ImageError, match=r"absent\.png"):
+        read_image(tmp_path / "absent.png", HOW)
+
+
+def test_normalise() -> None:
+    pixels = np.zeros((2, 1, 1, 3), np.uint8)
+    pixels[1] = 255
+    found = normalise(pixels, HOW)
+    assert found.shape == (2, 3, 1, 1) and found.flags.c_contiguous
+    np.testing.assert_allclose(found[:, :, 0, 0], [[-2.5, -4 / 3, -0.75], [2.5, 2.0, 1.75]], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("count", "batch", "real"), [(5, 2, [2, 2, 1]), (4, 2, [2, 2]), (1, 3, [1]), (0, 2, [])])
+def test_batches_are_whole_and_say_how_many_are_real(count: int, batch: int, real: Sequence[int]) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (count, 8, 8, 3), np.uint8)
+    found = list(batches(pixels, HOW, batch))
+    assert [n for _, n in found] == real
+    assert all(images.shape == (batch, 3, 8, 8) for images, _ in found)
+    if count:
+        np.testing.assert_array_equal(np.concatenate([images[:n] for images, n in found]), normalise(pixels, HOW))
+
+
+def test_part_is_seeded_and_keeps_labels_with_their_pictures(tmp_path: Path) -> None:
+    rows = [f"{n:02}.png,{n}" for n in range(30)]
+    for row in rows:
+        picture(tmp_path / row.split(",")[0])
+    (tmp_path / "labels.csv").write_text("\n".join(["image,label", *rows]))
+    whole = load_images(tmp_path / "labels.csv")
+    part = whole.part(10)
+    assert part == whole.part(10) and part != whole.part(10, seed=1)
+    assert part.labels is not None and len(part) == len(set(part.labels)) == 10
+    assert [int(p.stem) for p in part.paths] == list(part.labels) == sorted(part.labels)
+    assert whole.part(30) == whole.part(99) == whole
+
+
+def test_key_follows_contents_and_labels(tmp_path: Path) -> None:
+    path = write_csv(tmp_path, "image,label\na.png,1\nc.png,2\n")
+    keys = [load_images(path).key(), load_images(path).key()]
+    path.write_text("image,label\na.png,1\nc.png,3\n")
+    keys.append(load_images(path).key())
+    picture(tmp_path / "a.png", seed=1)
+    keys.append(load_images(path).key())
+    assert keys[0] == keys[1] and len(set(keys)) == 3
