@@ -7,6 +7,7 @@ import site
 import socket
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeprune import export
 from edgeprune.errors import ExportError, InputError
-from edgeprune.prune import PrunedViT, Trunk
-from edgeprune.reducers import reducer_named
+from edgeprune.prune import LastBlock, PrunedViT, Trunk
+from edgeprune.reducers import REDUCERS, reducer_named
 
 CUT = (17, 9, 9)  # the tiny model of 17 tokens, cut in block 1
-METHODS = ("topk", "evit", "pomt")
 
 
 def run(path: Path, feed: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -57,26 +57,24 @@ Export = Callable[..., tuple[Path, torch.nn.Module]]
 
 @pytest.fixture(scope="module")
 def exported(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Export:
-    """exported(method, batch, tokens, kind) is an ONNX file and the module it comes from, each made once."""
-    folder, made = tmp_path_factory.mktemp("onnx"), {}
+    """exported(method, batch, tokens, kind, prefix_last) is an ONNX file and its module, each made once."""
+    folder = tmp_path_factory.mktemp("onnx")
 
+    @cache
     def make(
-        method: str, batch: int, tokens: tuple[int, ...] = CUT, kind: str = "cls"
+        method: str, batch: int, tokens: tuple[int, ...] = CUT, kind: str = "cls", prefix_last: bool = False
     ) -> tuple[Path, torch.nn.Module]:
-        key = (method, batch, tokens, kind)
-        if key not in made:
-            model = tiny(kind)
-            module = PrunedViT(model.module, model.family, model.vit, tokens, reducer_named(method))
-            path = folder / f"{len(made)}.onnx"
-            export.onnx_from_module(module, torch.zeros(batch, 3, 16, 16), path)
-            made[key] = path, module
-        return made[key]
+        model = tiny(kind)
+        module = PrunedViT(model.module, model.family, model.vit, tokens, reducer_named(method), prefix_last)
+        path = folder / f"{len(list(folder.iterdir()))}.onnx"
+        export.onnx_from_module(module, torch.zeros(batch, 3, 16, 16), path)
+        return path, module
 
     return make
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", REDUCERS)
 def test_pruned_export(method: str, batch: int, exported: Export) -> None:
     path, module = exported(method, batch)
     model = onnx.load(path)
@@ -103,10 +101,20 @@ def test_other_kinds_export(kind: str, exported: Export, tiny: Callable[..., Any
     assert export.attention_forms(onnx.load(path)) == [True, False, False]
 
 
-def test_only_the_cut_block_loses_fusable_attention(exported: Export) -> None:
+def test_last_block_for_the_prefix_alone_exports(exported: Export) -> None:
+    path, module = exported("fold", 1, CUT, "cls", True)
+    with torch.inference_mode():
+        wanted = module(torch.from_numpy(images(1))).numpy()
+    np.testing.assert_allclose(run(path, images(1)), wanted, atol=1e-4, rtol=0)
+    assert [1, 3, 1, 9] in shapes(path).values() and [1, 3, 9, 9] not in shapes(path).values()
+    assert export.attention_forms(onnx.load(path)) == [True, False, True]
+
+
+def test_only_a_cut_that_reads_attention_weights_costs_fusable_attention(exported: Export) -> None:
     assert export.attention_forms(onnx.load(exported("none", 1, (17, 17, 17))[0])) == [True] * 3
-    for method in METHODS:
-        assert export.attention_forms(onnx.load(exported(method, 1)[0])) == [True, False, True]
+    for method in REDUCERS:
+        cut = method == "tome"  # reads keys alone
+        assert export.attention_forms(onnx.load(exported(method, 1)[0])) == [True, cut, True], method
 
 
 def attention(*changes: str) -> onnx.ModelProto:
@@ -220,6 +228,17 @@ def test_fixed_trunks_share_one_weights_file(trunk: tuple[Path, Trunk]) -> None:
     assert fixed.stat().st_size < weights / 4
     places = {e.value for t in onnx.load(fixed, load_external_data=False).graph.initializer for e in t.external_data}
     assert "trunk.weights" in places
+
+
+def test_last_block_is_fixed_like_a_trunk_but_gives_the_prefix(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny("distilled")
+    module = LastBlock(model.module.blocks[2], model.family, 2)
+    export.trunk_from_module(module, torch.zeros(1, 18, 48), tmp_path / "last.onnx")
+    export.fix_tokens(tmp_path / "last.onnx", 7, tmp_path / "last-7.onnx")
+    found, x = shapes(tmp_path / "last-7.onnx"), torch.randn(1, 7, 48)
+    assert found["x"] == [1, 7, 48] and found["y"] == [1, 2, 48]
+    with torch.inference_mode():
+        np.testing.assert_allclose(run(tmp_path / "last-7.onnx", x.numpy()), module(x).numpy(), atol=1e-5, rtol=1e-5)
 
 
 def test_fixed_trunk_elsewhere_or_of_no_trunk_is_refused(

@@ -14,7 +14,7 @@ from torch import Tensor
 from edgeprune.errors import ModelError
 from edgeprune.families import family_named, family_of
 from edgeprune.prune import PrunedViT, Trunk, random_kept
-from edgeprune.reducers import reducer_named
+from edgeprune.reducers import REDUCERS, reducer_named
 
 REAL: dict[str, tuple[int, int, dict[str, Any]]] = {  # prefix, tokens, options
     "vit_tiny_patch16_224": (1, 197, {}),
@@ -80,7 +80,7 @@ def test_description(tiny: Callable[..., Any]) -> None:
     assert family_named("vit") is tiny("cls").family
 
 
-@pytest.mark.parametrize("method", ["topk", "evit", "pomt"])
+@pytest.mark.parametrize("method", REDUCERS)
 @pytest.mark.parametrize("kind", ["gap", "cls", "distilled", "registers", "post-norm"])
 def test_every_block_leaves_the_tokens_of_the_schedule(kind: str, method: str, tiny: Callable[..., Any]) -> None:
     model = tiny(kind)
@@ -134,6 +134,39 @@ def test_a_token_of_size_three_counts_like_three_tokens(tiny: Callable[..., Any]
         weighed = model.family.run(block, x, sizes)
         wanted = model.family.run(block, copies, None)[:, [0, 1, 4, 5, 7]]
     torch.testing.assert_close(weighed, wanted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sized", [False, True])
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {"gap", "map"}))
+def test_last_block_for_the_prefix_alone_is_lossless(kind: str, sized: bool, tiny: Callable[..., Any]) -> None:
+    model, block = tiny(kind), tiny(kind).module.blocks[2]
+    torch.manual_seed(0)
+    prefix = model.vit.prefix
+    x, sizes = torch.randn(2, prefix + 8, 48), torch.randint(1, 6, (2, prefix + 8)).float()
+    with torch.inference_mode():
+        whole = model.family.feed(block, model.family.attend(block, x, sizes if sized else None).out)
+        found = model.family.finish(block, x, sizes if sized else None, prefix)
+    assert found.shape == (2, prefix, 48)
+    torch.testing.assert_close(found, whole[:, :prefix], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["none", "pomt", "fold"])
+@pytest.mark.parametrize("kind", ["cls", "distilled", "post-norm"])
+def test_prefix_last_gives_the_same_logits(kind: str, method: str, tiny: Callable[..., Any]) -> None:
+    model, images = tiny(kind), torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    full = model.vit.tokens
+    tokens = (full, full, full) if method == "none" else (full - 3, full - 8, full - 8)
+    parts = model.module, model.family, model.vit, tokens, reducer_named(method)
+    with torch.inference_mode():
+        torch.testing.assert_close(PrunedViT(*parts, prefix_last=True)(images), PrunedViT(*parts)(images))
+
+
+def test_prefix_last_is_refused_where_it_would_lose_something(tiny: Callable[..., Any]) -> None:
+    model, gap = tiny("cls"), tiny("gap")
+    with pytest.raises(ValueError, match="no cut can lie in a last block"):
+        PrunedViT(model.module, model.family, model.vit, (17, 17, 16), reducer_named("pomt"), prefix_last=True)
+    with pytest.raises(ValueError, match="head of gap reads more than the prefix"):
+        PrunedViT(gap.module, gap.family, gap.vit, (16, 16, 16), None, prefix_last=True)
 
 
 def test_trunk_takes_any_number_of_tokens(tiny: Callable[..., Any]) -> None:

@@ -182,7 +182,7 @@ def content(folder: Path) -> dict[str, str]:
 def test_place_that_cannot_be_written(schedule: Schedule, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for path in (tmp_path / "file" / "schedule.json", tmp_path / "file" / "deep" / "schedule.json"):
-        with pytest.raises(OutputError, match="cannot be written .*: choose a folder you may write to"):
+        with pytest.raises(OutputError, match=r"cannot be written .*: choose a folder you may write to"):
             save(schedule, path)
     assert content(tmp_path) == {"file": "in the way"}
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from edgeprune.errors import InputError
 from edgeprune.reducers import REDUCERS, methods, reducer_named
@@ -29,6 +30,13 @@ def attended(batch: int, prefix: int, sharp: float = 2.0, seed: int = 0) -> Atte
     keys, values = torch.randn(2, batch, HEADS, count, HEAD_DIM, generator=generator).unbind(0)
     out = torch.randn(batch, count, WIDTH, generator=generator)
     return Attended(out, logits.softmax(dim=-1), keys, values * scale)
+
+
+def sizes_of(batch: int, prefix: int) -> Tensor:
+    """Random whole sizes; 1 for the prefix."""
+    sizes = torch.randint(1, 6, (batch, prefix + BODY), generator=torch.Generator().manual_seed(1)).float()
+    sizes[:, :prefix] = 1
+    return sizes
 
 
 def attention_from_first(weights: Array, prefix: int) -> list[float]:
@@ -64,17 +72,61 @@ def evit(x: Array, weights: Array, values: Array, keep: int, prefix: int) -> tup
     return x[prefix:][kept], fused[None]
 
 
-def pomt(x: Array, weights: Array, values: Array, keep: int, prefix: int) -> tuple[Array, Array]:
-    """Score: attention received over its maximum, and softmax of the values; one place goes to a plain mean."""
+def pomt_score(weights: Array, values: Array, prefix: int) -> list[float]:
+    """Attention that a token receives over the largest of its image, and softmax of its values."""
     heads, count, channels = values.shape
     received, magnitude = [], []
     for token in range(prefix, count):
         received.append(sum(max(weights[h, q, token] for h in range(heads)) for q in range(count)))
         magnitude.append(sum(max(values[h, token, c] for h in range(heads)) for c in range(channels)))
     total = sum(np.exp(m) for m in magnitude)
-    score = [r / max(received) + np.exp(m) / total for r, m in zip(received, magnitude, strict=True)]
-    kept, rest = split(score, keep - prefix - 1)
+    return [r / max(received) + np.exp(m) / total for r, m in zip(received, magnitude, strict=True)]
+
+
+def pomt(x: Array, weights: Array, values: Array, keep: int, prefix: int) -> tuple[Array, Array]:
+    """One place goes to the plain mean of the others."""
+    kept, rest = split(pomt_score(weights, values, prefix), keep - prefix - 1)
     return x[prefix:][kept], np.mean([x[prefix + token] for token in rest], axis=0)[None]
+
+
+def weighted_mean(x: Array, sizes: Array, members: list[int]) -> Array:
+    """The mean of some tokens, each weighing as much as it stands for."""
+    mean: Array = sum(sizes[m] * x[m] for m in members) / sum(sizes[m] for m in members)
+    return mean
+
+
+def cosine(a: Array, b: Array) -> float:
+    return float(a @ b / (a @ a * (b @ b)) ** 0.5)
+
+
+def fold(x: Array, weights: Array, values: Array, keep: int, prefix: int, sizes: Array) -> tuple[Array, Array]:
+    """The best by POMT's score take in every other token, each the one most like it."""
+    score = pomt_score(weights, values, prefix)
+    kept, rest = split(score, keep - prefix)
+    groups = {token: [prefix + token] for token in kept}
+    for token in rest:
+        closest = max(kept, key=lambda other: cosine(x[prefix + token], x[prefix + other]))
+        groups[closest].append(prefix + token)
+    return in_groups(x, sizes, list(groups.values()))
+
+
+def tome(x: Array, keys: Array, keep: int, prefix: int, sizes: Array) -> tuple[Array, Array]:
+    """One round: every second token looks for its like among the others; the most alike pairs are merged."""
+    metric = keys.mean(axis=0)
+    stay, move = list(range(prefix, len(x), 2)), list(range(prefix + 1, len(x), 2))
+    closest = {m: max(stay, key=lambda s: cosine(metric[m], metric[s])) for m in move}
+    ranked = sorted(move, key=lambda m: -cosine(metric[m], metric[closest[m]]))
+    merged = ranked[: len(x) - keep]
+    groups = {s: [s] for s in stay} | {m: [m] for m in move if m not in merged}
+    for m in merged:
+        groups[closest[m]].append(m)
+    return in_groups(x, sizes, list(groups.values()))
+
+
+def in_groups(x: Array, sizes: Array, groups: list[list[int]]) -> tuple[Array, Array]:
+    """One token a group, and how many it stands for."""
+    means = [weighted_mean(x, sizes, members) for members in groups]
+    return np.array(means), np.array([sum(sizes[m] for m in members) for members in groups])
 
 
 REFERENCES: dict[str, Reference] = {"topk": topk, "evit": evit, "pomt": pomt}
@@ -105,6 +157,47 @@ def test_equals_the_reference(method: str, prefix: int) -> None:
                 np.testing.assert_allclose(body[ends:], fused, atol=1e-5)
 
 
+@pytest.mark.parametrize("sized", [False, True])
+@pytest.mark.parametrize("prefix", PREFIXES)
+@pytest.mark.parametrize("method", ["fold", "tome"])
+def test_merging_equals_the_reference(method: str, prefix: int, sized: bool) -> None:
+    reducer = reducer_named(method)
+    assert reducer is not None
+    for batch in (1, 3):
+        given, sizes = attended(batch, prefix), sizes_of(batch, prefix)
+        for keep in (prefix + more for more in KEEPS if method == "fold" or more >= BODY // 2):
+            found, new_sizes = reducer(given.out, sizes if sized else None, given, keep, prefix)
+            assert new_sizes is not None
+            assert torch.equal(found[:, :prefix], given.out[:, :prefix])
+            for image in range(batch):
+                x, weights, keys, values = (
+                    t[image].double().numpy() for t in (given.out, given.weights, given.keys, given.values)
+                )
+                mass = sizes[image].double().numpy() if sized else np.ones(len(x))
+                if method == "fold":
+                    body, body_mass = fold(x, weights, values, keep, prefix, mass)
+                else:
+                    body, body_mass = tome(x, keys, keep, prefix, mass)
+                wanted = np.column_stack([body, body_mass])
+                got = np.column_stack([found[image, prefix:], new_sizes[image, prefix:]])
+                np.testing.assert_allclose(by_first_channel(got), by_first_channel(wanted), atol=1e-5)
+                np.testing.assert_array_equal(new_sizes[image, :prefix], mass[:prefix])
+
+
+@pytest.mark.parametrize("method", ["fold", "tome"])
+def test_merging_throws_nothing_away_however_deep_the_cut(method: str) -> None:
+    reducer = reducer_named(method)
+    assert reducer is not None
+    for prefix in PREFIXES:
+        given, sizes = attended(3, prefix), sizes_of(3, prefix)
+        for keep in range(prefix + 1, prefix + BODY):
+            found, new_sizes = reducer(given.out, sizes, given, keep, prefix)
+            assert found.shape == (3, keep, WIDTH) and new_sizes is not None and new_sizes.shape == (3, keep)
+            torch.testing.assert_close(new_sizes.sum(1), sizes.sum(1))
+            before, after = (given.out * sizes[..., None]).sum(1), (found * new_sizes[..., None]).sum(1)
+            torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("method", REDUCERS)
 def test_an_image_does_not_depend_on_its_batch_mates(method: str, prefix: int) -> None:
@@ -112,11 +205,14 @@ def test_an_image_does_not_depend_on_its_batch_mates(method: str, prefix: int) -
     assert reducer is not None
     for seed in range(5):
         given = attended(4, prefix, seed=seed)
-        together, _ = reducer(given.out, None, given, prefix + 7, prefix)
+        together, sizes = reducer(given.out, None, given, prefix + 7, prefix)
+        assert together.shape == (4, prefix + 7, WIDTH)
         for image in range(4):
             alone = Attended(*(t[image : image + 1] for t in given))
-            single, _ = reducer(alone.out, None, alone, prefix + 7, prefix)
+            single, single_sizes = reducer(alone.out, None, alone, prefix + 7, prefix)
             torch.testing.assert_close(together[image], single[0], atol=1e-6, rtol=0)
+            if sizes is not None and single_sizes is not None:
+                assert torch.equal(sizes[image], single_sizes[0])
 
 
 def test_evit_stays_exact_where_hardly_any_attention_is_left() -> None:
@@ -132,6 +228,6 @@ def test_evit_stays_exact_where_hardly_any_attention_is_left() -> None:
 
 def test_names() -> None:
     assert reducer_named("none") is None
-    assert set(REFERENCES) <= set(methods())
+    assert {*REFERENCES, "fold", "tome", "none"} == set(methods())
     with pytest.raises(InputError, match=r"unknown method 'best': choose from topk, .*none"):
         reducer_named("best")
