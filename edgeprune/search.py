@@ -11,8 +11,9 @@ from edgeprune.staircase import predict_ms, treads
 
 STRIDES = (1, 2, 4)  # treads that one move may go down
 WORST_KL = 1.5  # nats; a schedule that lost this much is of no use to anyone
-SLACK = 0.97  # a polished schedule may come out at most this much faster than asked
-ROUNDS = 4  # of polishing
+SLACK = 0.95  # a polished schedule may come out at most this much faster than asked
+ROUNDS = 8  # of polishing at most
+AROUND = 32  # schedules that a round evaluates, those that use the budget best
 
 Tokens = tuple[int, ...]
 Fidelity = Callable[[Tokens, Tokens], Score]  # of a schedule, given the one it was derived from
@@ -103,7 +104,9 @@ class Search:
         """The best schedule around `start` that is predicted within `limit_ms`."""
         here = start
         for index in range(ROUNDS):
-            around = [t for t in self.neighbours(here.tokens) if SLACK * limit_ms <= self.predict(t) <= limit_ms]
+            cost = {t: self.predict(t) for t in self.neighbours(here.tokens)}
+            within = [t for t in cost if SLACK * limit_ms <= cost[t] <= limit_ms]
+            around = sorted(within, key=lambda t: -cost[t])[:AROUND]
             best = here
             for done, tokens in enumerate(around):
                 self.progress(f"polishing, round {index + 1}", done, len(around))
@@ -124,14 +127,11 @@ class Search:
             rest = cuts[:i] + cuts[i + 1 :]
             variants += [sorted([*rest, (other, level)]) for other in (block - 1, block + 1)]
             variants.append(rest)
-        before = (self.dense[0], *tokens)
-        for block in range(self.last + 1):
-            between = [n for n in self.levels if tokens[block] < n < before[block]]
-            if not between and before[block] == tokens[block]:
-                after = min(tokens[block:])
-                between = [n for n in self.levels if after < n < tokens[block]]
-            if between and block not in dict(cuts):
-                variants.append(sorted([*cuts, (block, between[len(between) // 2])]))
+        for block in set(range(self.last + 1)) - {b for b, _ in cuts}:
+            floor = next((level for b, level in cuts if b > block), 0)
+            between = [n for n in self.levels if floor < n < tokens[block]]
+            for level in {between[-1], between[len(between) // 2]} if between else ():
+                variants.append(sorted([*cuts, (block, level)]))
         for variant in variants:
             for traded in self._trades(variant):
                 built = self._tokens(traded)

@@ -22,7 +22,7 @@ import onnxruntime
 import pytest
 from PIL import Image
 
-from edgeprune import cli, zoo
+from edgeprune import cli, devices, zoo
 from edgeprune.bundle import load_bundle
 
 QUICK = ("--search-images", "8", "--rounds", "5")
@@ -291,8 +291,12 @@ def test_latency_is_that_of_the_stored_samples(shared: Shared) -> None:
 
 
 def test_second_build_reuses_every_step(shared: Shared, capsys: pytest.CaptureFixture[str]) -> None:
-    (staircase,) = shared.work.glob("staircase-*.json")
-    before = digests(shared.bundle), staircase.stat().st_mtime_ns, (shared.bundle / "manifest.json").stat().st_ino
+    def state() -> tuple[object, ...]:
+        staircases = {p.name: p.stat().st_mtime_ns for p in shared.work.glob("staircase-*.json")}
+        assert staircases
+        return digests(shared.bundle), staircases, (shared.bundle / "manifest.json").stat().st_ino
+
+    before = state()
     code, out, err = call(capsys, *shared.command)
     assert code == 0
     assert out == shared.stdout
@@ -301,8 +305,7 @@ def test_second_build_reuses_every_step(shared: Shared, capsys: pytest.CaptureFi
         line.split(":")[0] for line in steps
     }
     assert not [line for line in err.splitlines() if line.endswith(": done")]
-    after = digests(shared.bundle), staircase.stat().st_mtime_ns, (shared.bundle / "manifest.json").stat().st_ino
-    assert before == after
+    assert state() == before
 
 
 def test_another_folder_gets_the_identical_bundle(
@@ -319,12 +322,12 @@ def test_another_folder_gets_the_identical_bundle(
 
 
 @pytest.fixture(scope="module")
-def simulate(tmp_path_factory: pytest.TempPathFactory, few: Path) -> Callable[..., dict[str, Any]]:
-    """Build for a simulated Orin Nano on a few digits; all builds share a work folder."""
+def simulate(shared: Shared, tmp_path_factory: pytest.TempPathFactory, few: Path) -> Callable[..., dict[str, Any]]:
+    """Build for a simulated Orin Nano on a few digits; the probes are the measured build's."""
     base = tmp_path_factory.mktemp("simulated")
 
     def run(capsys: pytest.CaptureFixture[str], name: str, *options: object) -> dict[str, Any]:
-        places = ("--work", base / "work", "--out", base / name)
+        places = ("--work", shared.work, "--out", base / name)
         common = ("--device", "orin-nano", "--precision", "fp32", "--simulate", "--search-images", 8, *places)
         images = () if "--images" in options else ("--images", few)
         return row_of(capsys, "build", *common, *images, *options)
@@ -355,36 +358,16 @@ def test_methods_meet_a_speedup(
     assert row["speedup"] >= 1.3 * 0.98
 
 
-def test_simulated_figures_say_so(
-    simulate: Callable[..., dict[str, Any]], few: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ("--method", "pomt", "--policy", "paper", "--alpha", "0.5")
-    row = simulate(capsys, "paper", *options)
-    assert row["simulated"] is True
-    assert (row["device"], row["runtime"], row["policy"]) == ("orin-nano", "simulated", "paper")
-    check_bundle(row, few)
-    manifest = load_bundle(Path(row["bundle"]))
-    assert manifest.engine.setup.simulated
-    assert "simulated" in manifest.engine.setup.machine
-
-
 def test_paper_policy_cuts_once_in_block_3(
-    simulate: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
+    simulate: Callable[..., dict[str, Any]], few: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     row = simulate(capsys, "paper", "--method", "pomt", "--policy", "paper", "--alpha", "0.5")
     check_row(row)
+    check_bundle(row, few)
+    assert row["policy"] == "paper"
     assert row["tokens"][:3] == [197] * 3
     assert row["tokens"][3] < 197
     assert len(set(row["tokens"][3:])) == 1
-
-
-def test_alpha_moves_along_the_front(
-    simulate: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ("--method", "pomt", "--policy", "paper", "--alpha")
-    careful, fast = (simulate(capsys, f"alpha-{a}", *options, a) for a in ("0", "1"))
-    assert fast["tokens"][-1] < careful["tokens"][-1]
-    assert fast["latency_ms"]["median"] < careful["latency_ms"]["median"]
 
 
 def test_max_drop_bounds_the_loss(
@@ -405,27 +388,29 @@ def test_pictures_without_labels_give_no_top1(
     assert row["images"] == 21 and row["agreement"] == 100
 
 
-def test_batch_is_in_the_shape_and_the_last_one_is_filled(
-    simulate: Callable[..., dict[str, Any]], few: Path, capsys: pytest.CaptureFixture[str]
+def test_simulated_figures_say_so(
+    simulate: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = simulate(capsys, "batch", "--method", "none", "--batch", "4")  # 21 pictures: the last batch holds one
-    assert row["batch"] == 4
-    check_bundle(row, few)
-    golden = np.load(Path(row["bundle"]) / "golden_output.npy")
-    assert golden.shape == (4, 10)
-    np.testing.assert_allclose(golden, dense_logits(few)[:4], atol=1e-4)
+    row = simulate(capsys, "none", "--method", "none")
+    assert row["simulated"] is True
+    assert (row["device"], row["runtime"]) == ("orin-nano", "simulated")
+    (benched,) = row_of(capsys, "bench", row["bundle"])["rows"]
+    assert benched["simulated"] is True
+    setup = load_bundle(Path(row["bundle"])).engine.setup
+    assert setup.simulated and "simulated" in setup.machine
+    code, out, _ = call(capsys, "bench", row["bundle"])  # the table for a person too
+    assert code == 0 and "SIMULATED" in out
 
 
 def test_own_device_file_builds_and_benches(
-    few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    shared: Shared, few: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from edgeprune import devices
 
     text = (Path(devices.__file__).parent / "orin-nano.toml").read_text()
     board = tmp_path / "board.toml"
     board.write_text(text.replace('name = "orin-nano"', 'name = "my-board"'))
     monkeypatch.chdir(tmp_path)
-    common = ("--simulate", "--method", "none", "--images", few, "--search-images", 8, "--work", tmp_path / "work")
+    common = ("--simulate", "--method", "none", "--images", few, "--search-images", 8, "--work", shared.work)
     row = row_of(capsys, "build", "--device", board, *common)
     assert row["device"] == "my-board"
     assert Path(row["bundle"]).parts[:2] == ("engines", "my-board")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import combinations
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from edgeprune.fidelity import Evaluator, logits_of_schedule, pruned_module
 from edgeprune.images import normalise
 
 DENSE = (17, 17, 17)
-SCHEDULES = [DENSE, (17, 17, 9), (17, 9, 9), (17, 9, 5), (12, 9, 5), (3, 3, 3)]
+SCHEDULES = [DENSE, (17, 17, 9), (17, 9, 9), (17, 12, 5), (12, 12, 5), (12, 9, 9), (3, 3, 3)]
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,8 @@ def test_any_base_gives_the_logits_of_a_run_from_scratch(method: str, model: Any
             np.testing.assert_allclose(evaluator.base(base), wanted[base], atol=1e-6)
         for tokens in SCHEDULES:
             np.testing.assert_allclose(evaluator.logits(tokens), wanted[tokens], atol=1e-6)
-    assert all(np.abs(wanted[t] - wanted[DENSE]).max() > 1e-3 for t in SCHEDULES[1:])
+    early = [wanted[t] for t in SCHEDULES if t != (17, 17, 9)]  # CLS never sees a cut in the last block
+    assert all(np.abs(a - b).max() > 1e-4 for a, b in combinations(early, 2))
 
 
 def test_only_blocks_after_the_base_run_again(
