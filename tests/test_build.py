@@ -25,7 +25,9 @@ from PIL import Image
 from edgeprune import cli, devices, zoo
 from edgeprune.bundle import load_bundle
 
-QUICK = ("--search-images", "8", "--rounds", "5")
+QUICK = ("--search-images", "4", "--rounds", "5")
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "EDGEPRUNE_THREADS": "1"}  # on a busy machine a second one only waits
+OFFLINE = {"HF_HUB_OFFLINE": "1"}
 DENSE = (197,) * 12
 LATENCY = {"median": float, "p99": float, "low": float, "high": float}
 CONTRACT: dict[str, Any] = {
@@ -72,10 +74,17 @@ def program(*argv: object) -> list[str]:
     return [sys.executable, "-m", "edgeprune.cli", *map(str, argv)]
 
 
+def start(*argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """The command line in a process of its own, run to its end."""
+    environment = os.environ | ONE_THREAD | options.pop("env", {})
+    return subprocess.run(program(*argv), capture_output=True, text=True, timeout=900, env=environment, **options)
+
+
 def call(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
     """The command line in this process: exit code, stdout and stderr."""
     capsys.readouterr()
-    with mock.patch.object(sys, "argv", ["edgeprune", *map(str, argv)]), pytest.raises(SystemExit) as end:
+    arguments = mock.patch.object(sys, "argv", ["edgeprune", *map(str, argv)])
+    with arguments, mock.patch.dict(os.environ, ONE_THREAD), pytest.raises(SystemExit) as end:
         cli.main()
     out, err = capsys.readouterr()
     return int(end.value.code or 0), out, err
@@ -95,9 +104,9 @@ def row_of(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
 def shared_build(base: Path) -> Shared:
     """Build the embedded model once below `base`, in a process of its own."""
     bundle, work = base / "shared" / "bundle", base / "shared" / "work"
-    goal = ("--method", "pomt", "--speedup", "1.5")
+    goal = ("--method", "pomt", "--speedup", "1.25")
     command = ("build", "--device", "cpu", *goal, *QUICK, "--work", str(work), "--out", str(bundle), "--json")
-    done = subprocess.run(program(*command), capture_output=True, text=True, timeout=900)
+    done = start(*command)
     assert done.returncode == 0, done.stderr
     return Shared(bundle, work, command, done.stdout, done.stderr)
 
@@ -171,8 +180,7 @@ def percent(hits: np.ndarray) -> float:
 
 def kl_nats(dense: np.ndarray, pruned: np.ndarray) -> float:
     """Mean KL(dense || pruned) of the softmax distributions, from the definition."""
-    p, q = (np.exp(x.astype(np.float64)) for x in (dense, pruned))
-    p, q = p / p.sum(1, keepdims=True), q / q.sum(1, keepdims=True)
+    p, q = (e / e.sum(1, keepdims=True) for e in (np.exp(x.astype(np.float64)) for x in (dense, pruned)))
     return float(np.mean(np.sum(p * np.log(p / q), axis=1)))
 
 
@@ -328,7 +336,7 @@ def simulate(shared: Shared, tmp_path_factory: pytest.TempPathFactory, few: Path
 
     def run(capsys: pytest.CaptureFixture[str], name: str, *options: object) -> dict[str, Any]:
         places = ("--work", shared.work, "--out", base / name)
-        common = ("--device", "orin-nano", "--precision", "fp32", "--simulate", "--search-images", 8, *places)
+        common = ("--device", "orin-nano", "--precision", "fp32", "--simulate", "--search-images", 4, *places)
         images = () if "--images" in options else ("--images", few)
         return row_of(capsys, "build", *common, *images, *options)
 
@@ -346,14 +354,13 @@ def test_none_is_the_unpruned_model(
     assert row["kl"] < 1e-6
 
 
-@pytest.mark.parametrize("method", ["topk", "evit"])
-def test_methods_meet_a_speedup(
-    method: str, simulate: Callable[..., dict[str, Any]], few: Path, capsys: pytest.CaptureFixture[str]
+def test_speedup_is_met(
+    simulate: Callable[..., dict[str, Any]], few: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = simulate(capsys, method, "--method", method, "--speedup", "1.3")
+    row = simulate(capsys, "topk", "--method", "topk", "--speedup", "1.3")
     check_row(row)
     check_bundle(row, few)
-    assert row["method"] == method
+    assert row["method"] == "topk"
     assert min(row["tokens"]) < DENSE[0]
     assert row["speedup"] >= 1.3 * 0.98
 
@@ -373,8 +380,10 @@ def test_paper_policy_cuts_once_in_block_3(
 def test_max_drop_bounds_the_loss(
     simulate: Callable[..., dict[str, Any]], few: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = simulate(capsys, "drop", "--method", "topk", "--max-drop", "5")
+    row = simulate(capsys, "evit", "--method", "evit", "--max-drop", "5")
+    check_row(row)
     check_bundle(row, few)
+    assert row["method"] == "evit"
     assert row["dense_top1"] - row["top1"] <= 5
     assert row["speedup"] > 1
 
@@ -410,7 +419,7 @@ def test_own_device_file_builds_and_benches(
     board = tmp_path / "board.toml"
     board.write_text(text.replace('name = "orin-nano"', 'name = "my-board"'))
     monkeypatch.chdir(tmp_path)
-    common = ("--simulate", "--method", "none", "--images", few, "--search-images", 8, "--work", shared.work)
+    common = ("--simulate", "--method", "none", "--images", few, "--search-images", 4, "--work", shared.work)
     row = row_of(capsys, "build", "--device", board, *common)
     assert row["device"] == "my-board"
     assert Path(row["bundle"]).parts[:2] == ("engines", "my-board")
@@ -434,10 +443,7 @@ def test_vit_tiny_on_imagenet(assets: Path, tmp_path: Path, big_work: Path) -> N
     images = assets / "imagenet-val-650" / "labels.csv"
     model = ("--model", "vit_tiny_patch16_224", "--weights", weights, "--images", images)
     goal = ("--method", "pomt", "--speedup", "1.25", "--search-images", "8", "--rounds", "15")
-    command = program("build", *model, *goal, "--work", big_work, "--out", tmp_path / "bundle", "--json")
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=1800, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    )
+    done = start("build", *model, *goal, "--work", big_work, "--out", tmp_path / "bundle", "--json", env=OFFLINE)
     assert done.returncode == 0, done.stderr
     row = json.loads(done.stdout)
     check_row(row)

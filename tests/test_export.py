@@ -166,14 +166,22 @@ def test_other_forms_do_not_count_as_fusable(changes: tuple[str, ...]) -> None:
     assert True not in export.attention_forms(attention(*changes))
 
 
-def test_a_dynamic_dimension_is_refused_by_name() -> None:
-    model = attention()
-    model.graph.input[1].type.tensor_type.shape.dim[0].dim_param = "rows"
-    with pytest.raises(ExportError, match=r"k has the dynamic shape \(rows, 4\)"):
-        export.static_or_raise(onnx.shape_inference.infer_shapes(model))
+@pytest.mark.parametrize(
+    ("dimension", "shown"), [({"dim_param": "rows"}, "rows"), ({"dim_value": 0}, r"\?"), ({}, r"\?")]
+)
+def test_a_dynamic_dimension_is_refused_by_name(dimension: dict[str, Any], shown: str) -> None:
+    model = onnx.shape_inference.infer_shapes(attention())
+    export.static_or_raise(model)
+    rows = model.graph.input[1].type.tensor_type.shape.dim[0]
+    rows.Clear()
+    rows.MergeFrom(onnx.TensorShapeProto.Dimension(**dimension))
+    with pytest.raises(ExportError, match=rf"k has the dynamic shape \({shown}, 4\)"):
+        export.static_or_raise(model)
+
+
+def test_an_unknown_shape_is_refused_by_name() -> None:
     with pytest.raises(ExportError, match="the shape of scaled is unknown"):
         export.static_or_raise(attention())
-    export.static_or_raise(onnx.shape_inference.infer_shapes(attention()))
 
 
 def test_an_operator_that_opset_17_lacks_is_refused_by_name() -> None:

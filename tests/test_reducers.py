@@ -216,7 +216,7 @@ def test_an_image_does_not_depend_on_its_batch_mates(method: str, prefix: int) -
 
 
 def test_evit_stays_exact_where_hardly_any_attention_is_left() -> None:
-    given = attended(3, 1, sharp=15.0)
+    given = attended(3, 1, sharp=4.0)
     reducer = reducer_named("evit")
     assert reducer is not None
     found, _ = reducer(given.out, None, given, BODY, 1)

@@ -155,8 +155,9 @@ def test_exhaustive_probing_measures_every_count(make_vit: MakeVit) -> None:
     assert treads(found) == (93, 150, 197)
 
 
-def test_flat_curve_needs_no_more_than_the_grid(make_vit: MakeVit) -> None:
-    machine = Machine(flat)
+@pytest.mark.parametrize("curve", [flat, float])
+def test_a_straight_curve_needs_no_more_than_the_grid(curve: Callable[[int], float], make_vit: MakeVit) -> None:
+    machine = Machine(curve)
     found, _ = probe(make_vit(), SETUP, machine.trunk, machine.others(), 2)
     assert [p.tokens for p in found.points] == coarse_counts(make_vit())
 
