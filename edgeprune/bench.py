@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from edgeprune.bundle import load_bundle
-from edgeprune.devices import load_device
+from edgeprune.bundle import DEVICE, load_bundle
+from edgeprune.devices import check_is_here, load_device
 from edgeprune.errors import InputError
 from edgeprune.measure import WARMUP, Open, interleave, ratio
-from edgeprune.records import Latency, Progress, silent
+from edgeprune.records import Device, Latency, Progress, load, silent
 from edgeprune.runtimes import runtime_for
 
 
@@ -24,7 +24,9 @@ def bench_bundles(bundles: Sequence[Path], rounds: int, progress: Progress = sil
     for path in bundles:
         manifest = load_bundle(path)
         setup = manifest.engine.setup
-        device = load_device(setup.device)
+        device = load(path / DEVICE, Device) if DEVICE in manifest.files else load_device(setup.device)
+        if not setup.simulated:
+            check_is_here(device)
         runtime = runtime_for(device, setup.simulated)
         here = runtime.setup(device, setup.precision, setup.batch)
         name = str(path)

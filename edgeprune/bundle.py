@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 STAIRCASE = "staircase.json"
+DEVICE = "device.json"
 GOLDEN = ("golden_input.npy", "golden_output.npy")
 TOLERANCE = 1e-3
 
@@ -55,10 +56,8 @@ def write_bundle(
 
     `golden` is one batch of real input and its output. Raises OutputError.
     """
+    check_out(out)
     with writable(out):
-        if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out} exists and is no bundle: choose another --out")
-        out.parent.mkdir(parents=True, exist_ok=True)
         fresh = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
         try:
             shutil.copyfile(engine_file, fresh / engine.path)
@@ -87,12 +86,29 @@ def write_bundle(
     return manifest
 
 
+def check_out(out: Path) -> None:
+    """Raise InputError where `out` holds something else than a bundle, OutputError where none can be written.
+
+    Makes the folder above `out`.
+    """
+    with writable(out):
+        if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
+            raise InputError(f"{out} exists and is no bundle: choose another --out")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out.parent).close()
+
+
 def _take_place(fresh: Path, out: Path) -> None:
-    """Put `fresh` where `out` is: two renames, each of a complete folder."""
+    """Put `fresh` where `out` is: two renames, each of a complete folder; undone where the second fails."""
     old = fresh.with_suffix(".old")
     if out.exists():
         os.rename(out, old)
-    os.rename(fresh, out)
+    try:
+        os.rename(fresh, out)
+    except BaseException:
+        if old.exists() and not out.exists():
+            os.rename(old, out)
+        raise
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -55,9 +55,10 @@ def main() -> None:
     except EdgepruneError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: finished steps are kept, the same command goes on from there", err=True)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # typer has met Ctrl-C
+            typer.echo("interrupted: finished steps are kept, the same command goes on from there", err=True)
+        raise
 
 
 @app.command()
@@ -141,9 +142,11 @@ def profile(
     from edgeprune import profiling
     from edgeprune.plots import staircase_svg
     from edgeprune.records import save, write_bytes
+    from edgeprune.reducers import check_method
     from edgeprune.report import profile_row, profile_table
     from edgeprune.target import target_for
 
+    check_method(method)
     with console.progress() as progress:
         target = target_for(device, precision, batch, simulate, work, progress)
         if trunk is not None:
@@ -239,7 +242,9 @@ def export(
         raise typer.BadParameter("pass exactly one of --schedule FILE, --dense and --trunk")
     from edgeprune.pipeline import export_model
     from edgeprune.profiling import export_probes
+    from edgeprune.target import check_batch
 
+    check_batch(batch)
     with console.progress() as progress:
         from edgeprune.models import load_model
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,7 +70,7 @@ def overrides(crop_pct: float | None, interpolation: str | None, mean: str | Non
                 values = tuple(float(part) for part in text.split(","))
             except ValueError:
                 values = ()
-            if len(values) != 3 or (name == "std" and min(values) <= 0):
+            if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
                 raise InputError(f"--{name} {text!r}: pass three numbers as r,g,b")
             found[name] = values
     return found
@@ -92,6 +93,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
         with Progress(
             *columns, TimeElapsedColumn(), console=console, transient=True, disable=not sys.stderr.isatty()
         ) as bar:
+            handler.setStream(sys.stderr)  # the bar's own, so that lines do not tear it
             task = bar.add_task("starting", total=None)
             yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
     finally:

@@ -19,6 +19,7 @@ import onnx
 import onnx.helper
 import onnx.numpy_helper
 from onnx import TensorProto, shape_inference
+from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
 
 from edgeprune.errors import ExportError, InputError
 from edgeprune.records import replacing, writable
@@ -58,7 +59,10 @@ def trunk_from_module(module: nn.Module, example: Tensor, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         weights = path.with_suffix(".weights")
         weights.unlink(missing_ok=True)  # onnx appends to an existing file
-        onnx.save_model(model, path, save_as_external_data=True, location=weights.name, size_threshold=1024)
+        convert_model_to_external_data(model, location=weights.name, size_threshold=1024)
+        write_external_data_tensors(model, str(path.parent))
+    with replacing(path) as temporary:  # last: where the graph is, its weights are whole
+        temporary.write_bytes(model.SerializeToString())
 
 
 def fix_tokens(trunk: Path, tokens: int, out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,9 +54,9 @@ def load_images(source: Path) -> ImageSet:
 
     Class folders are numbered in sorted order of their names. Raises ImageError.
     """
-    if source.is_file():
+    if os.path.isfile(source):  # unlike Path's own, False for a name that is too long
         return _from_csv(source)
-    if not source.is_dir():
+    if not os.path.isdir(source):
         raise ImageError(f"{source}: no such folder or CSV: pass --images DIR or --images FILE.csv")
     loose = _pictures(source)
     if loose:
@@ -88,13 +89,15 @@ def _from_csv(source: Path) -> ImageSet:
                 path = (base / (row["image"] or "")).resolve()
                 if not path.is_relative_to(base):
                     raise ImageError(f"{where}: {row['image']} leads out of {base.name}/: keep paths inside")
-                if not path.is_file():
+                if not os.path.isfile(path):
                     raise ImageError(f"{where}: {row['image']} does not exist: paths are relative to the CSV")
                 paths.append(path)
                 if "label" in reader.fieldnames:
                     labels.append(_label(row["label"], where))
     except (UnicodeDecodeError, csv.Error, ValueError) as error:
         raise ImageError(f"{source}: not a CSV in UTF-8 ({error}): write `image,label` lines") from None
+    except OSError as error:
+        raise ImageError(f"{source}: cannot be read ({error.strerror}): check the path") from None
     if not paths:
         raise ImageError(f"{source}: no images in it: write `image,label` lines")
     return ImageSet(tuple(paths), tuple(labels) if labels else None, None)

@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune import measure, zoo
+from edgeprune.devices import load_device
 from edgeprune.errors import InputError
 from edgeprune.images import ImageSet, load_images, load_pixels
 from edgeprune.profiling import staircase_of_model
 from edgeprune.records import Progress, Staircase, replacing, silent
+from edgeprune.reducers import check_method
 from edgeprune.schedule import PAPER_BLOCK, Goal
 from edgeprune.target import WORK, Target, target_for
 
@@ -55,7 +57,7 @@ class Options:
     def folder(self) -> Path:
         """Where the bundle goes."""
         name = f"{self.method}-{self.precision}-b{self.batch}" + ("-simulated" if self.simulate else "")
-        return self.out or ENGINES / self.device / self.model / name
+        return self.out or ENGINES / load_device(self.device).name / self.model / name
 
 
 class Job:
@@ -64,6 +66,7 @@ class Job:
     def __init__(self, options: Options, progress: Progress = silent) -> None:
         from edgeprune.models import load_model
 
+        check_method(options.method)
         self.options, self.progress = options, progress
         self.target: Target = target_for(
             options.device, options.precision, options.batch, options.simulate, options.work, progress

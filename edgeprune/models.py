@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -86,6 +87,8 @@ def _create(name: str, weights: str, state: dict[str, Tensor] | None) -> nn.Modu
         near = difflib.get_close_matches(name, timm.list_models("*vit*") + timm.list_models("deit*"), 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see `timm.list_models('vit_*')`"
         raise ModelError(f"timm has no model {name!r}: {hint}")
+    if weights == "pretrained":  # is it worth fetching them?
+        _check_family(name)
     try:
         module: nn.Module = timm.create_model(name, pretrained=weights == "pretrained", **options)
     except Exception as error:  # hub, disk and timm errors alike: the way out is the same
@@ -99,6 +102,15 @@ def _create(name: str, weights: str, state: dict[str, Tensor] | None) -> nn.Modu
     return module
 
 
+def _check_family(name: str) -> None:
+    """Raise ModelError where no family supports a model, without its weights and almost without memory."""
+    import timm
+    import torch
+
+    with suppress(RuntimeError, NotImplementedError, ValueError), torch.device("meta"):  # some need real tensors
+        family_of(timm.create_model(name))
+
+
 def _read_state(path: Path) -> dict[str, Tensor]:
     """Tensors of a checkpoint; nothing in the file is ever executed."""
     if not path.is_file():
@@ -110,7 +122,9 @@ def _read_state(path: Path) -> dict[str, Tensor]:
             return load_file(path)
         import torch
 
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():  # of an unusual pickle protocol
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True)
         for key in ("state_dict", "model", "model_state_dict"):
             if isinstance(state, dict) and isinstance(state.get(key), dict):
                 state = state[key]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeprune import export
-from edgeprune.bundle import MANIFEST, load_bundle, write_bundle
+from edgeprune.bundle import DEVICE, MANIFEST, check_out, load_bundle, write_bundle
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.images import normalise
 from edgeprune.job import Job, Options
@@ -23,11 +23,12 @@ from edgeprune.records import (
     Report,
     Schedule,
     Staircase,
+    encode,
     load,
     sha256_file,
     silent,
 )
-from edgeprune.refine import CORRECTIONS, correction, realise
+from edgeprune.refine import CORRECTIONS, Attempt, best_of, correction, realise
 
 if TYPE_CHECKING:
     from edgeprune.models import Model
@@ -49,10 +50,13 @@ def build(options: Options, progress: Progress = silent) -> Built:
     if options.policy not in POLICIES:
         raise InputError(f"unknown policy {options.policy!r}: choose search or paper")
     job = Job(options, progress)
+    check_out(options.folder())
     goal = options.goal
+    attempts: list[Attempt] = []
     for attempt in range(CORRECTIONS + 1):
         schedule = solve(job, goal)
         engine_file, report = realise(job, schedule)
+        attempts.append(Attempt(schedule, engine_file, report))
         corrected = correction(job, options.goal, goal, report)
         if corrected is None or attempt == CORRECTIONS:
             break
@@ -64,6 +68,7 @@ def build(options: Options, progress: Progress = silent) -> Built:
             log.info("no schedule is faster: keeping the one that was measured")
             break
         goal = corrected
+    schedule, engine_file, report = best_of(attempts, options.goal)
     return Built(options.folder(), _bundle(job, schedule, engine_file, report), job.staircase)
 
 
@@ -108,7 +113,7 @@ def _bundle(job: Job, schedule: Schedule, engine_file: Path, report: Report) -> 
         preprocessing=model.preprocessing,
         labels=class_labels(model.vit, job.pictures.class_names if job.pictures else None),
         golden=(batch, golden),
-        extra=staircase_svg(job.staircase, schedule),
+        extra={DEVICE: encode(job.target.device), **staircase_svg(job.staircase, schedule)},
     )
 
 

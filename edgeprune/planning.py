@@ -26,6 +26,8 @@ Row = tuple[float, float, float | None]  # KL, agreement, top-1
 def solve(job: Job, goal: Goal) -> Schedule:
     """Tokens per block for a goal, by the policy asked for."""
     options, staircase, vit = job.options, job.staircase, job.model.vit
+    if options.policy not in POLICIES:
+        raise InputError(f"unknown policy {options.policy!r}: choose from {', '.join(POLICIES)}")
     if options.method == "none":
         dense = (vit.tokens,) * vit.depth
         return finished(staircase, "none", options.policy, dense, job.prefix_last)

@@ -13,6 +13,7 @@ from edgeprune import export, zoo
 from edgeprune.errors import InputError
 from edgeprune.measure import Open, Samples
 from edgeprune.records import Staircase, Vit, load, read_bytes, save, write_bytes
+from edgeprune.reducers import check_method
 from edgeprune.staircase import probe
 from edgeprune.target import Target
 
@@ -44,6 +45,9 @@ def export_probes(model: Model, methods: Sequence[str], batch: int, folder: Path
     vit, module, family = model.vit, model.module, model.family
     blocks: Any = module.blocks
     middle = blocks[vit.depth // 2]
+    for method in methods:
+        check_method(method)
+    _check_probes(folder, vit, batch)
     stream = torch.zeros(batch, vit.tokens, vit.width)
     images = torch.zeros(batch, 3, vit.image_px, vit.image_px)
     dense = PrunedViT(module, family, vit, (vit.tokens,) * vit.depth, None)
@@ -52,6 +56,7 @@ def export_probes(model: Model, methods: Sequence[str], batch: int, folder: Path
         if not (folder / name).exists():
             write(folder / name)
 
+    missing("vit.json", lambda p: save(vit, p))
     missing("trunk.onnx", lambda p: export.trunk_from_module(Trunk(list(blocks), family), stream, p))
     missing("fixed.onnx", lambda p: export.onnx_from_module(Fixed(module, family), images, p))
     missing("dense.onnx", lambda p: export.onnx_from_module(dense, images, p))
@@ -67,7 +72,18 @@ def export_probes(model: Model, methods: Sequence[str], batch: int, folder: Path
             example = stream[:, :1].expand(-1, entering, -1).contiguous()
             name = f"cut-{method}-{entering}-{leaving}.onnx"
             missing(name, lambda p, c=cut, e=example: export.onnx_from_module(c, e, p, ("x", "y")))  # type: ignore[misc]
-    missing("vit.json", lambda p: save(vit, p))
+
+
+def _check_probes(folder: Path, vit: Vit | None, batch: int) -> None:
+    """Raise InputError where a folder holds probes of another model or batch size."""
+    if vit is not None and (folder / "vit.json").exists() and load(folder / "vit.json", Vit) != vit:
+        raise InputError(f"{folder} holds the probes of another model: choose another --out")
+    if (folder / "trunk.onnx").exists():
+        shape = export.load_graph(folder / "trunk.onnx").graph.input[0].type.tensor_type.shape
+        if (found := shape.dim[0].dim_value) != batch:
+            raise InputError(
+                f"{folder} holds probes of batch {found}, not {batch}: pass --batch {found} or export anew"
+            )
 
 
 def staircase_of_model(target: Target, model: Model, methods: Sequence[str], exhaustive: bool = False) -> Staircase:
@@ -92,6 +108,9 @@ def staircase_of_folder(target: Target, trunk: Path, methods: Sequence[str], exh
             raise InputError(f"{folder / name} is missing: make the folder with edgeprune export --trunk")
     if trunk.name != "trunk.onnx":
         raise InputError(f"{trunk}: pass the trunk.onnx that edgeprune export --trunk wrote")
+    for method in methods:
+        check_method(method)
+    _check_probes(folder, None, target.setup.batch)
     return _measured(target, load(folder / "vit.json", Vit), methods, exhaustive, lambda: folder)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
@@ -28,6 +29,31 @@ CORRECTIONS = 2  # times a schedule whose measured latency misses the goal is so
 MISS = 0.02  # of the goal, beyond which it counts as missed
 PARITY_IMAGES = 8
 PARITY = 1e-4
+
+
+class Attempt(NamedTuple):
+    """A schedule that was built and measured."""
+
+    schedule: Schedule
+    engine: Path
+    report: Report
+
+
+def best_of(attempts: Sequence[Attempt], goal: Goal) -> Attempt:
+    """Of the attempts that meet a goal, short of MISS, the one with the least KL; else the fastest, warned of."""
+    good = [a for a in attempts if _meets(goal, a.report)]
+    if good:
+        return min(good, key=lambda a: (a.report.kl or 0.0, a.report.latency.median_ms))
+    best = max(attempts, key=lambda a: a.report.speedup)
+    median = best.report.latency.median_ms
+    log.warning("the goal is missed: %.3fx, %.3f ms is the fastest that was measured", best.report.speedup, median)
+    return best
+
+
+def _meets(goal: Goal, report: Report) -> bool:
+    if goal.speedup is not None:
+        return report.speedup >= goal.speedup * (1 - MISS)
+    return goal.budget_ms is None or report.latency.median_ms <= goal.budget_ms * (1 + MISS)
 
 
 def correction(job: Job, asked: Goal, used: Goal, report: Report) -> Goal | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune import __version__
-from edgeprune.devices import load_device
+from edgeprune.devices import check_is_here, load_device
 from edgeprune.errors import InputError
 from edgeprune.measure import Open
 from edgeprune.records import Device, Progress, Setup, key_of, silent
@@ -50,6 +50,12 @@ class Target:
         return path
 
 
+def check_batch(batch: int) -> None:
+    """Raise InputError for a batch that holds nothing."""
+    if batch < 1:
+        raise InputError(f"batch {batch} is not possible: use 1 or more")
+
+
 def target_for(
     device: str,
     precision: str = "fp32",
@@ -59,12 +65,13 @@ def target_for(
     progress: Progress = silent,
 ) -> Target:
     """Raises DeviceError, MissingError, InputError."""
-    if batch < 1:
-        raise InputError(f"batch {batch} is not possible: use 1 or more")
+    check_batch(batch)
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}")
     if precision != "fp32" and not simulate:
         raise InputError(f"this version builds fp32 only: plan {precision} with --simulate")
     found = load_device(device)
+    if not simulate:
+        check_is_here(found)
     runtime = runtime_for(found, simulate)
     return Target(found, runtime, runtime.setup(found, precision, batch), work, progress)

@@ -21,14 +21,14 @@ def unsupported(model: nn.Module) -> str | None:
         return f"{kind} is not a timm VisionTransformer: choose one of `timm.list_models('vit_*')`"
     for index, block in enumerate(model.blocks):
         if type(block) not in (Block, ResPostBlock):
-            return f"block {index} is a {type(block).__name__}, whose attention and MLP cannot be parted"
+            return f"block {index} is a {type(block).__name__}, whose halves cannot be parted: choose another model"
         if type(block.attn) is not Attention:
-            return f"block {index} has {type(block.attn).__name__}, only timm's Attention is supported"
+            return f"block {index} has {type(block.attn).__name__}, not timm's Attention: choose another model"
     if model.global_pool == "":
         return "the model has no pooling (global_pool=''): create it with a classification head"
     height, width = model.patch_embed.img_size
     if height != width:
-        return f"the model takes {height}x{width} images, only square ones are supported"
+        return f"the model takes {height}x{width} images, only square ones are supported: choose another model"
     return None
 
 

@@ -21,12 +21,17 @@ def methods() -> tuple[str, ...]:
     return (*REDUCERS, "none")
 
 
+def check_method(method: str) -> None:
+    """Raise InputError for a method that does not exist; imports none."""
+    if method not in methods():
+        raise InputError(f"unknown method {method!r}: choose from {', '.join(methods())}")
+
+
 def reducer_named(method: str) -> Reducer | None:
     """The reducer of a method; None for `none`, which cuts nothing. Raises InputError."""
+    check_method(method)
     if method == "none":
         return None
-    if method not in REDUCERS:
-        raise InputError(f"unknown method {method!r}: choose from {', '.join(methods())}")
     module, _, name = REDUCERS[method].partition(":")
     reducer: Reducer = getattr(importlib.import_module(module), name)
     return reducer

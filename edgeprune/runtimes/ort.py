@@ -25,7 +25,7 @@ class OrtRuntime:
     """Runtime over onnxruntime; an engine is the ONNX file itself."""
 
     def __init__(self, device: Device) -> None:
-        self.kind = "ort-cpu" if device.name == "cpu" else "ort-cuda"
+        self.kind = "ort-cuda" if device.tensorrt or device.compute_capability else "ort-cpu"
 
     def setup(self, device: Device, precision: str, batch: int) -> Setup:
         """Raises DeviceError where `device` is not this machine, MissingError without the provider."""
