@@ -53,7 +53,9 @@ def trunk_from_module(module: nn.Module, example: Tensor, path: Path) -> None:
     folded = [node.op_type for node in model.graph.node if node.op_type == "Shape"]
     if folded:
         raise ExportError(f"the trunk computes {len(folded)} shapes at run time: report this model")
-    model.graph.input[0].type.tensor_type.shape.dim[1].dim_param = "tokens"
+    for value in (*model.graph.input, *model.graph.output):
+        if not value.type.tensor_type.shape.dim[1].HasField("dim_value"):
+            value.type.tensor_type.shape.dim[1].dim_param = "tokens"
     del model.graph.value_info[:]
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -91,7 +93,10 @@ def load_graph(path: Path) -> onnx.ModelProto:
     try:
         if path.stat().st_size > 4 * INLINE_BYTES:
             raise InputError(f"{path}: too large for an ONNX file")
-        return onnx.load(path, load_external_data=False)
+        model = onnx.load(path, load_external_data=False)
+        if not model.graph.node:  # protobuf reads an empty file as an empty model
+            raise ValueError("no graph")
+        return model
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}): check the path") from None
     except Exception as error:  # protobuf raises its own DecodeError, which onnx does not re-export
@@ -120,6 +125,7 @@ def attention_forms(model: onnx.ModelProto) -> list[bool]:
     """
     producer = {output: node for node in model.graph.node for output in node.output}
     uses = Counter(name for node in model.graph.node for name in node.input)
+    uses.update(value.name for value in model.graph.output)
     consumers: dict[str, list[onnx.NodeProto]] = {}
     for node in model.graph.node:
         for name in node.input:
@@ -129,13 +135,16 @@ def attention_forms(model: onnx.ModelProto) -> list[bool]:
         if node.op_type != "Softmax":
             continue
         scores = producer.get(node.input[0])
+        links = [node.input[0], node.output[0]]
         if scores is not None and scores.op_type == "Add":  # log of token sizes
             scores = next((producer[i] for i in scores.input if i in producer), None)
         if scores is None or scores.op_type != "MatMul":
             continue
+        links.append(scores.output[0])
         scaled = any(producer.get(i) is not None and producer[i].op_type == "Mul" for i in scores.input)
         after = consumers.get(node.output[0], [])
-        forms.append(scaled and uses[scores.output[0]] == 1 and len(after) == 1 and after[0].op_type == "MatMul")
+        alone = all(uses[name] == 1 for name in links)
+        forms.append(scaled and alone and bool(after) and after[0].op_type == "MatMul")
     return forms
 
 

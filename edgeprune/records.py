@@ -151,13 +151,13 @@ def _median(samples: tuple[float, ...]) -> float:
     return float(np.median(samples))
 
 
-def median_interval(values: Sequence[float]) -> tuple[float, float]:
-    """95 % interval of the median by the binomial sign test (normal approximation of the ranks)."""
+def median_interval(values: Sequence[float], z: float = 1.96) -> tuple[float, float]:
+    """Interval of the median, 95 % at z = 1.96, by the binomial sign test (normal approximation of the ranks)."""
     ordered = sorted(values)
     n = len(ordered)
-    reach = 0.98 * n**0.5  # 1.96 * sqrt(n / 4)
-    low, high = int(np.floor(n / 2 - reach)), int(np.ceil(n / 2 + reach))
-    return ordered[max(low, 0)], ordered[min(high, n - 1)]
+    reach = z / 2 * n**0.5  # z * sqrt(n / 4)
+    low = max(int(np.floor((n - 1) / 2 - reach)), 0)
+    return ordered[low], ordered[n - 1 - low]
 
 
 class Point(Record, frozen=True, kw_only=True):

@@ -23,6 +23,7 @@ from edgeprune.records import (
 
 GRID = 8  # tokens between coarse probes; GPU tiles are multiples of it
 SMALLEST_SHARE = 0.1  # the lowest count probed, as a share of the unpruned count
+MANY = 2.6  # z of one comparison among some thirty: 1.96 would see a step in every fifth flat curve
 STEEP = 1.5  # a gap this many times steeper than the whole curve hides a step
 
 
@@ -60,7 +61,8 @@ def probe(
     is found. `samples` of an interrupted run are taken up. Returns the staircase and all samples (ms).
     """
     samples = {} if samples is None else samples
-    counts = all_counts(vit) if exhaustive else coarse_counts(vit)
+    begun = {int(name.split()[1]) for name in samples if name.startswith("trunk ")}
+    counts = sorted({*(all_counts(vit) if exhaustive else coarse_counts(vit)), *begun})
     while True:
         candidates = {f"trunk {n}": open_trunk(n) for n in counts} | dict(others)
         interleave(candidates, rounds, samples, save, progress, keep_open, f"{len(counts)} token counts")
@@ -133,7 +135,7 @@ def exceeds(high: Latency, low: Latency) -> bool:
     """
     a, b = high.samples_ms, low.samples_ms
     if len(a) == len(b):
-        return median_interval([x - y for x, y in zip(a, b, strict=True)])[0] > 0
+        return median_interval([x - y for x, y in zip(a, b, strict=True)], MANY)[0] > 0
     return high.interval_ms[0] > low.interval_ms[1]
 
 

@@ -183,9 +183,7 @@ def test_tx2_is_refused_with_its_reason_even_on_a_tx2(machine: Path) -> None:
         devices.check_is_here(devices.load_device("jetson-tx2"))
 
 
-def test_cuda_needs_a_gpu_that_answers_and_cpu_nothing(
-    machine: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cuda_needs_a_gpu_that_answers_and_cpu_nothing(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     devices.check_is_here(devices.load_device("cpu"))
     cuda = devices.load_device("cuda")
     with pytest.raises(DeviceError, match="this is Example CPU; no NVIDIA GPU answers") as caught:

@@ -19,8 +19,8 @@ from edgeprune.runtimes import runtime_for
 from edgeprune.runtimes.simulated import (
     LAUNCH,
     Product,
+    SimulatedProducts,
     SimulatedRuntime,
-    SimulatedTrunk,
     latency_ms,
     products_of_ends,
     products_of_onnx,
@@ -53,7 +53,11 @@ def vit(width: int = 192, heads: int = 3, mlp_width: int = 768, depth: int = 12,
 
 def curve(device: Device, model: Vit, precision: str = "fp16", batch: int = 1) -> dict[int, float]:
     """Trunk latency in ms by token count."""
-    return {n: SimulatedTrunk(device, model, n, precision, batch).time_ms() for n in range(20, 198)}
+    return {n: trunk_ms(device, model, n, precision, batch) for n in range(20, 198)}
+
+
+def trunk_ms(device: Device, model: Vit, tokens: int, precision: str, batch: int) -> float:
+    return SimulatedProducts(products_of_trunk(model, tokens, batch), device, precision).time_ms()
 
 
 def treads(points: dict[int, float]) -> list[int]:
@@ -155,9 +159,7 @@ def weight(name: str, *shape: int) -> onnx.TensorProto:
     return numpy_helper.from_array(np.full(shape, 0.01, np.float32), name)
 
 
-def write(
-    path: Path, nodes: list[onnx.NodeProto], shape: list[int | str], weights: list[onnx.TensorProto]
-) -> Path:
+def write(path: Path, nodes: list[onnx.NodeProto], shape: list[int | str], weights: list[onnx.TensorProto]) -> Path:
     """An ONNX file with the input `x`; the output is what the last node gives."""
     graph = helper.make_graph(
         nodes,
@@ -280,15 +282,13 @@ def test_runtime_compiles_times_and_infers(tmp_path: Path) -> None:
     assert engine.onnx_sha256 == sha256_file(source)
     assert engine.size_bytes == source.stat().st_size
     with runtime.open(out, fp32(2)) as session:
-        assert session.time_ms() == session.time_ms() == SimulatedTrunk(NANO, model, 20, "fp32", 2).time_ms()
+        assert session.time_ms() == session.time_ms() == trunk_ms(NANO, model, 20, "fp32", 2)
         assert not np.array_equal(session.infer(np.ones((2, 20, 32), np.float32)), np.ones((2, 20, 32)))
         with pytest.raises(EngineError, match=r"input is \[1, 20, 32\]: give \[2, 20, 32\]"):
             session.infer(np.ones((1, 20, 32), np.float32))
 
 
-def test_inference_without_onnx_runtime_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_inference_without_onnx_runtime_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     path = trunk_onnx(tmp_path / "trunk.onnx", vit(32, 4, 64, 1), 20, 1)
     with SimulatedRuntime(NANO).open(path, fp32()) as session:

@@ -89,7 +89,7 @@ def attend(block: Any, x: Tensor, sizes: Tensor | None) -> Attended:
     if sizes is not None:
         logits = logits + size_bias(sizes)
     weights = logits.softmax(dim=-1)
-    out = (weights @ values).transpose(1, 2).reshape(batch, count, attn.attn_dim)
+    out = (weights @ values).transpose(1, 2).reshape(batch, count, attn.num_heads * attn.head_dim)
     return Attended(x + _project(block, out, y), weights, keys, values)
 
 
@@ -102,7 +102,7 @@ def finish(block: Any, x: Tensor, sizes: Tensor | None, prefix: int) -> Tensor:
     attn = block.attn
     y = block.norm1(x) if pre_norm else x
     batch, count, _ = y.shape
-    weight, bias, inner = attn.qkv.weight, attn.qkv.bias, attn.attn_dim
+    weight, bias, inner = attn.qkv.weight, attn.qkv.bias, attn.num_heads * attn.head_dim
     queries = linear(y[:, :prefix], weight[:inner], None if bias is None else bias[:inner])
     both = linear(y, weight[inner:], None if bias is None else bias[inner:])
     queries = queries.reshape(batch, prefix, attn.num_heads, attn.head_dim).transpose(1, 2)
@@ -119,7 +119,7 @@ def _project(block: Any, out: Tensor, y: Tensor) -> Tensor:
     """What follows the attention product up to the residual: (B, n, heads * D) to (B, n, C)."""
     attn = block.attn
     out = attn.norm(out)
-    if attn.gate is not None:
+    if getattr(attn, "gate", None) is not None:
         out = out * torch.sigmoid(attn.gate(y))
     out = attn.proj(out)
     result: Tensor = block.ls1(out) if isinstance(block, Block) else block.norm1(out)
