@@ -1,4 +1,4 @@
-"""Staircase and fidelity to tokens per block: the paper's utility, and a search over cuts on treads."""
+"""Schedules by rule: the paper's utility, the published shapes, and what a goal picks from a Pareto front."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train `vit_digits` on scikit-learn's scanned digits and write its weights and held-out images."""
+"""Train `vit_digits` on scikit-learn's scanned digits and write its weights, record and held-out images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from edgeprune.zoo import WEIGHTS, images_dir, vit_digits
+from edgeprune.models import load_model
+from edgeprune.records import save as save_record
+from edgeprune.zoo import EMBEDDED, WEIGHTS, images_dir, vit_digits
 
 Array = np.ndarray[Any, Any]
 SEED = 0
@@ -128,6 +130,7 @@ def main() -> None:
     state = train_model(torch.from_numpy(images[train]), torch.from_numpy(labels[train]), args.epochs)
     seconds = time.perf_counter() - start
     weights.write_bytes(save(state))
+    save_record(load_model(EMBEDDED, str(weights)).vit, weights.with_suffix(".json"))
     correct, total = evaluate(weights, folder)
     report = {"accuracy": correct / total, "correct": correct, "held_out": total}
     report |= {"epochs": args.epochs, "seed": SEED, "train_seconds": round(seconds, 1)}

@@ -1,0 +1,89 @@
+"""Every method at equal measured latency on the real ViT-Tiny: the tables of docs/benchmarks.md.
+
+python benchmarks/frontier.py --weights FILE --images CSV --plot docs/frontier-vit-tiny.svg
+Prints a Markdown table, the goals that the project set itself, and one JSON line last. About an hour on 2 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from edgeprune import console
+from edgeprune.compare import compare
+from edgeprune.job import Options
+from edgeprune.plots import compare_svg
+from edgeprune.report import compare_rows, runs
+
+GOALS = (  # target, published baseline, the most that fold's KL may be as a share of its KL
+    (1.5, "pomt", 0.4),
+    (1.5, "tome", 0.6),
+    (2.0, "pomt", 0.4),
+    (2.0, "tome", 0.9),
+)
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Rows by target speed-up, the lowest KL first."""
+    lines = [
+        "| target | method | shape | measured speed-up (95 %) | predicted | top-1, % | agreement, % | KL | tokens |",
+        "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for row in sorted(rows, key=lambda r: (r["target"], r["kl"])):
+        low, high = row["speedup_interval"]
+        predicted = row["dense_latency_ms"]["median"] / row["predicted_ms"]
+        lines.append(
+            f"| {row['target']:g}× | {row['method']} | {row['policy']} | {row['speedup']:.3f} ({low:.3f}–{high:.3f}) "
+            f"| {predicted:.3f} | {row['top1']:.2f} | {row['agreement']:.2f} | {row['kl']:.4f} "
+            f"| {runs(tuple(row['tokens']))} |"
+        )
+    return "\n".join(lines)
+
+
+def goals(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """fold with search against the published baselines, KL as a share of theirs."""
+    found = {(r["method"], r["policy"], r["target"]): r for r in rows}
+    result = []
+    for target, method, most in GOALS:
+        ours, theirs = found.get(("fold", "search", target)), found.get((method, "published", target))
+        share = ours["kl"] / theirs["kl"] if ours and theirs else None
+        result.append({"target": target, "against": method, "kl_share": share, "goal": most})
+    return result
+
+
+def main() -> None:
+    """Compare, draw, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="vit_tiny_patch16_224")
+    parser.add_argument("--weights", required=True)
+    parser.add_argument("--images", required=True)
+    parser.add_argument("--methods", default="fold,pomt,tome,topk,evit,none")
+    parser.add_argument("--targets", default="1.25,1.5,2.0")
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--work", type=Path, default=Path("engines/.work"))
+    parser.add_argument("--plot", type=Path)
+    args = parser.parse_args()
+    options = Options(
+        device="cpu",
+        model=args.model,
+        weights=args.weights,
+        images=Path(args.images),
+        rounds=args.rounds,
+        work=args.work,
+    )
+    with console.progress() as progress:
+        comparison = compare(options, args.methods.split(","), [float(t) for t in args.targets.split(",")], progress)
+    rows = compare_rows(comparison)
+    print(markdown(rows))
+    for method, policy, target, reason in comparison.missing:
+        print(f"\nnot reached: {method}, {policy}, {target:g}×: {reason}")
+    if args.plot:
+        for drawn in compare_svg(rows).values():
+            args.plot.write_bytes(drawn)
+    print(json.dumps({"rows": rows, "goals": goals(rows), "missing": comparison.missing}))
+
+
+if __name__ == "__main__":
+    main()
