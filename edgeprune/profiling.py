@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from edgeprune import export, zoo
+from edgeprune import export, graph, zoo
 from edgeprune.errors import InputError
 from edgeprune.measure import Open, Samples
 from edgeprune.records import Staircase, Vit, load, read_bytes, save, write_bytes
@@ -79,7 +79,7 @@ def _check_probes(folder: Path, vit: Vit | None, batch: int) -> None:
     if vit is not None and (folder / "vit.json").exists() and load(folder / "vit.json", Vit) != vit:
         raise InputError(f"{folder} holds the probes of another model: choose another --out")
     if (folder / "trunk.onnx").exists():
-        shape = export.load_graph(folder / "trunk.onnx").graph.input[0].type.tensor_type.shape
+        shape = graph.load_graph(folder / "trunk.onnx").graph.input[0].type.tensor_type.shape
         if (found := shape.dim[0].dim_value) != batch:
             raise InputError(
                 f"{folder} holds probes of batch {found}, not {batch}: pass --batch {found} or export anew"
@@ -191,7 +191,7 @@ def _static(target: Target, trunk: Path, tokens: int) -> Open:
     def open_() -> Any:
         static = trunk.with_name(f"{trunk.stem}-{tokens}.onnx")
         if not static.exists():
-            export.fix_tokens(trunk, tokens, static)
+            graph.fix_tokens(trunk, tokens, static)
         return target.runtime.open(static, target.setup)
 
     return open_

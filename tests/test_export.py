@@ -17,10 +17,10 @@ import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
-from onnx import TensorProto, helper, numpy_helper
 
 from edgeprune import export
-from edgeprune.errors import ExportError, InputError
+from edgeprune.errors import InputError
+from edgeprune.graph import attention_forms, fix_tokens, load_graph
 from edgeprune.prune import LastBlock, PrunedViT, Trunk
 from edgeprune.reducers import REDUCERS, reducer_named
 
@@ -98,7 +98,7 @@ def test_other_kinds_export(kind: str, exported: Export, tiny: Callable[..., Any
     with torch.inference_mode():
         wanted = module(torch.from_numpy(images(2))).numpy()
     np.testing.assert_allclose(run(path, images(2)), wanted, atol=1e-4, rtol=0)
-    assert export.attention_forms(onnx.load(path)) == [True, False, False]
+    assert attention_forms(onnx.load(path)) == [True, False, False]
 
 
 def test_last_block_for_the_prefix_alone_exports(exported: Export) -> None:
@@ -107,88 +107,14 @@ def test_last_block_for_the_prefix_alone_exports(exported: Export) -> None:
         wanted = module(torch.from_numpy(images(1))).numpy()
     np.testing.assert_allclose(run(path, images(1)), wanted, atol=1e-4, rtol=0)
     assert [1, 3, 1, 9] in shapes(path).values() and [1, 3, 9, 9] not in shapes(path).values()
-    assert export.attention_forms(onnx.load(path)) == [True, False, True]
+    assert attention_forms(onnx.load(path)) == [True, False, True]
 
 
 def test_only_a_cut_that_reads_attention_weights_costs_fusable_attention(exported: Export) -> None:
-    assert export.attention_forms(onnx.load(exported("none", 1, (17, 17, 17))[0])) == [True] * 3
+    assert attention_forms(onnx.load(exported("none", 1, (17, 17, 17))[0])) == [True] * 3
     for method in REDUCERS:
         cut = method == "tome"  # reads keys alone
-        assert export.attention_forms(onnx.load(exported(method, 1)[0])) == [True, cut, True], method
-
-
-def attention(*changes: str) -> onnx.ModelProto:
-    """One head by hand in the form that TensorRT fuses, less the changes named."""
-    node, nodes = helper.make_node, []
-    if "scale after" in changes:
-        nodes += [node("MatMul", ["q", "k"], ["raw"]), node("Mul", ["raw", "scale"], ["scores"])]
-    elif "no scale" in changes:
-        nodes += [node("MatMul", ["q", "k"], ["scores"])]
-    else:
-        nodes += [node("Mul", ["q", "scale"], ["scaled"]), node("MatMul", ["scaled", "k"], ["scores"])]
-    last = "scores"
-    if "bias" in changes:
-        nodes += [node("Log", ["sizes"], ["bias"]), node("Add", ["scores", "bias"], ["biased"])]
-        last = "biased"
-    nodes += [node("Softmax", [last], ["weights"], axis=-1), node("MatMul", ["weights", "v"], ["out"])]
-    taps = {"softmax used twice": "weights", "scores used twice": "scores", "biased used twice": "biased"}
-    nodes += [node("ReduceMax", [taps[change]], [f"max {taps[change]}"]) for change in changes if change in taps]
-    values = {name: helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 4]) for name in "qkv"}
-    values["sizes"] = helper.make_tensor_value_info("sizes", TensorProto.FLOAT, [1, 4])
-    out = [helper.make_tensor_value_info("out", TensorProto.FLOAT, [4, 4])]
-    if "softmax is an output" in changes:
-        out.append(helper.make_tensor_value_info("weights", TensorProto.FLOAT, [4, 4]))
-    scale = [numpy_helper.from_array(np.array(0.5, np.float32), "scale")]
-    graph = helper.make_graph(nodes, "head", list(values.values()), out, scale)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-
-@pytest.mark.parametrize("changes", [(), ("bias",)])
-def test_the_fusable_form_is_recognised(changes: tuple[str, ...]) -> None:
-    assert export.attention_forms(attention(*changes)) == [True]
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        ("scale after",),
-        ("no scale",),
-        ("scale after", "bias"),
-        ("softmax used twice",),
-        ("scores used twice",),
-        ("scores used twice", "bias"),
-        ("biased used twice", "bias"),
-        ("softmax is an output",),
-    ],
-)
-def test_other_forms_do_not_count_as_fusable(changes: tuple[str, ...]) -> None:
-    onnx.checker.check_model(attention(*changes))
-    assert True not in export.attention_forms(attention(*changes))
-
-
-@pytest.mark.parametrize(
-    ("dimension", "shown"), [({"dim_param": "rows"}, "rows"), ({"dim_value": 0}, r"\?"), ({}, r"\?")]
-)
-def test_a_dynamic_dimension_is_refused_by_name(dimension: dict[str, Any], shown: str) -> None:
-    model = onnx.shape_inference.infer_shapes(attention())
-    export.static_or_raise(model)
-    rows = model.graph.input[1].type.tensor_type.shape.dim[0]
-    rows.Clear()
-    rows.MergeFrom(onnx.TensorShapeProto.Dimension(**dimension))
-    with pytest.raises(ExportError, match=rf"k has the dynamic shape \({shown}, 4\)"):
-        export.static_or_raise(model)
-
-
-def test_an_unknown_shape_is_refused_by_name() -> None:
-    with pytest.raises(ExportError, match="the shape of scaled is unknown"):
-        export.static_or_raise(attention())
-
-
-def test_an_operator_that_opset_17_lacks_is_refused_by_name() -> None:
-    model = attention()
-    model.graph.node.append(helper.make_node("Pad", ["out", "pads"], ["padded"]))
-    with pytest.raises(ExportError, match="Pad has no opset-17 form"):
-        export.lower_opset(model)
+        assert attention_forms(onnx.load(exported(method, 1)[0])) == [True, cut, True], method
 
 
 @pytest.fixture(scope="module")
@@ -204,20 +130,20 @@ def trunk(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_trunk_is_symbolic_in_its_tokens_alone(trunk: tuple[Path, Trunk]) -> None:
     path, _ = trunk
-    graph = onnx.load(path, load_external_data=False).graph
-    assert not [node.name for node in graph.node if node.op_type == "Shape"]
-    for value in (*graph.input, *graph.output):
+    trunk_graph = onnx.load(path, load_external_data=False).graph
+    assert not [node.name for node in trunk_graph.node if node.op_type == "Shape"]
+    for value in (*trunk_graph.input, *trunk_graph.output):
         first, tokens, last = value.type.tensor_type.shape.dim
         assert (first.dim_value, tokens.dim_param, last.dim_value) == (2, "tokens", 48), value
     onnx.checker.check_model(os.fspath(path), full_check=True)
-    assert export.attention_forms(onnx.load(path, load_external_data=False)) == [True] * 3
+    assert attention_forms(onnx.load(path, load_external_data=False)) == [True] * 3
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 17, 40])
 def test_fixed_trunk(tokens: int, trunk: tuple[Path, Trunk]) -> None:
     path, module = trunk
     fixed = path.with_name(f"trunk-{tokens}.onnx")
-    export.fix_tokens(path, tokens, fixed)
+    fix_tokens(path, tokens, fixed)
     found = shapes(fixed)
     assert found["x"] == found["y"] == [2, tokens, 48]
     assert all(isinstance(n, int) and n > 0 for dims in found.values() for n in dims), found
@@ -229,7 +155,7 @@ def test_fixed_trunk(tokens: int, trunk: tuple[Path, Trunk]) -> None:
 def test_fixed_trunks_share_one_weights_file(trunk: tuple[Path, Trunk]) -> None:
     path, module = trunk
     fixed = path.with_name("trunk-8.onnx")
-    export.fix_tokens(path, 8, fixed)
+    fix_tokens(path, 8, fixed)
     weights = path.with_suffix(".weights").stat().st_size
     parameters = sum(p.nbytes for p in module.parameters())
     assert 0.9 * parameters < weights < 1.1 * parameters
@@ -242,7 +168,7 @@ def test_last_block_is_fixed_like_a_trunk_but_gives_the_prefix(tiny: Callable[..
     model = tiny("distilled")
     module = LastBlock(model.module.blocks[2], model.family, 2)
     export.trunk_from_module(module, torch.zeros(1, 18, 48), tmp_path / "last.onnx")
-    export.fix_tokens(tmp_path / "last.onnx", 7, tmp_path / "last-7.onnx")
+    fix_tokens(tmp_path / "last.onnx", 7, tmp_path / "last-7.onnx")
     found, x = shapes(tmp_path / "last-7.onnx"), torch.randn(1, 7, 48)
     assert found["x"] == [1, 7, 48] and found["y"] == [1, 2, 48]
     with torch.inference_mode():
@@ -253,10 +179,10 @@ def test_fixed_trunk_elsewhere_or_of_no_trunk_is_refused(
     trunk: tuple[Path, Trunk], exported: Export, tmp_path: Path
 ) -> None:
     with pytest.raises(InputError, match="must lie beside"):
-        export.fix_tokens(trunk[0], 8, tmp_path / "trunk-8.onnx")
+        fix_tokens(trunk[0], 8, tmp_path / "trunk-8.onnx")
     whole, _ = exported("none", 1, (17, 17, 17))
     with pytest.raises(InputError, match=r"is not \(batch, tokens, width\)"):
-        export.fix_tokens(whole, 8, whole.with_name("whole-8.onnx"))
+        fix_tokens(whole, 8, whole.with_name("whole-8.onnx"))
     assert not whole.with_name("whole-8.onnx").exists()
 
 
@@ -290,15 +216,15 @@ def test_truncated_file_is_refused(share: float, exported: Export, tmp_path: Pat
     path = tmp_path / "cut.onnx"
     path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(InputError, match=r"cut\.onnx: not an ONNX file .*export it again"):
-        export.load_graph(path)
+        load_graph(path)
 
 
 def test_file_that_is_no_onnx_or_absent_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.onnx").write_text("no ONNX at all")
     with pytest.raises(InputError, match="not an ONNX file"):
-        export.load_graph(tmp_path / "text.onnx")
+        load_graph(tmp_path / "text.onnx")
     with pytest.raises(InputError, match="cannot be read"):
-        export.load_graph(tmp_path / "absent.onnx")
+        load_graph(tmp_path / "absent.onnx")
 
 
 @pytest.mark.assets
@@ -316,5 +242,5 @@ def test_real_weights_and_images(assets: Path, tmp_path: Path) -> None:
     np.testing.assert_allclose(run(tmp_path / "pruned.onnx", feed), wanted, atol=1e-4, rtol=0)
     assert pictures.labels is not None
     assert (wanted.argmax(1) == np.array(pictures.labels)).mean() > 0.5
-    forms = export.attention_forms(onnx.load(tmp_path / "pruned.onnx"))
+    forms = attention_forms(onnx.load(tmp_path / "pruned.onnx"))
     assert forms == [True] * 3 + [False] + [True] * 8

@@ -26,7 +26,7 @@ LAYERS = (
     ("profiling", "fidelity", "bundle", "plots", "search", "zoo.train_digits"),
     ("target", "models", "schedule"),
     ("export", "prune", "staircase", "families.vit", "reducers.*"),
-    ("reducers.common", "zoo", "families", "reducers", "measure"),
+    ("reducers.common", "zoo", "families", "reducers", "measure", "graph"),
     ("images", "tokens", "runtimes.*"),
     ("devices", "runtimes"),
     ("records",),

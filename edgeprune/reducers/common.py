@@ -34,14 +34,19 @@ def best(score: Tensor, count: int) -> Tensor:
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (B, M, C) at index (B, K) as (B, K, C), as one Gather over the flattened batch."""
+    """Rows of x (B, M, C) at index (B, K) as (B, K, C): one Gather, over the flattened batch if there is one."""
     batch, count, channels = x.shape
-    if batch > 1:
-        index = index + torch.arange(batch, device=x.device)[:, None] * count
+    if batch == 1:
+        return x.index_select(1, index.reshape(-1))
+    index = index + torch.arange(batch, device=x.device)[:, None] * count
     flat = x.reshape(batch * count, channels).index_select(0, index.reshape(-1))
     return flat.reshape(batch, -1, channels)
 
 
-def one_hot(index: Tensor, count: int) -> Tensor:
-    """(B, M) indices below `count` to (B, M, count) booleans, by comparison: no scatter."""
-    return index[..., None] == torch.arange(count, device=index.device)
+def one_hot(index: Tensor, count: int, prefix: int = 0) -> Tensor:
+    """Indices (B, M, 1) of `count - prefix` places to (B, M, count) booleans, by comparison: no scatter.
+
+    The first `prefix` columns are no place and stay False.
+    """
+    places = [-1] * prefix + list(range(count - prefix))
+    return index == torch.tensor(places, device=index.device)

@@ -32,7 +32,8 @@ def _round(body: Tensor, mass: Tensor, metric: Tensor, merged: int) -> tuple[Ten
     likeness = unit[:, 1::2] @ unit[:, 0::2].transpose(1, 2)
     closest = likeness.amax(dim=-1)
     order = best(closest, closest.shape[1])
-    into = one_hot(take(likeness, order[:, :merged]).argmax(dim=-1), likeness.shape[2]).to(body.dtype)
+    place = take(likeness, order[:, :merged]).argmax(dim=-1, keepdim=True)
+    into = one_hot(place, likeness.shape[2]).to(body.dtype)
     gathered = into.transpose(1, 2)
 
     def mean(values: Tensor) -> Tensor:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
 
 
+# Linear layers as Gemm: two reshapes each, and biases that no longer fuse with GELU (docs/benchmarks.md).
+SLOW_OPTIMIZERS = ["MatMulAddFusion"]
+
+
 class OrtRuntime:
     """Runtime over onnxruntime; an engine is the ONNX file itself."""
 
@@ -64,7 +68,9 @@ class OrtRuntime:
         # Threads that go on spinning after a run would disturb the next candidate of an interleaved round.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
-            session = ort.InferenceSession(os.fspath(path), options, providers=[PROVIDERS[self.kind]])
+            session = ort.InferenceSession(
+                os.fspath(path), options, providers=[PROVIDERS[self.kind]], disabled_optimizers=SLOW_OPTIMIZERS
+            )
         except Exception as error:  # onnxruntime raises many types, all derived from Exception alone
             raise EngineError(
                 f"{path}: ONNX Runtime cannot load it ({_first_line(error)}): export it again"
