@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import onnx
 from onnx import TensorProto, shape_inference
-from onnx.external_data_helper import convert_model_to_external_data, write_external_data_tensors
+from onnx.external_data_helper import set_external_data, write_external_data_tensors
 
 from edgeprune.errors import ExportError
 from edgeprune.graph import INLINE_BYTES, canonical_gelu, lower_opset, static_or_raise, strip_traces
@@ -19,6 +19,8 @@ from edgeprune.records import replacing, writable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+
+OUTSIDE_BYTES = 1024  # weights of a trunk from this size on lie in its weights file
 
 
 def onnx_from_module(
@@ -47,7 +49,9 @@ def trunk_from_module(module: nn.Module, example: Tensor, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         weights = path.with_suffix(".weights")
         weights.unlink(missing_ok=True)  # onnx appends to an existing file
-        convert_model_to_external_data(model, location=weights.name, size_threshold=1024)
+        for tensor in model.graph.initializer:
+            if len(tensor.raw_data) >= OUTSIDE_BYTES:
+                set_external_data(tensor, weights.name)
         write_external_data_tensors(model, str(path.parent))
     with replacing(path) as temporary:  # last: where the graph is, its weights are whole
         temporary.write_bytes(model.SerializeToString())

@@ -152,6 +152,19 @@ def test_fixed_trunk(tokens: int, trunk: tuple[Path, Trunk]) -> None:
         np.testing.assert_allclose(run(fixed, x.numpy()), module(x).numpy(), atol=1e-5, rtol=1e-5)
 
 
+def test_trunk_is_exported_beside_another_one(
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weights file in the working directory, where onnx looks, is nothing to an export elsewhere."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "trunk.weights").write_bytes(b"of another trunk")
+    model = tiny("cls")
+    path = tmp_path / "probes" / "trunk.onnx"
+    export.trunk_from_module(Trunk(list(model.module.blocks), model.family), torch.zeros(1, 17, 48), path)
+    assert path.with_suffix(".weights").stat().st_size > 1024
+    assert (tmp_path / "trunk.weights").read_bytes() == b"of another trunk"
+
+
 def test_fixed_trunks_share_one_weights_file(trunk: tuple[Path, Trunk]) -> None:
     path, module = trunk
     fixed = path.with_name("trunk-8.onnx")
