@@ -50,7 +50,7 @@ class Options:
     exhaustive: bool = False
     block: int = PAPER_BLOCK
     whole_last: bool = False  # compute the whole last block though the head reads the prefix alone
-    search_images: int = 64
+    search_images: int = 128
     rounds: int = ROUNDS
     overrides: Mapping[str, Any] = field(default_factory=dict)
 

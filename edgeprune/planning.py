@@ -47,13 +47,12 @@ def solve(job: Job, goal: Goal) -> Schedule:
 
 
 def _searched(job: Job, goal: Goal) -> Candidate:
-    """The front down to the goal, the goal's choice on it, polished where the goal is a latency."""
+    """What the goal picks from the front."""
     scores = Scores(job)
     search = Search(job.staircase, job.options.method, scores.of, job.prefix_last, job.progress)
     limit = goal.limit_ms(job.staircase.dense.median_ms)
     try:
-        best = choose(search.front(limit), job.staircase, job.options.method, goal, job.drop)
-        return best if limit is None else search.polish(best, limit)
+        return choose(search.front(limit), job.staircase, job.options.method, goal, job.drop)
     finally:
         scores.save()
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROUNDS = 15
+ROUNDS = 25
 
 
 def cut_pairs(vit: Vit) -> tuple[tuple[int, int], ...]:

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Callable, Iterator
+from heapq import nsmallest
+
+import numpy as np
+from numpy.typing import NDArray
 
 from edgeprune.records import Progress, Staircase, silent
-from edgeprune.schedule import Candidate, Score, pareto
-from edgeprune.staircase import predict_ms, treads
+from edgeprune.schedule import Candidate, Score, pareto, single_cut
+from edgeprune.staircase import block_ms, predict_ms, treads, unit
 
-STRIDES = (1, 2, 4)  # treads that one move may go down
-WORST_KL = 1.5  # nats; a schedule that lost this much is of no use to anyone
-SLACK = 0.95  # a polished schedule may come out at most this much faster than asked
-ROUNDS = 8  # of polishing at most
-AROUND = 32  # schedules that a round evaluates, those that use the budget best
+SAMPLED = 8  # treads at which a block's single cut is evaluated; between them its loss is interpolated
+BUCKETS = 200  # of latency up to the limit: paths that end in one differ in loss alone
+KEPT = 4  # paths per bucket and count, so that the best ones differ in more than a token
+EVALUATED = 48  # plans within a latency limit whose KL is really taken
+STEPS, PER_STEP = 40, 2  # without a limit: plans per step of latency, between nothing and the unpruned model
 
 Tokens = tuple[int, ...]
-Fidelity = Callable[[Tokens, Tokens], Score]  # of a schedule, given the one it was derived from
+Fidelity = Callable[[Tokens, Tokens], Score]  # of a schedule, given the one whose streams are to be kept
 
 
 class Search:
-    """Walks from the unpruned model down, each step the one that costs the least KL per ms it saves.
+    """Dynamic programming over blocks on an additive model of KL, whose best plans are then evaluated for real.
 
-    A move lowers one block to a tread further down, and all later blocks with it where they were higher;
-    its gain is predicted with the cost of the cut in it, so few deep cuts win over many shallow ones where
-    cuts are dear. KL of a move only grows as others are taken, so a move's last known loss is a lower bound
-    and only those that look best are evaluated again (lazy greedy). `polish` looks back: around one point it
-    trades tokens between cuts, shifts, adds and removes cuts, at no more latency. All is deterministic.
+    KL of single cuts, measured, gives what each block adds by running on n tokens; with the additive latency
+    model the best plans over all cuts follow exactly, at the cost of the cuts. Sums of losses rank plans only
+    roughly, so the best of them are evaluated. Greedy descent with look-back did worse at four times the
+    evaluations (docs/benchmarks.md). All is deterministic.
     """
 
     def __init__(
@@ -49,129 +51,72 @@ class Search:
         """A schedule with its prediction and fidelity, evaluated once."""
         if tokens not in self.found:
             score = self.fidelity(tokens, base)
-            self.found[tokens] = Candidate(tokens, self.predict(tokens), score.kl, score.agreement, score.top1)
+            predicted = predict_ms(self.staircase, tokens, self.method, self.prefix_last)
+            self.found[tokens] = Candidate(tokens, predicted, score.kl, score.agreement, score.top1)
         return self.found[tokens]
 
-    def predict(self, tokens: Tokens) -> float:
-        """Latency of the additive model, ms."""
-        return predict_ms(self.staircase, tokens, self.method, self.prefix_last)
-
     def front(self, limit_ms: float | None = None) -> list[Candidate]:
-        """Pareto front from the unpruned model down to `limit_ms`, or until KL exceeds WORST_KL."""
-        here = self.candidate(self.dense, self.dense)
-        start = here.predicted_ms
-        floor = limit_ms if limit_ms is not None else 0.0
-        known: dict[tuple[int, int], float] = {}  # last loss of a move (block, stride), nats
-        while here.predicted_ms > floor and (limit_ms is not None or here.kl < WORST_KL):
-            if limit_ms is not None:
-                gone = (start - here.predicted_ms) / max(start - floor, 1e-9)
-                self.progress("search", round(100 * min(gone, 1)), 100)
-            best = self._best_move(here, known)
-            if best is None:
-                break
-            here = best
-        self.progress("search", 100, 100)
+        """Pareto front, fastest first: densest just within `limit_ms`, or over all latencies without a limit."""
+        losses = self.losses()
+        plans = sorted(self.plans(losses, limit_ms))  # neighbours share their first blocks
+        for done, tokens in enumerate(plans):
+            self.progress("evaluating schedules", done, len(plans))
+            self.candidate(tokens, tokens)
+        self.progress("evaluating schedules", len(plans), len(plans))
         return pareto(list(self.found.values()))
 
-    def _best_move(self, here: Candidate, known: dict[tuple[int, int], float]) -> Candidate | None:
-        """The move with the least KL per ms saved, evaluating as few as the lower bounds allow."""
-        moves = {}
+    def losses(self) -> NDArray[np.float64]:
+        """(last + 1, levels) nats that a block adds by running on fewer tokens; sums are exact for single cuts."""
+        self.candidate(self.dense, self.dense)
+        below = self.levels[:-1]
+        sampled = (
+            sorted({below[i] for i in np.linspace(0, len(below) - 1, SAMPLED).round().astype(int)}) if below else []
+        )
+        single = np.zeros((self.last + 2, len(self.levels)))
         for block in range(self.last + 1):
-            for stride in STRIDES:
-                tokens = self.lowered(here.tokens, block, stride)
-                if tokens is not None and (gain := here.predicted_ms - self.predict(tokens)) > 0:
-                    moves[block, stride] = (tokens, gain)
-        fresh: set[tuple[int, int]] = set()
-        while moves:
-            price = {m: known.get(m, 0.0) / gain for m, (_, gain) in moves.items()}
-            move = min(price, key=lambda m: (price[m], -moves[m][1]))
-            tokens, _ = moves[move]
-            if move in fresh:
-                return self.candidate(tokens, here.tokens)
-            known[move] = max(self.candidate(tokens, here.tokens).kl - here.kl, 1e-6)
-            fresh.add(move)
-        return None
+            roots = []
+            for done, tokens in enumerate(sampled):
+                self.progress("single cuts", block * len(sampled) + done, (self.last + 1) * len(sampled))
+                kl = self.candidate(single_cut(self.staircase.vit, block, tokens), self.dense).kl
+                roots.append(max(kl, 0.0) ** 0.5)  # grows about evenly with the tokens lost
+            single[block] = np.interp(self.levels, [*sampled, self.dense[0]], [*roots, 0.0]) ** 2
+        return single[:-1] - single[1:]
 
-    def lowered(self, tokens: Tokens, block: int, stride: int) -> Tokens | None:
-        """`tokens` with `block` lowered by `stride` treads and later blocks no higher; None below the last."""
-        below = [n for n in self.levels if n < tokens[block]]
-        if len(below) < stride:
-            return None
-        level = below[-stride]
-        return (*tokens[:block], *(min(n, level) for n in tokens[block:]))
+    def plans(self, losses: NDArray[np.float64], limit_ms: float | None) -> Iterator[Tokens]:
+        """Schedules with the least sum of losses: within the limit, or in every step of latency."""
+        dense = self.found[self.dense].predicted_ms
+        paths = sorted(self._paths(losses, dense if limit_ms is None else limit_ms))
+        if limit_ms is not None:
+            yield from (tokens for _, _, tokens in paths[:EVALUATED])
+            return
+        taken = [0] * (STEPS + 1)
+        for _, ms, tokens in paths:
+            step = int(STEPS * ms / dense)
+            if taken[step] < PER_STEP:
+                taken[step] += 1
+                yield tokens
 
-    def polish(self, start: Candidate, limit_ms: float) -> Candidate:
-        """The best schedule around `start` that is predicted within `limit_ms`."""
-        here = start
-        for index in range(ROUNDS):
-            cost = {t: self.predict(t) for t in self.neighbours(here.tokens)}
-            within = [t for t in cost if SLACK * limit_ms <= cost[t] <= limit_ms]
-            around = sorted(within, key=lambda t: -cost[t])[:AROUND]
-            best = here
-            for done, tokens in enumerate(around):
-                self.progress(f"polishing, round {index + 1}", done, len(around))
-                other = self.candidate(tokens, here.tokens)
-                if other.kl < best.kl or best.predicted_ms > limit_ms:
-                    best = other
-            if best is here:
-                break
-            here = best
-        return here
+    def _paths(self, losses: NDArray[np.float64], limit_ms: float) -> list[tuple[float, float, Tokens]]:
+        """(loss, ms, tokens) of the best schedules by bucket of latency and last count."""
+        levels, depth, scale = self.levels, len(self.dense), unit(self.staircase)
+        ends = range(len(levels))
 
-    def neighbours(self, tokens: Tokens) -> Iterator[Tokens]:
-        """Schedules one exchange away: cuts moved, added, removed, tokens traded between them."""
-        seen = {tokens}
-        cuts = self._cuts(tokens)
-        variants: list[list[tuple[int, int]]] = [cuts]
-        for i, (block, level) in enumerate(cuts):
-            rest = cuts[:i] + cuts[i + 1 :]
-            variants += [sorted([*rest, (other, level)]) for other in (block - 1, block + 1)]
-            variants.append(rest)
-        for block in set(range(self.last + 1)) - {b for b, _ in cuts}:
-            floor = next((level for b, level in cuts if b > block), 0)
-            between = [n for n in self.levels if floor < n < tokens[block]]
-            for level in {between[-1], between[len(between) // 2]} if between else ():
-                variants.append(sorted([*cuts, (block, level)]))
-        for variant in variants:
-            for traded in self._trades(variant):
-                built = self._tokens(traded)
-                if built is not None and built not in seen:
-                    seen.add(built)
-                    yield built
+        def costs(last: bool) -> list[list[float]]:
+            shape = (self.staircase, self.method)
+            return [[block_ms(*shape, levels[a], levels[b], last) * scale for b in range(a + 1)] for a in ends]
 
-    def _trades(self, cuts: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-        """The cuts themselves, with one a tread higher or lower, and with one higher and another lower."""
-        yield list(cuts)
-        for i in range(len(cuts)):
-            for up in (1, -1):
-                first = self._shifted(cuts, i, up)
-                if first is None:
-                    continue
-                yield first
-                for k in range(len(cuts)):
-                    if up == 1 and k != i and (second := self._shifted(first, k, -1)) is not None:
-                        yield second
-
-    def _shifted(self, cuts: Sequence[tuple[int, int]], index: int, by: int) -> list[tuple[int, int]] | None:
-        block, level = cuts[index]
-        place = self.levels.index(level) + by
-        if not 0 <= place < len(self.levels):
-            return None
-        return [*cuts[:index], (block, self.levels[place]), *cuts[index + 1 :]]
-
-    def _cuts(self, tokens: Tokens) -> list[tuple[int, int]]:
-        before = (self.dense[0], *tokens)
-        return [(i, n) for i, n in enumerate(tokens) if n < before[i]]
-
-    def _tokens(self, cuts: Sequence[tuple[int, int]]) -> Tokens | None:
-        """Cuts as tokens per block; None where blocks coincide, leave the model or levels do not fall."""
-        blocks, levels = [b for b, _ in cuts], [self.dense[0], *(n for _, n in cuts)]
-        if len(set(blocks)) < len(blocks) or any(not 0 <= b <= self.last for b in blocks):
-            return None
-        if any(a <= b for a, b in pairwise(levels)):
-            return None
-        tokens, current = [], self.dense[0]
-        for block in range(len(self.dense)):
-            current = dict(cuts).get(block, current)
-            tokens.append(current)
-        return tuple(tokens)
+        inner, final = costs(False), costs(self.prefix_last)
+        start = self.staircase.fixed.median_ms * scale
+        states: dict[tuple[int, int], list[tuple[float, float, Tokens]]] = {(len(levels) - 1, 0): [(0.0, start, ())]}
+        for block in range(depth):
+            cost = final if block == depth - 1 else inner
+            reached: dict[tuple[int, int], list[tuple[float, float, Tokens]]] = {}
+            for (a, _), paths in states.items():
+                for b in range(a + 1) if block <= self.last else (a,):
+                    loss = float(losses[block, b]) if block <= self.last else 0.0
+                    for lost, ms, tokens in paths:
+                        if (total := ms + cost[a][b]) <= limit_ms:
+                            place = (b, int(BUCKETS * total / limit_ms))
+                            reached.setdefault(place, []).append((lost + loss, total, (*tokens, levels[b])))
+            states = {place: nsmallest(KEPT, paths) for place, paths in reached.items()}
+        return [path for paths in states.values() for path in paths]

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeprune.measure import Open, Samples, interleave
 from edgeprune.records import (
@@ -17,13 +18,12 @@ from edgeprune.records import (
     Setup,
     Staircase,
     Vit,
-    median_interval,
     silent,
 )
 
 GRID = 8  # tokens between coarse probes; GPU tiles are multiples of it
 SMALLEST_SHARE = 0.1  # the lowest count probed, as a share of the unpruned count
-MANY = 2.6  # z of one comparison among some thirty: 1.96 would see a step in every fifth flat curve
+MANY = 2.6  # z of one comparison among some thirty: a flat curve then shows a step in one of twenty cases
 STEEP = 1.5  # a gap this many times steeper than the whole curve hides a step
 
 
@@ -130,13 +130,29 @@ def _halves_of_steps(staircase: Staircase) -> list[int]:
 def exceeds(high: Latency, low: Latency) -> bool:
     """Is `high` slower than `low` beyond what their noise explains?
 
-    Of equally many samples, taken in the same rounds, the median difference per round must be above
-    zero with 95 % confidence; of others, the intervals of the medians must not touch.
+    Of equally many samples, taken in the same rounds, the differences per round must lie above zero by
+    Wilcoxon's signed-rank test (one that is nowhere else needs no test); of others, the intervals of the
+    medians must not touch.
     """
-    a, b = high.samples_ms, low.samples_ms
-    if len(a) == len(b):
-        return median_interval([x - y for x, y in zip(a, b, strict=True)], MANY)[0] > 0
-    return high.interval_ms[0] > low.interval_ms[1]
+    a, b = np.array(high.samples_ms), np.array(low.samples_ms)
+    if len(a) != len(b):
+        return high.interval_ms[0] > low.interval_ms[1]
+    differences = a - b
+    return bool(differences.min() > 0 or signed_rank(differences) > MANY)
+
+
+def signed_rank(differences: NDArray[np.float64]) -> float:
+    """Wilcoxon's signed-rank statistic as a z value: how far paired differences lean above zero.
+
+    Twice as sharp as the sign test on timings, whose differences between two candidates are symmetric.
+    """
+    differences = differences[differences != 0]
+    n = len(differences)
+    if n == 0:
+        return 0.0
+    ranks = np.abs(differences).argsort().argsort() + 1
+    above = ranks[differences > 0].sum()
+    return float((above - n * (n + 1) / 4) / (n * (n + 1) * (2 * n + 1) / 24) ** 0.5)
 
 
 def treads(staircase: Staircase) -> tuple[int, ...]:
@@ -195,21 +211,28 @@ def last_share(staircase: Staircase, tokens: float) -> float:
     return float(np.interp(tokens, counts, shares))
 
 
-def predict_ms(staircase: Staircase, tokens: Sequence[int], method: str, prefix_last: bool = False) -> float:
-    """Latency of a schedule by the additive model, ms.
+def block_ms(staircase: Staircase, method: str, entering: int, leaving: int, prefix_alone: bool = False) -> float:
+    """A block of the additive model, ms: attention at `entering`, MLP at `leaving`, the measured cost of a cut.
 
-    fixed + sum over blocks (attention at the tokens entering, MLP at the tokens leaving, plus the
-    measured cost of a cut), times dense / (fixed + trunk), which is 1 where the model is exact. With
-    `prefix_last` the last block counts with its measured share.
+    With `prefix_alone` the block computes the prefix alone and counts with its measured share.
     """
+    part = additive_block_ms(staircase, entering, leaving)
+    if prefix_alone:
+        part *= last_share(staircase, entering)
+    return part + cut_cost_ms(staircase.cuts.get(method, ()), entering) if leaving < entering else part
+
+
+def unit(staircase: Staircase) -> float:
+    """Measured unpruned latency over the additive model's: 1 where that is exact."""
+    whole = staircase.fixed.median_ms + trunk_ms(staircase, staircase.vit.tokens)
+    return staircase.dense.median_ms / whole
+
+
+def predict_ms(staircase: Staircase, tokens: Sequence[int], method: str, prefix_last: bool = False) -> float:
+    """Latency of a schedule by the additive model, ms: fixed + sum over blocks (`block_ms`), times `unit`."""
     vit = staircase.vit
-    costs = staircase.cuts.get(method, ())
     total, entering = staircase.fixed.median_ms, vit.tokens
     for block, leaving in enumerate(tokens):
-        part = additive_block_ms(staircase, entering, leaving)
-        total += part * last_share(staircase, entering) if prefix_last and block == vit.depth - 1 else part
-        if leaving < entering:
-            total += cut_cost_ms(costs, entering)
+        total += block_ms(staircase, method, entering, leaving, prefix_last and block == vit.depth - 1)
         entering = leaving
-    whole = staircase.fixed.median_ms + trunk_ms(staircase, vit.tokens)
-    return total * staircase.dense.median_ms / whole
+    return total * unit(staircase)

@@ -202,15 +202,6 @@ def test_search_front(prefix_last: bool, staircase: Staircase) -> None:
         assert candidate.kl == Damage()(candidate.tokens, ()).kl
 
 
-def test_polishing_improves_a_poor_start_at_no_more_latency(make_staircase: MakeStaircase, make_vit: MakeVit) -> None:
-    line = make_staircase({n: n / 2 for n in range(4, 21)}, vit=make_vit(depth=4, tokens=20))
-    search = Search(line, "pomt", Damage())
-    for tokens in ((12, 12, 12, 12), (20, 20, 8, 4), (16, 16, 16, 6)):
-        start = search.candidate(tokens, search.dense)
-        found = search.polish(start, start.predicted_ms)
-        assert found.kl < 0.9 * start.kl and found.predicted_ms <= start.predicted_ms
-
-
 @pytest.mark.parametrize("method", ["pomt", "evit", "tome", "topk"])
 @pytest.mark.parametrize("prefix_last", [False, True])
 def test_published_shapes_are_schedules_from_gentle_to_strong(

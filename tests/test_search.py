@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import combinations_with_replacement
+from itertools import combinations_with_replacement, pairwise
 from typing import NamedTuple
 
+import msgspec
 import pytest
 
 from edgeprune.records import CutCost, LastShare, Staircase, check_tokens
+from edgeprune.schedule import Candidate
 from edgeprune.search import Search, Tokens
 from edgeprune.staircase import predict_ms
 
@@ -48,6 +50,11 @@ def staircase(make_staircase: Callable[..., Staircase], make_vit: Callable[..., 
     return make_staircase({n: n / 4 for n in LEVELS}, vit=vit, last=(LastShare(tokens=64, share=0.5),))
 
 
+def within(front: list[Candidate], limit: float) -> Candidate:
+    """What a latency goal picks."""
+    return min((c for c in front if c.predicted_ms <= limit), key=lambda c: c.kl)
+
+
 def every_schedule(depth: int, last: int) -> list[Tokens]:
     """All schedules on the treads whose blocks after `last` lose nothing."""
     falling = [tuple(sorted(c, reverse=True)) for c in combinations_with_replacement(LEVELS, last + 1)]
@@ -56,19 +63,42 @@ def every_schedule(depth: int, last: int) -> list[Tokens]:
 
 @pytest.mark.parametrize("prefix_last", [False, True])
 @pytest.mark.parametrize("speedup", [1.2, 1.5, 2.0])
-def test_polished_choice_is_near_the_optimum(staircase: Staircase, speedup: float, prefix_last: bool) -> None:
+def test_choice_is_near_the_optimum(staircase: Staircase, speedup: float, prefix_last: bool) -> None:
     model = Model(5)
-    search = Search(staircase, "fold", model, prefix_last)
     limit = staircase.dense.median_ms / speedup
-    front = search.front(limit)
-    fits = [c for c in front if c.predicted_ms <= limit]
-    best = search.polish(min(fits, key=lambda c: c.kl), limit)
+    best = within(Search(staircase, "fold", model, prefix_last).front(limit), limit)
     check_tokens(best.tokens, staircase.vit, prefix_last)
-    assert best.predicted_ms <= limit
     every = every_schedule(5, 3 if prefix_last else 4)
     optimum = min(model.kl(t) for t in every if predict_ms(staircase, t, "fold", prefix_last) <= limit)
     assert optimum <= best.kl <= 1.1 * optimum
     assert len({t for t, _ in model.asked}) == len(model.asked) < len(every) * 0.9
+
+
+@pytest.mark.parametrize("prefix_last", [False, True])
+def test_where_losses_add_up_the_choice_is_the_optimum(staircase: Staircase, prefix_last: bool) -> None:
+    """On levels no more than the sampled ones the losses are exact, and so is dynamic programming."""
+    price = {n: ((64 - n) / 64) ** 2 for n in LEVELS}
+
+    def additive(tokens: Tokens, base: Tokens) -> Score:
+        kl = sum(price[n] / (1 + block) for block, n in enumerate(tokens))
+        return Score(kl, 100.0, None)
+
+    limit = staircase.dense.median_ms / 1.7
+    cost = (CutCost(tokens_in=64, tokens_out=32, cost_ms=0.3),)
+    priced = msgspec.structs.replace(staircase, cuts={"fold": cost})
+    found = within(Search(priced, "fold", additive, prefix_last).front(limit), limit)
+    every = every_schedule(5, 3 if prefix_last else 4)
+    fits = [t for t in every if predict_ms(priced, t, "fold", prefix_last) <= limit]
+    assert found.kl == pytest.approx(min(additive(t, t).kl for t in fits))
+
+
+def test_without_a_limit_the_front_covers_all_latencies(staircase: Staircase) -> None:
+    front = Search(staircase, "fold", Model(5)).front()
+    times = [c.predicted_ms for c in front]
+    lowest = predict_ms(staircase, (16,) * 5, "fold")
+    assert times[0] == pytest.approx(lowest) and times[-1] == staircase.dense.median_ms
+    gaps = [b - a for a, b in pairwise(times)]
+    assert max(gaps) < 0.15 * (times[-1] - times[0])
 
 
 def test_front_falls_and_every_base_was_visited(staircase: Staircase) -> None:
@@ -81,16 +111,11 @@ def test_front_falls_and_every_base_was_visited(staircase: Staircase) -> None:
 
 
 def test_a_dear_cut_makes_fewer_cuts(staircase: Staircase) -> None:
-    import msgspec
-
     def cuts(cost_ms: float) -> int:
         cost = (CutCost(tokens_in=64, tokens_out=32, cost_ms=cost_ms),)
         priced = msgspec.structs.replace(staircase, cuts={"fold": cost})
         limit = priced.dense.median_ms / 1.5
-        search = Search(priced, "fold", Model(5))
-        best = search.polish(
-            min((c for c in search.front(limit) if c.predicted_ms <= limit), key=lambda c: c.kl), limit
-        )
+        best = within(Search(priced, "fold", Model(5)).front(limit), limit)
         return sum(a > b for a, b in zip((64, *best.tokens), best.tokens, strict=False))
 
     assert cuts(0.0) > cuts(1.0) >= 1
