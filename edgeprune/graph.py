@@ -90,7 +90,7 @@ def lower_opset(model: onnx.ModelProto) -> None:
 def canonical_gelu(model: onnx.ModelProto) -> None:
     """x * (0.5 * (1 + erf)), as torch exports GELU, to (x * (1 + erf)) * 0.5, which runtimes fuse; exact.
 
-    Source of the pattern: ONNX Runtime's GeluFusion. Unfused it is a tenth of ViT-Tiny on a CPU.
+    Source of the pattern: ONNX Runtime's GeluFusion. Unfused it is five operators over the widest tensor.
     """
     made = {output: node for node in model.graph.node for output in node.output}
     erf = {output for output, node in made.items() if node.op_type == "Erf"}

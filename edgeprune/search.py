@@ -51,9 +51,12 @@ class Search:
         """A schedule with its prediction and fidelity, evaluated once."""
         if tokens not in self.found:
             score = self.fidelity(tokens, base)
-            predicted = predict_ms(self.staircase, tokens, self.method, self.prefix_last)
-            self.found[tokens] = Candidate(tokens, predicted, score.kl, score.agreement, score.top1)
+            self.found[tokens] = Candidate(tokens, self.predict(tokens), score.kl, score.agreement, score.top1)
         return self.found[tokens]
+
+    def predict(self, tokens: Tokens) -> float:
+        """Latency of the additive model, ms."""
+        return predict_ms(self.staircase, tokens, self.method, self.prefix_last)
 
     def front(self, limit_ms: float | None = None) -> list[Candidate]:
         """Pareto front, fastest first: densest just within `limit_ms`, or over all latencies without a limit."""

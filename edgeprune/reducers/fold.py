@@ -35,8 +35,8 @@ def attention_received(attended: Attended, prefix: int) -> Tensor:
     """(B, N) attention that each token receives: from the mean query plus, where there is one, from CLS.
 
     Means over heads, at most 2; prefix tokens are put above all others, in their order. One product of a
-    constant row with the weights: on a CPU POMT's maximum over heads costs 4 % of ViT-Tiny, this a tenth
-    of that (docs/benchmarks.md).
+    constant row with the weights is cheaper than POMT's maximum over heads and keeps no less
+    (docs/benchmarks.md).
     """
     weights = attended.weights
     queries = weights.shape[2]
