@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 STAIRCASE = "staircase.json"
 DEVICE = "device.json"
+ONNX = "model.onnx"
 GOLDEN = ("golden_input.npy", "golden_output.npy")
 TOLERANCE = 1e-3
 
@@ -42,7 +43,7 @@ def write_bundle(
     out: Path,
     *,
     vit: Vit,
-    engine_file: Path,
+    files: dict[str, Path],
     engine: Engine,
     schedule: Schedule,
     staircase: Staircase | None,
@@ -54,13 +55,15 @@ def write_bundle(
 ) -> Manifest:
     """Write the folder `out`; an earlier bundle there is replaced only when the new one is complete.
 
+    `files` are copied under their new names: the engine, and the ONNX that it can be built from again.
     `golden` is one batch of real input and its output. Raises OutputError.
     """
     check_out(out)
     with writable(out):
         fresh = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))
         try:
-            shutil.copyfile(engine_file, fresh / engine.path)
+            for name, file in files.items():
+                shutil.copyfile(file, fresh / name)
             for name, array in zip(GOLDEN, golden, strict=True):
                 np.save(fresh / name, array, allow_pickle=False)
             if staircase is not None:

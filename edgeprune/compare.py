@@ -19,7 +19,7 @@ from edgeprune.planning import solve
 from edgeprune.profiling import staircase_of_model
 from edgeprune.records import Latency, Progress, Report, Schedule, Setup, Staircase, sha256_file, silent, write_bytes
 from edgeprune.reducers import reducer_named
-from edgeprune.refine import compiled, dense_onnx, logits_on, pruned_onnx
+from edgeprune.refine import dense_onnx, logits_on, pruned_onnx
 from edgeprune.schedule import Goal, published_schedule
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ def compare(
         raise InputError("--speedup needs one or more factors of at least 1, separated by commas")
     for method in methods:
         reducer_named(method)
+    if options.precision != "fp32" and not options.simulate:
+        raise InputError(f"compare measures fp32, not {options.precision}: leave out --precision, or --simulate")
     job = Job(options, progress)
     job.staircase = staircase_of_model(job.target, job.model, tuple(methods), options.exhaustive)
     jobs = {method: job.with_method(method) for method in methods}
@@ -132,8 +134,8 @@ def _nearest(found: Sequence[tuple[float, Entry]]) -> Entry:
 def _measured(job: Job, models: Sequence[Path]) -> Samples:
     """Samples of the unpruned model ("dense") and of every entry (by its number), in the same rounds."""
     target = job.target
-    files = {str(i): compiled(target, onnx) for i, onnx in enumerate(models)}
-    files["dense"] = compiled(target, dense_onnx(job))
+    files = {str(i): onnx for i, onnx in enumerate(models)}
+    files["dense"] = dense_onnx(job)
     rounds = 1 if target.setup.simulated else job.options.rounds
 
     def make(path: Path) -> None:
@@ -154,11 +156,11 @@ def _reported(job: Job, jobs: dict[str, Job], entries: Sequence[Entry], samples:
     if not len(kept):
         kept = np.arange(len(job.pixels))
     labels = [job.pictures.labels[i] for i in kept] if job.pictures and job.pictures.labels else None
-    unpruned = logits_on(job, compiled(job.target, dense_onnx(job)))[kept]
+    unpruned = logits_on(job, dense_onnx(job))[kept]
     reported = []
     for index, entry in enumerate(entries):
         own = jobs[entry.method]
-        logits = logits_on(own, compiled(own.target, pruned_onnx(own, entry.schedule)))[kept]
+        logits = logits_on(own, pruned_onnx(own, entry.schedule))[kept]
         speedup, interval = measure.ratio(samples["dense"], samples[str(index)])
         assert entry.schedule.predicted_ms is not None
         report = Report(

@@ -11,6 +11,7 @@ EdgepruneError
 ├── DeviceError         unknown device, or not this machine
 ├── ExportError         an ONNX file that breaks a promise (static shapes, equal logits)
 ├── EngineError         a runtime that cannot compile, load or run a model
+├── PrecisionError      fp16 or INT8 that is slower or loses more than allowed
 └── ScheduleError       no schedule meets what was asked
 """
 
@@ -55,6 +56,10 @@ class DeviceError(EdgepruneError):
 
 class ExportError(EdgepruneError):
     """An ONNX file that breaks a promise."""
+
+
+class PrecisionError(EdgepruneError):
+    """fp16 or INT8 that is slower, or loses more, than allowed."""
 
 
 class EngineError(EdgepruneError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,24 +20,34 @@ from edgeprune.records import replacing, writable
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+Convert = Callable[[onnx.ModelProto], onnx.ModelProto]
 OUTSIDE_BYTES = 1024  # weights of a trunk from this size on lie in its weights file
 
 
+def unchanged(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The conversion that does nothing."""
+    return model
+
+
 def onnx_from_module(
-    module: nn.Module, example: Tensor, path: Path, names: tuple[str, str] = ("images", "logits")
+    module: nn.Module,
+    example: Tensor,
+    path: Path,
+    names: tuple[str, str] = ("images", "logits"),
+    convert: Convert = unchanged,
 ) -> None:
-    """Export `module` at the static shape of `example`. Raises ExportError, OutputError."""
-    model = _exported(module, example, names, None)
+    """Export `module` at the static shape of `example`, then `convert` it. Raises ExportError, OutputError."""
+    model = convert(_exported(module, example, names, None))
     static_or_raise(model)
     _save(model, path)
 
 
-def trunk_from_module(module: nn.Module, example: Tensor, path: Path) -> None:
+def trunk_from_module(module: nn.Module, example: Tensor, path: Path, convert: Convert = unchanged) -> None:
     """Export the trunk with a symbolic token axis, weights in `<name>.weights` beside it.
 
     The weights stay out of the ONNX so that all static probes share them. Raises ExportError, OutputError.
     """
-    model = _exported(module, example, ("x", "y"), 1)
+    model = convert(_exported(module, example, ("x", "y"), 1))
     folded = [node.op_type for node in model.graph.node if node.op_type == "Shape"]
     if folded:
         raise ExportError(f"the trunk computes {len(folded)} shapes at run time: report this model")

@@ -52,6 +52,7 @@ class Options:
     whole_last: bool = False  # compute the whole last block though the head reads the prefix alone
     search_images: int = 128
     rounds: int = ROUNDS
+    calib: Path = Path("calib")  # where INT8 ranges are kept
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def folder(self) -> Path:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeprune import export
-from edgeprune.bundle import DEVICE, MANIFEST, check_out, load_bundle, write_bundle
+from edgeprune.bundle import DEVICE, MANIFEST, ONNX, check_out, load_bundle, write_bundle
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.images import normalise
 from edgeprune.job import Job, Options
@@ -55,8 +55,8 @@ def build(options: Options, progress: Progress = silent) -> Built:
     attempts: list[Attempt] = []
     for attempt in range(CORRECTIONS + 1):
         schedule = solve(job, goal)
-        engine_file, report = realise(job, schedule)
-        attempts.append(Attempt(schedule, engine_file, report))
+        onnx, report = realise(job, schedule)
+        attempts.append(Attempt(schedule, onnx, report))
         corrected = correction(job, options.goal, goal, report)
         if corrected is None or attempt == CORRECTIONS:
             break
@@ -68,21 +68,21 @@ def build(options: Options, progress: Progress = silent) -> Built:
             log.info("no schedule is faster: keeping the one that was measured")
             break
         goal = corrected
-    schedule, engine_file, report = best_of(attempts, options.goal)
-    return Built(options.folder(), _bundle(job, schedule, engine_file, report), job.staircase)
+    schedule, onnx, report = best_of(attempts, options.goal)
+    return Built(options.folder(), _bundle(job, schedule, onnx, report), job.staircase)
 
 
-def _bundle(job: Job, schedule: Schedule, engine_file: Path, report: Report) -> Manifest:
+def _bundle(job: Job, schedule: Schedule, onnx: Path, report: Report) -> Manifest:
     """Write the bundle, unless the very same one is already there."""
     from edgeprune.models import class_labels
 
     options, model = job.options, job.model
     out = options.folder()
-    digest = sha256_file(engine_file)
+    engine_file = job.target.engine(onnx)
     engine = Engine(
-        path="model.onnx",
-        sha256=digest,
-        onnx_sha256=digest,
+        path=f"model{engine_file.suffix}",
+        sha256=sha256_file(engine_file),
+        onnx_sha256=sha256_file(onnx),
         size_bytes=engine_file.stat().st_size,
         setup=job.target.setup,
     )
@@ -100,12 +100,12 @@ def _bundle(job: Job, schedule: Schedule, engine_file: Path, report: Report) -> 
     else:
         shape = (options.batch, 3, model.vit.image_px, model.vit.image_px)
         batch = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    with job.target.runtime.open(engine_file, job.target.setup) as session:
+    with job.target.opener(onnx)() as session:
         golden = session.infer(batch)
     return write_bundle(
         out,
         vit=model.vit,
-        engine_file=engine_file,
+        files={engine.path: engine_file, ONNX: onnx},
         engine=engine,
         schedule=schedule,
         staircase=job.staircase,

@@ -12,6 +12,7 @@ import msgspec
 from edgeprune import export, graph, zoo
 from edgeprune.errors import InputError
 from edgeprune.measure import Open, Samples
+from edgeprune.precision import CONVERSIONS
 from edgeprune.records import Staircase, Vit, load, read_bytes, save, write_bytes
 from edgeprune.reducers import check_method
 from edgeprune.staircase import probe
@@ -32,10 +33,11 @@ def cut_pairs(vit: Vit) -> tuple[tuple[int, int], ...]:
     return tuple((max(round(a * vit.tokens), lowest + 1), max(round(b * vit.tokens), lowest)) for a, b in shares)
 
 
-def export_probes(model: Model, methods: Sequence[str], batch: int, folder: Path) -> None:
+def export_probes(model: Model, methods: Sequence[str], batch: int, folder: Path, precision: str = "fp32") -> None:
     """Write trunk, block, fixed and dense ONNX files, and a cut block per pair; those that exist stay.
 
-    `vit.json` beside them says what they are: with it the folder is all that `profile --trunk` needs.
+    `vit.json` beside them says what they are: with it the folder is all that `profile --trunk` needs. INT8
+    ranges are nominal: latency does not depend on them.
     """
     import torch
 
@@ -51,19 +53,20 @@ def export_probes(model: Model, methods: Sequence[str], batch: int, folder: Path
     stream = torch.zeros(batch, vit.tokens, vit.width)
     images = torch.zeros(batch, 3, vit.image_px, vit.image_px)
     dense = PrunedViT(module, family, vit, (vit.tokens,) * vit.depth, None)
+    convert = CONVERSIONS[precision]
 
     def missing(name: str, write: Callable[[Path], None]) -> None:
         if not (folder / name).exists():
             write(folder / name)
 
     missing("vit.json", lambda p: save(vit, p))
-    missing("trunk.onnx", lambda p: export.trunk_from_module(Trunk(list(blocks), family), stream, p))
-    missing("fixed.onnx", lambda p: export.onnx_from_module(Fixed(module, family), images, p))
-    missing("dense.onnx", lambda p: export.onnx_from_module(dense, images, p))
-    missing("block.onnx", lambda p: export.trunk_from_module(Trunk([middle], family), stream, p))
+    missing("trunk.onnx", lambda p: export.trunk_from_module(Trunk(list(blocks), family), stream, p, convert=convert))
+    missing("fixed.onnx", lambda p: export.onnx_from_module(Fixed(module, family), images, p, convert=convert))
+    missing("dense.onnx", lambda p: export.onnx_from_module(dense, images, p, convert=convert))
+    missing("block.onnx", lambda p: export.trunk_from_module(Trunk([middle], family), stream, p, convert=convert))
     if vit.prefix_pooled:
         last = LastBlock(middle, family, vit.prefix)
-        missing("last.onnx", lambda p: export.trunk_from_module(last, stream, p))
+        missing("last.onnx", lambda p: export.trunk_from_module(last, stream, p, convert=convert))
     for method in methods:
         reducer = reducer_named(method)
         for entering, leaving in cut_pairs(vit) if reducer else ():
@@ -71,7 +74,7 @@ def export_probes(model: Model, methods: Sequence[str], batch: int, folder: Path
             cut = CutBlock(middle, family, vit, leaving, reducer)
             example = stream[:, :1].expand(-1, entering, -1).contiguous()
             name = f"cut-{method}-{entering}-{leaving}.onnx"
-            missing(name, lambda p, c=cut, e=example: export.onnx_from_module(c, e, p, ("x", "y")))  # type: ignore[misc]
+            missing(name, lambda p, c=cut, e=example: export.onnx_from_module(c, e, p, ("x", "y"), convert))  # type: ignore[misc]
 
 
 def _check_probes(folder: Path, vit: Vit | None, batch: int) -> None:
@@ -88,12 +91,12 @@ def _check_probes(folder: Path, vit: Vit | None, batch: int) -> None:
 
 def staircase_of_model(target: Target, model: Model, methods: Sequence[str], exhaustive: bool = False) -> Staircase:
     """The staircase of a model with the cost of these methods' cuts; reused or resumed from the work folder."""
-    batch = target.setup.batch
-    folder = target.path("probes", "", model.vit, batch)
+    batch, precision = target.setup.batch, target.onnx_precision
+    folder = target.path("probes", "", model.vit, batch, *([precision] if precision != "fp32" else []))
 
     def make() -> Path:
         target.progress("exporting probes", 0, 1)
-        export_probes(model, methods, batch, folder)
+        export_probes(model, methods, batch, folder, precision)
         target.progress("exporting probes", 1, 1)
         return folder
 
@@ -154,7 +157,7 @@ def _measured(
         staircase, _ = probe(
             vit,
             target.setup,
-            lambda n: _static(target, folder / "trunk.onnx", n),
+            lambda n: _static(target, vit, folder / "trunk.onnx", n),
             _others(target, vit, methods, folder),
             rounds,
             exhaustive,
@@ -173,28 +176,24 @@ def _others(target: Target, vit: Vit, methods: Sequence[str], folder: Path) -> M
     others = {name: target.opener(folder / f"{name}.onnx") for name in ("fixed", "dense")}
     if (folder / "last.onnx").is_file():
         for n in sorted({n for pair in cut_pairs(vit) for n in pair}):
-            others[f"block {n}"] = _static(target, folder / "block.onnx", n)
-            others[f"last {n}"] = _static(target, folder / "last.onnx", n)
+            others[f"block {n}"] = _static(target, vit, folder / "block.onnx", n)
+            others[f"last {n}"] = _static(target, vit, folder / "last.onnx", n)
     for method in methods:
         for entering, leaving in cut_pairs(vit):
             cut = folder / f"cut-{method}-{entering}-{leaving}.onnx"
             if cut.is_file():
                 others[f"cut {method} {entering}>{leaving}"] = target.opener(cut)
                 for n in (entering, leaving):
-                    others[f"block {n}"] = _static(target, folder / "block.onnx", n)
+                    others[f"block {n}"] = _static(target, vit, folder / "block.onnx", n)
     return others
 
 
-def _static(target: Target, trunk: Path, tokens: int) -> Open:
-    """Fixes the trunk to `tokens` and opens it, when called."""
-
-    def open_() -> Any:
-        static = trunk.with_name(f"{trunk.stem}-{tokens}.onnx")
-        if not static.exists():
-            graph.fix_tokens(trunk, tokens, static)
-        return target.runtime.open(static, target.setup)
-
-    return open_
+def _static(target: Target, vit: Vit, trunk: Path, tokens: int) -> Open:
+    """The trunk fixed to `tokens` and compiled; opened when called."""
+    static = trunk.with_name(f"{trunk.stem}-{tokens}.onnx")
+    if not static.exists():
+        graph.fix_tokens(trunk, tokens, static)
+    return target.opener(static, vit.weights_sha256)
 
 
 def _resumed(partial: Path) -> Samples:

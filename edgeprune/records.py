@@ -39,6 +39,16 @@ class Simulation(Record, frozen=True, kw_only=True):
     tile: tuple[int, int] = (128, 64)  # rows, columns of one thread block's output
 
 
+class TrtOptions(Record, frozen=True, kw_only=True):
+    """What TensorRT's builder is told; the defaults are TensorRT's own but for the workspace."""
+
+    optimization_level: int | None = None  # 0 to 5: how long tactics are sought
+    workspace_mib: int = 2048  # at most; never more than half of the memory that is free
+    tactic_sources: tuple[str, ...] | None = None  # names of tensorrt.TacticSource
+    typing: str = "strong"  # strong: the ONNX's types are kept (TensorRT 10 on) | weak
+    dla_core: int | None = None  # refused, with the reason
+
+
 class Device(Record, frozen=True, kw_only=True):
     """A target: what it is, what runs there, how its power state is read."""
 
@@ -57,6 +67,7 @@ class Device(Record, frozen=True, kw_only=True):
     machine: tuple[str, ...] = ()  # a substring of /proc/device-tree/model names the board
     image: str | None = None  # container image for the device half
     simulation: Simulation | None = None
+    trt: TrtOptions | None = None
 
 
 class Preprocessing(Record, frozen=True, kw_only=True):
@@ -107,6 +118,7 @@ class Setup(Record, frozen=True, kw_only=True):
     batch: int
     threads: int | None = None
     power_mode: str | None = None
+    options: str | None = None  # builder options other than the defaults
 
     @property
     def simulated(self) -> bool:
@@ -257,6 +269,15 @@ class Engine(Record, frozen=True, kw_only=True):
     onnx_sha256: str
     size_bytes: int
     setup: Setup
+
+
+class Int8Ranges(Record, frozen=True, kw_only=True):
+    """What INT8 quantisation rests on: largest magnitude by activation, and what stays in floating point."""
+
+    way: str  # percentile | entropy
+    ranges: dict[str, float]
+    kept: tuple[str, ...]  # layers that lose too much by themselves
+    kl: float  # nats to the fp32 model on the calibration pictures
 
 
 class Report(Record, frozen=True, kw_only=True):

@@ -9,16 +9,31 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
+import onnx as onnx_graph
 
 from edgeprune import export, measure
-from edgeprune.errors import ExportError
+from edgeprune.errors import ExportError, PrecisionError
+from edgeprune.export import Convert
+from edgeprune.graph import static_or_raise
+from edgeprune.images import normalise
 from edgeprune.job import Job
 from edgeprune.measure import Samples
+from edgeprune.precision import CONVERSIONS, calibrated, int8
 from edgeprune.profiling import export_probes
-from edgeprune.records import Latency, Report, Schedule, replacing, sha256_file, write_bytes
+from edgeprune.records import (
+    Int8Ranges,
+    Latency,
+    Report,
+    Schedule,
+    key_of,
+    load,
+    replacing,
+    save,
+    sha256_file,
+    write_bytes,
+)
 from edgeprune.schedule import Goal
 from edgeprune.staircase import predict_ms
-from edgeprune.target import Target
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,14 +43,16 @@ log = logging.getLogger(__name__)
 CORRECTIONS = 2  # times a schedule whose measured latency misses the goal is sought anew
 MISS = 0.02  # of the goal, beyond which it counts as missed
 PARITY_IMAGES = 8
-PARITY = 1e-4
+CALIBRATION_IMAGES = 32
+MOST_LOST = 1.5  # points of top-1 that a precision may lose against fp32
+MOST_CHANGED = 5.0  # points of agreement, where there are no labels
 
 
 class Attempt(NamedTuple):
     """A schedule that was built and measured."""
 
     schedule: Schedule
-    engine: Path
+    onnx: Path
     report: Report
 
 
@@ -68,17 +85,23 @@ def correction(job: Job, asked: Goal, used: Goal, report: Report) -> Goal | None
 
 
 def dense_onnx(job: Job) -> Path:
-    """The unpruned model's ONNX, among the probes."""
+    """The unpruned model's fp32 ONNX, among the probes where those are fp32."""
+    if job.target.onnx_precision != "fp32":
+        dense = (job.model.vit.tokens,) * job.model.vit.depth
+        return _exported(job, "none", dense, False)
     folder = job.target.path("probes", "", job.model.vit, job.options.batch)
     export_probes(job.model, (), job.options.batch, folder)
     return folder / "dense.onnx"
 
 
 def pruned_onnx(job: Job, schedule: Schedule) -> Path:
-    """The pruned model's ONNX, checked against PyTorch. Raises ExportError."""
+    """The pruned model's fp32 ONNX. Raises ExportError."""
     if not schedule.cuts and not schedule.prefix_last:
         return dense_onnx(job)
+    return _exported(job, schedule.method, schedule.tokens, schedule.prefix_last)
 
+
+def _exported(job: Job, method: str, tokens: tuple[int, ...], prefix_last: bool) -> Path:
     def make(path: Path) -> None:
         import torch
 
@@ -87,11 +110,11 @@ def pruned_onnx(job: Job, schedule: Schedule) -> Path:
         vit = job.model.vit
         example = torch.zeros(job.options.batch, 3, vit.image_px, vit.image_px)
         job.progress("exporting ONNX", 0, 1)
-        module = pruned_module(job.model, schedule.method, schedule.tokens, schedule.prefix_last)
+        module = pruned_module(job.model, method, tokens, prefix_last)
         export.onnx_from_module(module, example, path)
         job.progress("exporting ONNX", 1, 1)
 
-    parts = (job.model.vit, schedule.method, schedule.tokens, schedule.prefix_last, job.options.batch)
+    parts = (job.model.vit, method, tokens, prefix_last, job.options.batch)
     return job.target.step("model", ".onnx", parts, make)
 
 
@@ -103,24 +126,32 @@ def check_parity(job: Job, schedule: Schedule, logits: NDArray[np.float32]) -> f
     pixels = job.pixels[:count]
     wanted = logits_of_schedule(job.model, schedule.method, schedule.tokens, pixels, schedule.prefix_last)
     worst = float(np.abs(wanted - logits[:count]).max())
-    if not worst <= PARITY:  # NaN is worse than any number
-        raise ExportError(f"the engine's logits differ from PyTorch's by {worst:.2g}, above {PARITY}: report this")
+    most = job.target.runtime.parity
+    if not worst <= most:  # NaN is worse than any number
+        raise ExportError(f"the engine's logits differ from PyTorch's by {worst:.2g}, above {most}: report this")
     return worst
 
 
 def realise(job: Job, schedule: Schedule) -> tuple[Path, Report]:
-    """Compile a schedule and the unpruned model, measure both interleaved, compare their outputs."""
+    """A schedule's ONNX and its report: compiled, measured beside the unpruned model, their outputs compared.
+
+    In fp16 and INT8 the unpruned model is measured in that precision too, outputs are compared with the fp32
+    one's, and the pruned model in fp32 is the measure of what the precision gains and loses (`gate`).
+    """
     target, options = job.target, job.options
-    files = [compiled(target, onnx) for onnx in (dense_onnx(job), pruned_onnx(job, schedule))]
-    hashes = [sha256_file(file) for file in files]
+    reference, exact = dense_onnx(job), pruned_onnx(job, schedule)
+    files = {"dense": reference, "pruned": exact}
+    if target.onnx_precision != "fp32":
+        files = {"dense": nominal_onnx(job, reference), "pruned": precise_onnx(job, exact), "fp32": exact}
+    hashes = [sha256_file(file) for file in files.values()]
     rounds = 1 if target.setup.simulated else options.rounds
 
-    def time_both(path: Path) -> None:
-        candidates = {n: target.opener(f) for n, f in zip(("dense", "pruned"), files, strict=True)}
+    def time_all(path: Path) -> None:
+        candidates = {name: target.opener(file) for name, file in files.items()}
         samples = measure.interleave(candidates, rounds, progress=job.progress, what="unpruned against pruned")
         write_bytes(path, msgspec.json.encode(samples))
 
-    latency = target.step("latency", ".json", (hashes, target.setup, rounds), time_both)
+    latency = target.step("latency", ".json", (hashes, target.setup, rounds), time_all)
     samples = msgspec.json.decode(latency.read_bytes(), type=Samples)
     speedup, interval = measure.ratio(samples["dense"], samples["pruned"])
     dense = Latency(samples_ms=tuple(samples["dense"]), warmup=measure.WARMUP)
@@ -134,8 +165,10 @@ def realise(job: Job, schedule: Schedule) -> tuple[Path, Report]:
         predicted_ms=predict_ms(job.staircase, schedule.tokens, schedule.method, schedule.prefix_last) * drift,
     )
     if job.pictures is not None:
-        unpruned, pruned = (logits_on(job, file) for file in files)
-        check_parity(job, schedule, pruned)
+        unpruned, pruned, whole = (logits_on(job, file) for file in (reference, files["pruned"], exact))
+        check_parity(job, schedule, whole)
+        if "fp32" in files:
+            gate(job, samples, pruned, whole)
         labels = job.pictures.labels
         report = msgspec.structs.replace(
             report,
@@ -145,27 +178,80 @@ def realise(job: Job, schedule: Schedule) -> tuple[Path, Report]:
             dense_top1=measure.top1(unpruned, labels) if labels else None,
             images=len(job.pictures),
         )
-    return files[1], report
+    return files["pruned"], report
 
 
-def compiled(target: Target, onnx: Path) -> Path:
-    """The engine of an ONNX file on the target."""
+def gate(job: Job, samples: Samples, logits: NDArray[np.float32], exact: NDArray[np.float32]) -> None:
+    """Raise PrecisionError where a precision is slower than fp32, or loses more than allowed.
+
+    Allowed are the goal's --max-drop or MOST_LOST points of top-1; without labels MOST_CHANGED of agreement.
+    """
+    precision, labels = job.target.setup.precision, job.pictures.labels if job.pictures else None
+    gain, _ = measure.ratio(samples["fp32"], samples["pruned"])
+    if gain < 1:
+        slow, fast = (float(np.median(samples[name])) for name in ("pruned", "fp32"))
+        raise PrecisionError(f"{precision} is refused: {slow:.3g} ms against {fast:.3g} ms in fp32: build fp32")
+    if labels:
+        lost, most, what = measure.top1(exact, labels) - measure.top1(logits, labels), MOST_LOST, "top-1"
+        most = most if job.options.goal.max_drop is None else job.options.goal.max_drop
+    else:
+        lost, most, what = 100 - measure.agreement(exact, logits), MOST_CHANGED, "agreement"
+    if lost > most:
+        raise PrecisionError(
+            f"{precision} is refused: it loses {lost:.2f} points of {what} against fp32, {most} are allowed, "
+            f"for {gain:.2f}x: build fp32, or more --search-images"
+        )
+    log.info("%s: %.2fx against fp32, %.2f points of %s lost", precision, gain, lost, what)
+
+
+def nominal_onnx(job: Job, onnx: Path) -> Path:
+    """An fp32 ONNX in the target's precision, INT8 with nominal ranges: for its latency alone."""
+    return _converted(job, onnx, CONVERSIONS[job.target.onnx_precision], "nominal")
+
+
+def precise_onnx(job: Job, onnx: Path) -> Path:
+    """An fp32 ONNX in the target's precision; INT8 ranges come from the search pictures and stay in calib/."""
+    if job.target.onnx_precision != "int8":
+        return nominal_onnx(job, onnx)
+    found = int8_ranges(job, onnx)
+    return _converted(job, onnx, lambda model: int8(model, found.ranges, found.kept), found)
+
+
+def int8_ranges(job: Job, onnx: Path) -> Int8Ranges:
+    """Ranges for one ONNX file, kept by the hash of it and of the pictures."""
+    images = job.chosen[:CALIBRATION_IMAGES]
+    key = key_of(sha256_file(onnx), job.pictures_key, job.model.preprocessing, images.tolist())
+    path = job.options.calib / f"int8-{key}.json"
+    if path.exists():
+        log.info("int8 ranges: reused %s", path)
+        return load(path, Int8Ranges)
+    batch = job.options.batch
+    pixels = job.pixels[np.resize(images, -(-len(images) // batch) * batch)]
+    batches = [normalise(pixels[i : i + batch], job.model.preprocessing) for i in range(0, len(pixels), batch)]
+    found = calibrated(onnx_graph.load(onnx), batches, job.progress)
+    save(found, path)
+    return found
+
+
+def _converted(job: Job, onnx: Path, convert: Convert, how: object) -> Path:
+    def make(path: Path) -> None:
+        model = convert(onnx_graph.load(onnx))
+        static_or_raise(model)
+        write_bytes(path, model.SerializeToString())
+
+    parts = (sha256_file(onnx), job.target.onnx_precision, how)
+    return job.target.step("precise", ".onnx", parts, make)
+
+
+def logits_on(job: Job, onnx: Path) -> NDArray[np.float32]:
+    """Outputs of an ONNX file's engine over all pictures, (images, classes)."""
 
     def make(path: Path) -> None:
-        target.runtime.compile(onnx, target.setup, path)
-
-    return target.step("engine", ".onnx", (sha256_file(onnx), target.setup), make)
-
-
-def logits_on(job: Job, engine: Path) -> NDArray[np.float32]:
-    """Outputs of an engine over all pictures, (images, classes)."""
-
-    def make(path: Path) -> None:
-        with job.target.runtime.open(engine, job.target.setup) as session:
+        with job.target.opener(onnx)() as session:
             array = measure.logits_of(session, job.pixels, job.model.preprocessing, job.options.batch, job.progress)
         with replacing(path) as temporary, open(temporary, "wb") as file:
             np.save(file, array, allow_pickle=False)
 
-    parts = (sha256_file(engine), job.target.setup, job.pictures_key, job.model.preprocessing)
+    parts = (sha256_file(onnx), job.target.setup, job.pictures_key, job.model.preprocessing)
     logits: NDArray[np.float32] = np.load(job.target.step("logits", ".npy", parts, make), allow_pickle=False)
     return logits

@@ -12,7 +12,7 @@ from edgeprune import __version__
 from edgeprune.devices import check_is_here, load_device
 from edgeprune.errors import InputError
 from edgeprune.measure import Open
-from edgeprune.records import Device, Progress, Setup, key_of, silent
+from edgeprune.records import Device, Progress, Setup, key_of, sha256_file, silent
 from edgeprune.runtimes import Runtime, runtime_for
 
 log = logging.getLogger(__name__)
@@ -31,9 +31,28 @@ class Target:
     work: Path = WORK
     progress: Progress = silent
 
-    def opener(self, path: Path) -> Open:
-        """Opens a compiled file when called."""
-        return lambda: self.runtime.open(path, self.setup)
+    @property
+    def onnx_precision(self) -> str:
+        """Precision of the ONNX files: a simulation knows its own and runs them in fp32."""
+        return "fp32" if self.setup.simulated else self.setup.precision
+
+    def engine(self, onnx: Path, *weights: str) -> Path:
+        """What the runtime opens for an ONNX file: the file itself, or the engine compiled from it, which is kept.
+
+        `weights` names those that lie outside the ONNX file. Raises EngineError, OutputError.
+        """
+        if self.runtime.suffix == onnx.suffix:
+            return onnx
+
+        def make(path: Path) -> None:
+            self.runtime.compile(onnx, self.setup, path, self.progress)
+
+        return self.step("engine", self.runtime.suffix, (sha256_file(onnx), weights, self.setup), make)
+
+    def opener(self, onnx: Path, *weights: str) -> Open:
+        """Compiles an ONNX file now and opens its engine when called."""
+        engine = self.engine(onnx, *weights)
+        return lambda: self.runtime.open(engine, self.setup)
 
     def path(self, name: str, suffix: str, *parts: Any) -> Path:
         """The place in the work folder for a result that depends on `parts` alone."""
@@ -68,8 +87,6 @@ def target_for(
     check_batch(batch)
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}")
-    if precision != "fp32" and not simulate:
-        raise InputError(f"this version builds fp32 only: plan {precision} with --simulate")
     found = load_device(device)
     if not simulate:
         check_is_here(found)

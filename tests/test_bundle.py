@@ -50,7 +50,7 @@ def parts(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         latency = Latency(samples_ms=(1.0, 2.0, 3.0))
         return {
             "vit": VIT,
-            "engine_file": file,
+            "files": {"model.onnx": file},
             "engine": Engine(
                 path="model.onnx", sha256=digest, onnx_sha256=digest, size_bytes=len(model), setup=SETUP
             ),

@@ -404,8 +404,9 @@ def test_interrupted_build_leaves_nothing_and_goes_on(shared: Shared, tmp_path: 
         path.unlink()
     command = ("build", "--device", "cpu", "--method", "none", "--rounds", "5", "--work", work, "--out", out)
     process = subprocess.Popen(
-        program(*command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | ONE_THREAD
-    )
+        program(*command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | ONE_THREAD,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )  # fmt: skip
     try:
         give_up = time.monotonic() + 300
         while not list(work.glob("samples-*.json")) and process.poll() is None and time.monotonic() < give_up:

@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from edgeprune.errors import DeviceError, RecordError
-from edgeprune.records import Device, read_bytes
+from edgeprune.records import Device, TrtOptions, read_bytes
 
 MAX_TOML_BYTES = 64 << 10
 DEVICE_TREE = Path("/proc/device-tree/model")
@@ -62,10 +62,24 @@ def _problem(device: Device) -> str | None:
         figures |= {f"simulation.{k}": getattr(model, k) for k in SIMULATION_FIGURES}
         figures |= {f"simulation.fma_per_clock_per_sm.{k}": v for k, v in model.fma_per_clock_per_sm.items()}
         figures |= {f"simulation.tile[{i}]": v for i, v in enumerate(model.tile)}
+    if problem := _trt_problem(device.trt):
+        return problem
     for field, value in figures.items():
         if value is not None and not 0 < value < 1e9:
             return f"$.{field} is not above 0 and below 1e9"
     return None
+
+
+def _trt_problem(options: TrtOptions | None) -> str | None:
+    if options is None:
+        return None
+    if options.dla_core is not None:
+        return "$.trt.dla_core: DLA has no LayerNorm and no product of two activations, so a ViT cannot run there"
+    if options.typing not in ("strong", "weak"):
+        return "$.trt.typing: strong or weak"
+    if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
+        return "$.trt.optimization_level: 0 to 5"
+    return None if 0 < options.workspace_mib <= 1 << 20 else "$.trt.workspace_mib is not above 0 and below 2**20"
 
 
 def this_machine() -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import logging
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
@@ -10,13 +12,16 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from edgeprune.errors import DeviceError
-from edgeprune.records import Device, Engine, Setup
+from edgeprune.records import Device, Engine, Progress, Setup, silent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+log = logging.getLogger(__name__)
+
 RUNTIMES = {
     "ort": "edgeprune.runtimes.ort:OrtRuntime",
+    "trt": "edgeprune.runtimes.trt:TensorRT",
     "simulated": "edgeprune.runtimes.simulated:SimulatedRuntime",
 }
 
@@ -42,11 +47,14 @@ class Session(Protocol):
 class Runtime(Protocol):
     """One way of running an ONNX file on a device."""
 
+    suffix: str  # of a compiled file; .onnx where the ONNX file itself is what runs
+    parity: float  # largest difference of fp32 logits to PyTorch's that is rounding
+
     def setup(self, device: Device, precision: str, batch: int) -> Setup:
         """What latencies of this runtime here are comparable under. Raises DeviceError, MissingError."""
         ...
 
-    def compile(self, onnx: Path, setup: Setup, out: Path) -> Engine:
+    def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> Engine:
         """Compile `onnx` into the file `out`. Raises EngineError, OutputError."""
         ...
 
@@ -56,8 +64,14 @@ class Runtime(Protocol):
 
 
 def runtime_for(device: Device, simulate: bool = False) -> Runtime:
-    """The runtime of a device, or the tail-effect model in its place. Raises DeviceError."""
+    """The runtime of a device, or the tail-effect model in its place. Raises DeviceError.
+
+    A GPU that is no board runs on ONNX Runtime where TensorRT is not installed, and a warning says so.
+    """
     name = "simulated" if simulate else device.runtime
+    if name == "trt" and not device.machine and find_spec("tensorrt") is None:
+        log.warning("TensorRT is not installed: device %s runs on ONNX Runtime's CUDA provider", device.name)
+        name = "ort"
     if name not in RUNTIMES:
         raise DeviceError(
             f"device {device.name} needs the runtime {name!r}, which this version does not have "

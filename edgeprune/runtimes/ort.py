@@ -13,7 +13,7 @@ import numpy as np
 
 from edgeprune.devices import check_is_here, this_machine
 from edgeprune.errors import EngineError, MissingError
-from edgeprune.records import Device, Engine, Setup, replacing, sha256_file, writable
+from edgeprune.records import Device, Engine, Progress, Setup, replacing, sha256_file, silent, writable
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -27,6 +27,8 @@ SLOW_OPTIMIZERS = ["MatMulAddFusion"]
 
 class OrtRuntime:
     """Runtime over onnxruntime; an engine is the ONNX file itself."""
+
+    suffix, parity = ".onnx", 1e-4
 
     def __init__(self, device: Device) -> None:
         self.kind = "ort-cuda" if device.tensorrt or device.compute_capability else "ort-cpu"
@@ -51,7 +53,7 @@ class OrtRuntime:
             power_mode=_governor(),
         )
 
-    def compile(self, onnx: Path, setup: Setup, out: Path) -> Engine:
+    def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> Engine:
         """Copy the ONNX, which is the engine. Raises OutputError."""
         with replacing(out) as temporary, writable(out):
             temporary.write_bytes(onnx.read_bytes())

@@ -14,7 +14,7 @@ import onnx
 
 from edgeprune import __version__, devices
 from edgeprune.errors import DeviceError, EngineError, MissingError
-from edgeprune.records import Device, Engine, Setup, Simulation, Vit, replacing, sha256_file
+from edgeprune.records import Device, Engine, Progress, Setup, Simulation, Vit, replacing, sha256_file, silent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -244,6 +244,8 @@ class SimulatedRuntime:
     Effects (tile and wave quantization); arXiv 2407.05941 on the GPU tail effect behind token pruning.
     """
 
+    suffix, parity = ".onnx", 1e-4
+
     def __init__(self, device: Device) -> None:
         self.device = device
 
@@ -259,7 +261,7 @@ class SimulatedRuntime:
             batch=batch,
         )
 
-    def compile(self, onnx: Path, setup: Setup, out: Path) -> Engine:
+    def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> Engine:
         """Check that the model covers the ONNX file and copy it to `out`. Raises EngineError, OutputError."""
         products_of_onnx(onnx)
         with replacing(out) as temporary:

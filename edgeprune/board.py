@@ -1,0 +1,104 @@
+"""The state of a board that measures: power mode, clocks, temperature; clocks locked on request, always undone."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from edgeprune.errors import DeviceError
+from edgeprune.records import Device
+
+THERMAL = Path("/sys/class/thermal")
+NV_RELEASE = Path("/etc/nv_tegra_release")
+JETPACK_OF_L4T = {"35": "5", "36": "6", "38": "7"}  # NVIDIA, "Jetson Linux archive"
+SMI_QUERY = "nvidia-smi --query-gpu=pstate,clocks.sm,clocks.mem,power.limit --format=csv,noheader"
+SMI_UNLOCK = "nvidia-smi --reset-gpu-clocks"
+
+
+def run(command: str, timeout_s: float = 20) -> str | None:
+    """What a command prints; None where it does not exist, fails or hangs."""
+    try:
+        done = subprocess.run(
+            shlex.split(command), capture_output=True, text=True, errors="replace", timeout=timeout_s
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def power_mode(device: Device) -> str | None:
+    """The board's power mode, for example "MAXN" of nvpmodel -q; of another NVIDIA GPU its power limit."""
+    if device.power_query:
+        text = run(device.power_query) or ""
+        found = re.search(r"NV Power Mode:\s*(\S+)", text)
+        return found[1] if found else None
+    limit = run("nvidia-smi --query-gpu=power.limit --format=csv,noheader")
+    return f"power limit {limit.splitlines()[0].strip()}" if limit else None
+
+
+def clocks(device: Device) -> str | None:
+    """Clocks as the board tells them, on one line; None where it does not."""
+    text = run(device.clocks_query or SMI_QUERY)
+    return " | ".join(line.strip() for line in text.splitlines() if line.strip()) if text else None
+
+
+def locked(device: Device) -> bool | None:
+    """Are the GPU's clocks fixed? None where the board does not tell (jetson_clocks needs root to show them)."""
+    found = re.search(r"GPU\s.*?MinFreq=(\d+)\s+MaxFreq=(\d+)", clocks(device) or "")
+    return found[1] == found[2] if found else None
+
+
+def temperature_c() -> float | None:
+    """The hottest thermal zone, °C; None where there is none."""
+    degrees = []
+    for path in THERMAL.glob("thermal_zone*/temp"):
+        try:
+            degrees.append(int(path.read_text()) / 1000)
+        except (OSError, ValueError):  # some zones of a Jetson answer only while their unit is powered
+            continue
+    return max(degrees, default=None)
+
+
+def jetpack() -> str | None:
+    """The major version of JetPack from the L4T release, for example "6"; None on other machines."""
+    try:
+        found = re.search(r"# R(\d+)", NV_RELEASE.read_text(errors="replace"))
+    except OSError:
+        return None
+    return JETPACK_OF_L4T.get(found[1], f"of L4T {found[1]}") if found else None
+
+
+@contextmanager
+def locked_clocks(device: Device) -> Iterator[None]:
+    """Clocks at their maximum for the time of a measurement; what they were before comes back, Ctrl-C or not.
+
+    Raises DeviceError where they cannot be set: it takes root.
+    """
+    if device.clocks_query:
+        with tempfile.TemporaryDirectory() as folder:
+            saved = shlex.quote(f"{folder}/clocks")
+            _must(f"jetson_clocks --store {saved}")
+            try:
+                _must("jetson_clocks")
+                yield
+            finally:
+                _must(f"jetson_clocks --restore {saved}")
+        return
+    top = run("nvidia-smi --query-gpu=clocks.max.sm --format=csv,noheader,nounits")
+    if not top:
+        raise DeviceError(f"clocks of {device.name} cannot be locked: nvidia-smi gives no maximum")
+    try:
+        _must(f"nvidia-smi --lock-gpu-clocks={int(float(top.splitlines()[0]))}")
+        yield
+    finally:
+        _must(SMI_UNLOCK)
+
+
+def _must(command: str) -> None:
+    if run(command) is None:
+        raise DeviceError(f"`{command}` failed: run as root (sudo), or leave out --lock-clocks")

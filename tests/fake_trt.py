@@ -1,0 +1,286 @@
+"""A TensorRT and a pycuda for machines without a GPU: the real call sequence, plans that ONNX Runtime executes.
+
+What is checked with it is our side: which calls come in which order, what is said when one fails. Whether the names
+exist in real TensorRT is checked in trt_api/, what they compute in gpu/.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import sys
+import time
+import types
+from importlib.machinery import ModuleSpec
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+
+MAGIC = b"fake plan\n"
+
+
+class Fake:
+    """One fake installation: what it is, what it was told, what it shall do wrong."""
+
+    def __init__(self, version: str = "10.3.0") -> None:
+        self.version = version
+        self.gpu = "Orin"
+        self.free_bytes = 4 << 30
+        self.memory: dict[int, Any] = {}
+        self.configs: list[Any] = []
+        self.network_flags: list[int] = []
+        self.fail_parse: dict[int, str] = {}  # error text by node
+        self.fail_build: list[str] = []  # lines that the builder logs as errors before it gives None
+        self.layers: list[Any] = [{"Name": "a", "TacticName": "_gemm_mha_v2"}, {"Name": "b", "TacticName": "x"}]
+        self.launches = 0
+        self.trt, self.driver = tensorrt_module(self), driver_module(self)
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> Fake:
+        """Make both modules importable for the time of a test."""
+        from edgeprune.runtimes import trt
+
+        pycuda = types.ModuleType("pycuda")
+        pycuda.driver = self.driver  # type: ignore[attr-defined]
+        for name, module in (("tensorrt", self.trt), ("pycuda", pycuda), ("pycuda.driver", self.driver)):
+            monkeypatch.setitem(sys.modules, name, module)
+        trt._driver.cache_clear()
+        monkeypatch.setattr("edgeprune.devices.nvidia_gpu", lambda: self.gpu)
+        return self
+
+
+def tensorrt_module(fake: Fake) -> Any:  # noqa: C901 - a module's worth of small classes
+    """The fake `tensorrt`."""
+    trt: Any = types.ModuleType("tensorrt")
+    trt.__spec__ = ModuleSpec("tensorrt", None)  # torch looks for it
+    trt.__version__ = fake.version
+    old = fake.version.startswith("8.")
+
+    class ILogger:
+        Severity = enum.Enum("Severity", "INTERNAL_ERROR ERROR WARNING INFO VERBOSE")
+
+    trt.ILogger = ILogger
+    severity = ILogger.Severity
+    trt.TensorIOMode = enum.Enum("TensorIOMode", "INPUT OUTPUT")
+    trt.DataType = enum.Enum("DataType", "FLOAT HALF INT8 INT32 BOOL")
+    trt.MemoryPoolType = enum.Enum("MemoryPoolType", "WORKSPACE")
+    trt.ProfilingVerbosity = enum.Enum("ProfilingVerbosity", "DETAILED")
+    trt.LayerInformationFormat = enum.Enum("LayerInformationFormat", "JSON")
+    trt.BuilderFlag = enum.Enum("BuilderFlag", "FP16 INT8 TF32")
+    trt.TacticSource = enum.IntEnum("TacticSource", "EDGE_MASK_CONVOLUTIONS JIT_CONVOLUTIONS", start=3)
+    flags = {"EXPLICIT_BATCH": 0} if old else {"EXPLICIT_BATCH": 0, "STRONGLY_TYPED": 1}
+    trt.NetworkDefinitionCreationFlag = enum.IntEnum("NetworkDefinitionCreationFlag", flags)
+    previews = {"DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805": 0} if old else {"OTHER": 0}
+    trt.PreviewFeature = enum.IntEnum("PreviewFeature", previews)
+
+    class Network:
+        model: onnx.ModelProto
+
+    class Cache:
+        def __init__(self, data: bytes) -> None:
+            self.data = data
+
+        def serialize(self) -> bytes:
+            return self.data + b"t"
+
+    class Config:
+        def __init__(self) -> None:
+            self.flags: set[str] = {"TF32"}
+            self.pools: dict[str, int] = {}
+            self.cache: Cache | None = None
+            self.previews: set[str] = set()
+            self.tactics: int | None = None
+            if not old:
+                self.progress_monitor: Any = None
+            fake.configs.append(self)
+
+        def set_memory_pool_limit(self, pool: Any, size: int) -> None:
+            self.pools[pool.name] = size
+
+        def set_flag(self, flag: Any) -> None:
+            self.flags.add(flag.name)
+
+        def clear_flag(self, flag: Any) -> None:
+            self.flags.discard(flag.name)
+
+        def set_tactic_sources(self, mask: int) -> bool:
+            self.tactics = mask
+            return True
+
+        def set_preview_feature(self, feature: Any, on: bool) -> None:
+            self.previews.add(feature.name)
+
+        def create_timing_cache(self, data: bytes) -> Cache | None:
+            return None if data.startswith(b"foreign") else Cache(data)
+
+        def set_timing_cache(self, cache: Cache, ignore_mismatch: bool) -> bool:
+            self.cache = cache
+            return True
+
+        def get_timing_cache(self) -> Cache | None:
+            return self.cache
+
+    class Builder:
+        def __init__(self, logger: Any) -> None:
+            self.logger = logger
+
+        def create_network(self, flags: int) -> Network:
+            fake.network_flags.append(flags)
+            return Network()
+
+        def create_builder_config(self) -> Config:
+            return Config()
+
+        def build_serialized_network(self, network: Network, config: Config) -> bytes | None:
+            monitor = getattr(config, "progress_monitor", None)
+            if monitor is not None:
+                monitor.phase_start("tactics", None, 3)
+                for step in range(3):
+                    if not monitor.step_complete("tactics", step):
+                        return None
+                monitor.phase_finish("tactics")
+            for line in fake.fail_build:
+                self.logger.log(severity.ERROR, line)
+            if fake.fail_build:
+                return None
+            head = json.dumps({"version": fake.version, "gpu": fake.gpu}).encode()
+            body = network.model.SerializeToString()
+            return MAGIC + len(body).to_bytes(8, "big") + head + b"\n" + body
+
+    class OnnxParser:
+        def __init__(self, network: Network, logger: Any) -> None:
+            self.network = network
+            self.num_errors = 0
+
+        def parse_from_file(self, path: str) -> bool:
+            self.network.model = onnx.load(path)
+            self.num_errors = len(fake.fail_parse)
+            return not fake.fail_parse
+
+        def get_error(self, index: int) -> Any:
+            node, text = list(fake.fail_parse.items())[index]
+            return types.SimpleNamespace(node=lambda: node, desc=lambda: text)
+
+    class Context:
+        def __init__(self, engine: Engine) -> None:
+            self.engine, self.addresses = engine, {}  # type: ignore[var-annotated]
+
+        def set_tensor_address(self, name: str, address: int) -> bool:
+            self.addresses[name] = address
+            return True
+
+        def execute_async_v3(self, stream: int) -> bool:
+            fake.launches += 1
+            session = self.engine.session
+            [entering], [leaving] = session.get_inputs(), session.get_outputs()
+            feed = fake.memory[self.addresses[entering.name]]
+            fake.memory[self.addresses[leaving.name]] = session.run(None, {entering.name: feed})[0]
+            return True
+
+    class Engine:
+        device_memory_size_v2 = 1 << 20
+
+        def __init__(self, body: bytes) -> None:
+            self.session = onnxruntime.InferenceSession(body, providers=["CPUExecutionProvider"])
+            self.tensors = [*self.session.get_inputs(), *self.session.get_outputs()]
+            self.num_io_tensors = len(self.tensors)
+
+        def get_tensor_name(self, index: int) -> str:
+            return str(self.tensors[index].name)
+
+        def get_tensor_mode(self, name: str) -> Any:
+            entering = name in [t.name for t in self.session.get_inputs()]
+            return trt.TensorIOMode.INPUT if entering else trt.TensorIOMode.OUTPUT
+
+        def get_tensor_shape(self, name: str) -> tuple[int, ...]:
+            shape = next(t.shape for t in self.tensors if t.name == name)
+            return tuple(n if isinstance(n, int) else -1 for n in shape)
+
+        def get_tensor_dtype(self, name: str) -> Any:
+            return trt.DataType.FLOAT
+
+        def create_execution_context(self) -> Context:
+            return Context(self)
+
+        def create_engine_inspector(self) -> Any:
+            text = json.dumps({"Layers": fake.layers, "Bindings": []})
+            return types.SimpleNamespace(get_engine_information=lambda form: text)
+
+    class Runtime:
+        def __init__(self, logger: Any) -> None:
+            self.logger = logger
+
+        def deserialize_cuda_engine(self, plan: bytes) -> Engine | None:
+            size = int.from_bytes(plan[len(MAGIC) : len(MAGIC) + 8], "big")
+            head, _, body = plan[len(MAGIC) + 8 :].partition(b"\n")
+            if not plan.startswith(MAGIC) or len(body) != size:
+                self.logger.log(severity.ERROR, "Serialization assertion plan->header.size failed")
+                return None
+            maker = json.loads(head)
+            if maker["version"] != fake.version:
+                text = (
+                    "The engine plan file is not compatible with this version of TensorRT: version tag does not match"
+                )
+                self.logger.log(severity.ERROR, text)
+                return None
+            if maker["gpu"] != fake.gpu:
+                self.logger.log(severity.ERROR, "The engine plan file is generated for an incompatible device")
+                return None
+            return Engine(body)
+
+    if not old:
+        trt.IProgressMonitor = type("IProgressMonitor", (), {"__init__": lambda self: None})
+    trt.Builder, trt.OnnxParser, trt.Runtime = Builder, OnnxParser, Runtime
+    return trt
+
+
+def driver_module(fake: Fake) -> Any:
+    """The fake `pycuda.driver`."""
+    cuda: Any = types.ModuleType("pycuda.driver")
+
+    class Error(Exception):
+        pass
+
+    class Memory:
+        def __init__(self, size: int) -> None:
+            self.address = 1 + max(fake.memory, default=0)
+            fake.memory[self.address] = None
+
+        def __int__(self) -> int:
+            return self.address
+
+        def free(self) -> None:
+            del fake.memory[self.address]
+
+    class Stream:
+        handle = 7
+
+        def synchronize(self) -> None:
+            pass
+
+    class Event:
+        def record(self, stream: Stream) -> None:
+            self.at = time.perf_counter()
+
+        def synchronize(self) -> None:
+            pass
+
+        def time_since(self, other: Event) -> float:
+            return 1e3 * (self.at - other.at)
+
+    def to_device(memory: Memory, array: Any, stream: Stream) -> None:
+        fake.memory[memory.address] = array.copy()
+
+    def to_host(array: Any, memory: Memory, stream: Stream) -> None:
+        array[...] = fake.memory[memory.address]
+
+    context = types.SimpleNamespace(push=lambda: None)
+    cuda.Error, cuda.Stream, cuda.Event, cuda.mem_alloc = Error, Stream, Event, Memory
+    cuda.init = lambda: None
+    cuda.Device = lambda index: types.SimpleNamespace(retain_primary_context=lambda: context)
+    cuda.mem_get_info = lambda: (fake.free_bytes, 2 * fake.free_bytes)
+    cuda.pagelocked_empty = lambda shape, dtype: np.empty(shape, dtype)
+    cuda.memcpy_htod_async, cuda.memcpy_dtoh_async = to_device, to_host
+    return cuda
