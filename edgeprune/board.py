@@ -32,11 +32,11 @@ def run(command: str, timeout_s: float = 20) -> str | None:
 
 
 def power_mode(device: Device) -> str | None:
-    """The board's power mode, for example "MAXN" of nvpmodel -q; of another NVIDIA GPU its power limit."""
+    """The board's power mode and whether clocks are locked, "MAXN, clocks locked"; of another GPU its power limit."""
     if device.power_query:
         text = run(device.power_query) or ""
         found = re.search(r"NV Power Mode:\s*(\S+)", text)
-        return found[1] if found else None
+        return found[1] + (", clocks locked" if locked(device) else "") if found else None
     limit = run("nvidia-smi --query-gpu=power.limit --format=csv,noheader")
     return f"power limit {limit.splitlines()[0].strip()}" if limit else None
 

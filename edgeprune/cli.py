@@ -20,6 +20,7 @@ from edgeprune.console import (
     Exhaustive,
     Images,
     Interpolation,
+    LockClocks,
     MaxDrop,
     Mean,
     Method,
@@ -78,6 +79,7 @@ def build(
     block: Block = 3,
     whole_last: WholeLast = False,
     simulate: Simulate = False,
+    lock_clocks: LockClocks = False,
     exhaustive: Exhaustive = False,
     search_images: SearchImages = 128,
     rounds: Annotated[int, typer.Option(help="interleaved rounds of the final measurement", min=5)] = 60,
@@ -114,7 +116,7 @@ def build(
         rounds=rounds,
         overrides=console.overrides(crop_pct, interpolation, mean, std),
     )
-    with console.progress() as progress:
+    with console.progress() as progress, console.clocks(device, lock_clocks):
         built = run(options, progress)
     console.show(build_table(built.manifest), as_json)
     console.tell(f"bundle: {built.path}", as_json)
@@ -133,6 +135,7 @@ def profile(
     precision: Precision = "fp32",
     batch: Batch = 1,
     simulate: Simulate = False,
+    lock_clocks: LockClocks = False,
     exhaustive: Exhaustive = False,
     work: Work = WORK,
     out: Annotated[Path, typer.Option(help="where the staircase goes")] = Path("staircase.json"),
@@ -147,7 +150,7 @@ def profile(
     from edgeprune.target import target_for
 
     check_method(method)
-    with console.progress() as progress:
+    with console.progress() as progress, console.clocks(device, lock_clocks):
         target = target_for(device, precision, batch, simulate, work, progress)
         if trunk is not None:
             staircase = profiling.staircase_of_folder(target, trunk, (method,), exhaustive)

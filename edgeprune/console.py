@@ -43,7 +43,23 @@ CropPct = Annotated[float | None, typer.Option(help="override the data config", 
 Interpolation = Annotated[str | None, typer.Option(help="override the data config")]
 Mean = Annotated[str | None, typer.Option(help="override the data config: r,g,b")]
 Std = Annotated[str | None, typer.Option(help="override the data config: r,g,b")]
+LockClocks = Annotated[bool, typer.Option("--lock-clocks", help="clocks at their maximum while measuring (root)")]
 SearchImages = Annotated[int, typer.Option(help="pictures that schedules are compared on", min=1)]
+
+
+@contextmanager
+def clocks(device: str, lock: bool) -> Iterator[None]:
+    """The device's clocks locked while something is measured, where that was asked for."""
+    if not lock:
+        yield
+        return
+    from edgeprune.board import locked_clocks
+    from edgeprune.devices import check_is_here, load_device
+
+    found = load_device(device)
+    check_is_here(found)
+    with locked_clocks(found):
+        yield
 
 
 def goal(alpha: Any, speedup: Any, budget_ms: Any, max_drop: Any) -> Any:

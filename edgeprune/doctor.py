@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from edgeprune import __version__
-from edgeprune.devices import this_machine
+from edgeprune import __version__, board
+from edgeprune.devices import load_device, names, this_machine
 
 PACKAGES = {
     "numpy": "base",
@@ -26,7 +26,6 @@ PACKAGES = {
     "matplotlib": "report",
 }
 CPU = Path("/sys/devices/system/cpu")
-THERMAL = Path("/sys/class/thermal")
 HOT_C = 80.0
 
 
@@ -77,15 +76,34 @@ def _machine() -> list[Finding]:
         busy = load > 0.5 * cores
         what = f"{load:.2f} over the last minute" + (": other work is running, wait for it" if busy else "")
         found.append(Finding("load", "warning" if busy else "ok", what))
-    degrees = [int(t) / 1000 for p in THERMAL.glob("thermal_zone*/temp") if (t := _read(p) or "").isdigit()]
-    if degrees:
-        hot = max(degrees) >= HOT_C
-        what = f"{max(degrees):.0f} °C at most" + (": near throttling, let it cool" if hot else "")
+    degrees = board.temperature_c()
+    if degrees is not None:
+        hot = degrees >= HOT_C
+        what = f"{degrees:.0f} °C at most" + (": near throttling, let it cool" if hot else "")
         found.append(Finding("temperature", "warning" if hot else "ok", what))
+    found += _board()
     stolen = _steal_percent()
     if stolen is not None and stolen > 1:
         what = f"{stolen:.1f} % of processor time since boot went to other guests: expect noise"
         found.append(Finding("shared cores", "warning", what))
+    return found
+
+
+def _board() -> list[Finding]:
+    """JetPack, power mode and clocks, where this machine is a board that edgeprune knows."""
+    found = []
+    if (version := board.jetpack()) is not None:
+        old = version == "5"
+        what = f"JetPack {version}" + (": too old (Python 3.8, TensorRT 8.5), flash JetPack 6" if old else "")
+        found.append(Finding("jetpack", "warning" if old else "ok", what))
+    here = this_machine()
+    for device in map(load_device, names()):
+        if any(part in here for part in device.machine):
+            mode = board.power_mode(device)
+            found.append(Finding("power mode", "ok" if mode else "info", mode or "nvpmodel does not answer"))
+            if board.locked(device) is False:
+                found.append(Finding("clocks", "warning", "follow the load: measure with --lock-clocks, as root"))
+            break
     return found
 
 
