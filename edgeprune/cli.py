@@ -236,6 +236,7 @@ def export(
     dense: Annotated[bool, typer.Option("--dense", help="the unpruned model")] = False,
     trunk: Annotated[bool, typer.Option("--trunk", help="a folder of probes for `profile --trunk`")] = False,
     method: Method = "none",
+    precision: Precision = "fp32",
     batch: Batch = 1,
     out: Annotated[Path, typer.Option(help="ONNX file, or folder with --trunk")] = Path("model.onnx"),
     as_json: AsJson = False,
@@ -245,9 +246,10 @@ def export(
         raise typer.BadParameter("pass exactly one of --schedule FILE, --dense and --trunk")
     from edgeprune.pipeline import export_model
     from edgeprune.profiling import export_probes
-    from edgeprune.target import check_batch
+    from edgeprune.target import check_batch, check_precision
 
     check_batch(batch)
+    check_precision(precision)
     with console.progress() as progress:
         from edgeprune.models import load_model
 
@@ -255,14 +257,17 @@ def export(
         progress("exporting", 0, 1)
         if trunk:
             out = out if out != Path("model.onnx") else Path("probes")
-            export_probes(loaded, (method,), batch, out)
+            export_probes(loaded, (method,), batch, out, precision)
             path = out / "trunk.onnx"
         else:
-            path = export_model(loaded, schedule, batch, out)
+            path = export_model(loaded, schedule, batch, out, precision)
         progress("exporting", 1, 1)
     console.tell(f"onnx: {path}", as_json)
     if as_json:
-        console.json_line({"model": model, "batch": batch, "path": str(path), "size_bytes": path.stat().st_size})
+        size = path.stat().st_size
+        console.json_line(
+            {"model": model, "precision": precision, "batch": batch, "path": str(path), "size_bytes": size}
+        )
 
 
 @app.command()

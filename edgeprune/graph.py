@@ -42,6 +42,13 @@ def load_graph(path: Path) -> onnx.ModelProto:
         raise InputError(f"{path}: not an ONNX file ({type(error).__name__}): export it again") from None
 
 
+def precision_of(model: onnx.ModelProto) -> str:
+    """fp32, fp16 or int8: what a graph's weights are, as far as most of them go."""
+    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        return "int8"
+    return "fp16" if any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer) else "fp32"
+
+
 def fix_tokens(trunk: Path, tokens: int, out: Path) -> None:
     """Write the trunk with its token axis fixed to `tokens`; needs no torch and takes milliseconds.
 

@@ -16,6 +16,7 @@ from edgeprune.images import normalise
 from edgeprune.job import Job, Options
 from edgeprune.planning import POLICIES, solve
 from edgeprune.plots import staircase_svg
+from edgeprune.precision import CONVERSIONS
 from edgeprune.records import (
     Engine,
     Manifest,
@@ -117,8 +118,10 @@ def _bundle(job: Job, schedule: Schedule, onnx: Path, report: Report) -> Manifes
     )
 
 
-def export_model(model: Model, schedule: Path | None, batch: int, out: Path) -> Path:
+def export_model(model: Model, schedule: Path | None, batch: int, out: Path, precision: str = "fp32") -> Path:
     """Write a pruned or, without a schedule, the unpruned model. Raises InputError, ExportError, OutputError."""
+    if precision == "int8":
+        raise InputError("INT8 ranges come from pictures: use edgeprune build --precision int8")
     import torch
 
     from edgeprune.fidelity import pruned_module
@@ -130,5 +133,6 @@ def export_model(model: Model, schedule: Path | None, batch: int, out: Path) -> 
             raise InputError(f"{schedule} is of {found.vit.name} with other weights: make it for this model")
         method, tokens, prefix_last = found.method, found.tokens, found.prefix_last
     example = torch.zeros(batch, 3, model.vit.image_px, model.vit.image_px)
-    export.onnx_from_module(pruned_module(model, method, tokens, prefix_last), example, out)
+    module = pruned_module(model, method, tokens, prefix_last)
+    export.onnx_from_module(module, example, out, convert=CONVERSIONS[precision])
     return out

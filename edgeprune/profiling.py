@@ -49,7 +49,7 @@ def export_probes(model: Model, methods: Sequence[str], batch: int, folder: Path
     middle = blocks[vit.depth // 2]
     for method in methods:
         check_method(method)
-    _check_probes(folder, vit, batch)
+    _check_probes(folder, vit, batch, precision)
     stream = torch.zeros(batch, vit.tokens, vit.width)
     images = torch.zeros(batch, 3, vit.image_px, vit.image_px)
     dense = PrunedViT(module, family, vit, (vit.tokens,) * vit.depth, None)
@@ -77,15 +77,19 @@ def export_probes(model: Model, methods: Sequence[str], batch: int, folder: Path
             missing(name, lambda p, c=cut, e=example: export.onnx_from_module(c, e, p, ("x", "y"), convert))  # type: ignore[misc]
 
 
-def _check_probes(folder: Path, vit: Vit | None, batch: int) -> None:
-    """Raise InputError where a folder holds probes of another model or batch size."""
+def _check_probes(folder: Path, vit: Vit | None, batch: int, precision: str) -> None:
+    """Raise InputError where a folder holds probes of another model, batch size or precision."""
     if vit is not None and (folder / "vit.json").exists() and load(folder / "vit.json", Vit) != vit:
         raise InputError(f"{folder} holds the probes of another model: choose another --out")
     if (folder / "trunk.onnx").exists():
-        shape = graph.load_graph(folder / "trunk.onnx").graph.input[0].type.tensor_type.shape
-        if (found := shape.dim[0].dim_value) != batch:
+        trunk = graph.load_graph(folder / "trunk.onnx")
+        if (found := trunk.graph.input[0].type.tensor_type.shape.dim[0].dim_value) != batch:
             raise InputError(
                 f"{folder} holds probes of batch {found}, not {batch}: pass --batch {found} or export anew"
+            )
+        if (held := graph.precision_of(trunk)) != precision:
+            raise InputError(
+                f"{folder} holds probes in {held}, not {precision}: pass --precision {held} or export anew"
             )
 
 
@@ -113,7 +117,7 @@ def staircase_of_folder(target: Target, trunk: Path, methods: Sequence[str], exh
         raise InputError(f"{trunk}: pass the trunk.onnx that edgeprune export --trunk wrote")
     for method in methods:
         check_method(method)
-    _check_probes(folder, None, target.setup.batch)
+    _check_probes(folder, None, target.setup.batch, target.onnx_precision)
     return _measured(target, load(folder / "vit.json", Vit), methods, exhaustive, lambda: folder)
 
 

@@ -75,6 +75,12 @@ def check_batch(batch: int) -> None:
         raise InputError(f"batch {batch} is not possible: use 1 or more")
 
 
+def check_precision(precision: str) -> None:
+    """Raise InputError for a precision that does not exist."""
+    if precision not in PRECISIONS:
+        raise InputError(f"unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}")
+
+
 def target_for(
     device: str,
     precision: str = "fp32",
@@ -85,8 +91,7 @@ def target_for(
 ) -> Target:
     """Raises DeviceError, MissingError, InputError."""
     check_batch(batch)
-    if precision not in PRECISIONS:
-        raise InputError(f"unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}")
+    check_precision(precision)
     found = load_device(device)
     if not simulate:
         check_is_here(found)

@@ -18,7 +18,7 @@ from onnx import TensorProto, numpy_helper, shape_inference
 
 from edgeprune import export, precision, refine
 from edgeprune.errors import PrecisionError
-from edgeprune.graph import attention_forms, fix_tokens, static_or_raise
+from edgeprune.graph import attention_forms, fix_tokens, precision_of, static_or_raise
 from edgeprune.prune import PrunedViT, Trunk
 from edgeprune.reducers import REDUCERS, reducer_named
 from edgeprune.schedule import Goal
@@ -104,6 +104,23 @@ def test_trunk_in_another_precision_is_fixed_like_any(convert: Any, tiny: Callab
         wanted = module(x).numpy()
     result = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     assert np.corrcoef(result.ravel(), wanted.ravel())[0, 1] > 0.99
+
+
+def test_probes_say_their_precision(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    """So that fp32 probes are never measured under another name."""
+    from edgeprune.errors import InputError
+    from edgeprune.profiling import export_probes, staircase_of_folder
+    from edgeprune.target import target_for
+
+    found = tiny("cls")
+    for kind in ("fp32", "fp16", "int8"):
+        export_probes(found, ("fold",), 1, tmp_path / kind, kind)
+        for name in ("trunk", "dense", "fixed", "block", "last"):
+            graph = onnx.load(tmp_path / kind / f"{name}.onnx", load_external_data=False)
+            assert precision_of(graph) == (kind if name != "fixed" or kind == "fp16" else "fp32"), name
+    target = target_for("cpu", "fp16", work=tmp_path / "work")
+    with pytest.raises(InputError, match="holds probes in int8, not fp16: pass --precision int8"):
+        staircase_of_folder(target, tmp_path / "int8" / "trunk.onnx", ())
 
 
 def test_int8_quantises_linear_layers_alone(model: Callable[[str], onnx.ModelProto]) -> None:
