@@ -23,6 +23,8 @@ from edgeprune.schedule import Candidate
 from edgeprune.search import Search, Tokens
 
 STRIDES = (1, 2)  # treads that one move may go down
+HEAD = "| target | search | evaluations | KL, seen | KL, others | agreement, % |"
+LINE = "| {target:g}× | {way} | {evaluations} | {kl_seen:.4f} | {kl:.4f} | {agreement:.1f} |"
 LOOK_BACK = (8, 32)  # rounds at most, schedules that each evaluates
 
 
@@ -121,6 +123,7 @@ def main() -> None:
         unpruned = logits_of_schedule(
             job.model, "none", (job.model.vit.tokens,) * job.model.vit.depth, job.pixels[others]
         )
+        print(f"{HEAD}\n| ---: | --- | ---: | ---: | ---: | ---: |")
         rows = []
         for target in map(float, args.targets.split(",")):
             for name, way in WAYS.items():
@@ -133,17 +136,13 @@ def main() -> None:
                 search = Search(job.staircase, args.method, fidelity, job.prefix_last)
                 found = way(search, dense_ms / target)
                 logits = logits_of_schedule(job.model, args.method, found.tokens, job.pixels[others], job.prefix_last)
-                rows.append({
-                    "target": target, "way": name, "evaluations": len(search.found),
-                    "predicted": dense_ms / found.predicted_ms, "kl_seen": found.kl,
+                row = {
+                    "target": target, "way": name, "evaluations": len(search.found), "kl_seen": found.kl,
                     "kl": kl_divergence(unpruned, logits), "agreement": agreement(unpruned, logits),
-                    "tokens": found.tokens,
-                })  # fmt: skip
-    print("| target | search | evaluations | KL, seen | KL, others | agreement, % |")
-    print("| ---: | --- | ---: | ---: | ---: | ---: |")
-    line = "| {target:g}× | {way} | {evaluations} | {kl_seen:.4f} | {kl:.4f} | {agreement:.1f} |"
-    for row in rows:
-        print(line.format(**row))
+                    "predicted": dense_ms / found.predicted_ms, "tokens": found.tokens,
+                }  # fmt: skip
+                print(LINE.format(**row), flush=True)
+                rows.append(row)
     print(json.dumps({"model": args.model, "method": args.method, "rows": rows}))
 
 
