@@ -12,6 +12,7 @@ import numpy as np
 from edgeprune import export
 from edgeprune.bundle import DEVICE, MANIFEST, ONNX, check_out, load_bundle, write_bundle
 from edgeprune.errors import EdgepruneError, InputError
+from edgeprune.graph import attention_forms, load_graph
 from edgeprune.images import normalise
 from edgeprune.job import Job, Options
 from edgeprune.planning import POLICIES, solve
@@ -30,6 +31,7 @@ from edgeprune.records import (
     silent,
 )
 from edgeprune.refine import CORRECTIONS, Attempt, best_of, correction, realise
+from edgeprune.runtimes import Inspected, Session
 
 if TYPE_CHECKING:
     from edgeprune.models import Model
@@ -103,6 +105,7 @@ def _bundle(job: Job, schedule: Schedule, onnx: Path, report: Report) -> Manifes
         batch = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     with job.target.opener(onnx)() as session:
         golden = session.infer(batch)
+        check_fusion(session, onnx, job.target.setup.precision)
     return write_bundle(
         out,
         vit=model.vit,
@@ -116,6 +119,19 @@ def _bundle(job: Job, schedule: Schedule, onnx: Path, report: Report) -> Manifes
         golden=(batch, golden),
         extra={DEVICE: encode(job.target.device), **staircase_svg(job.staircase, schedule)},
     )
+
+
+def check_fusion(session: Session, onnx: Path, precision: str) -> None:
+    """Warn where TensorRT fused fewer attention layers than stand in the form that it fuses (fp16 and INT8 alone)."""
+    if not isinstance(session, Inspected) or precision == "fp32":
+        return
+    fused, expected = session.fused_attention(), sum(attention_forms(load_graph(onnx)))
+    if fused is not None and fused < expected:
+        log.warning(
+            "TensorRT fused %d of %d attention layers without a cut: look into its build log", fused, expected
+        )
+    elif fused is not None:
+        log.info("fused attention: %d of %d", fused, expected)
 
 
 def export_model(model: Model, schedule: Path | None, batch: int, out: Path, precision: str = "fp32") -> Path:

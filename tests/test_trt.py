@@ -313,6 +313,36 @@ def test_where_capture_fails_kernels_are_launched_one_by_one(
     assert f"no CUDA graph ({failing}: CUDA error 900)" in caplog.text
 
 
+def test_lost_fusion_is_told(fake: Fake, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two blocks whose attention could be fused, one layer that the inspector calls fused."""
+    from edgeprune.pipeline import check_fusion
+
+    node, nodes = helper.make_node, []
+    for block in range(2):
+        names = {n: f"{n}{block}" for n in ("scaled", "scores", "weights", "out")}
+        nodes += [
+            node("Mul", ["x", "half"], [names["scaled"]]),
+            node("MatMul", [names["scaled"], "x"], [names["scores"]]),
+            node("Softmax", [names["scores"]], [names["weights"]]),
+            node("MatMul", [names["weights"], "x"], [names["out"]]),
+        ]
+    nodes.append(node("Add", ["out0", "out1"], ["y"]))
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 4]) for name in ("x", "y")]
+    half = numpy_helper.from_array(np.array(0.5, np.float32), "half")
+    graph = helper.make_graph(nodes, "two", values[:1], values[1:], [half])
+    path = tmp_path / "two.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    runtime().compile(path, SETUP, tmp_path / "two.engine")
+    with runtime().open(tmp_path / "two.engine", SETUP) as session:
+        for precision, told in (("fp32", False), ("fp16", True)):
+            check_fusion(session, path, precision)
+            assert ("fused 1 of 2 attention layers" in caplog.text) is told
+        caplog.clear()
+        fake.layers.append({"Name": "c", "TacticName": "fmha_v2"})
+        check_fusion(session, path, "fp16")
+        assert "without a cut" not in caplog.text
+
+
 def test_whole_build_and_bench(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pipeline of `build --device cuda`: every probe compiled, the plan beside its ONNX in the bundle."""
     from edgeprune.bench import bench_bundles

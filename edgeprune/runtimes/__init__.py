@@ -7,7 +7,7 @@ import logging
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -42,6 +42,15 @@ class Session(Protocol):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@runtime_checkable
+class Inspected(Protocol):
+    """A session that can tell how its engine runs attention."""
+
+    def fused_attention(self) -> int | None:
+        """Attention layers that run as one fused kernel; None where the engine does not tell."""
+        ...
 
 
 class Runtime(Protocol):
