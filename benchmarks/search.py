@@ -95,7 +95,7 @@ def dynamic(search: Search, limit: float) -> Candidate:
 
 WAYS: dict[str, Callable[[Search, float], Candidate]] = {
     "greedy": lambda search, limit: descent(search, limit, 1),
-    "greedy, look-back": lambda search, limit: look_back(search, descent(search, limit, 1), limit),
+    "greedy with look-back": lambda search, limit: look_back(search, descent(search, limit, 1), limit),
     "beam of 4": lambda search, limit: descent(search, limit, 4),
     "dynamic programming": dynamic,
 }
@@ -109,6 +109,7 @@ def main() -> None:
     parser.add_argument("--images", required=True)
     parser.add_argument("--method", default="fold")
     parser.add_argument("--targets", default="1.5,2.0")
+    parser.add_argument("--ways", default=",".join(WAYS))
     parser.add_argument("--search-images", type=int, default=64)
     parser.add_argument("--work", type=Path, default=Path("engines/.work"))
     args = parser.parse_args()
@@ -126,7 +127,7 @@ def main() -> None:
         print(f"{HEAD}\n| ---: | --- | ---: | ---: | ---: | ---: |")
         rows = []
         for target in map(float, args.targets.split(",")):
-            for name, way in WAYS.items():
+            for name in args.ways.split(","):
                 evaluator = Evaluator(job.model, args.method, job.pixels[job.chosen], None, job.prefix_last)
 
                 def fidelity(tokens: Tokens, base: Tokens, on: Evaluator = evaluator):  # type: ignore[no-untyped-def]
@@ -134,7 +135,7 @@ def main() -> None:
                     return on.fidelity(tokens)
 
                 search = Search(job.staircase, args.method, fidelity, job.prefix_last)
-                found = way(search, dense_ms / target)
+                found = WAYS[name](search, dense_ms / target)
                 logits = logits_of_schedule(job.model, args.method, found.tokens, job.pixels[others], job.prefix_last)
                 row = {
                     "target": target, "way": name, "evaluations": len(search.found), "kl_seen": found.kl,

@@ -27,8 +27,8 @@ class Search:
 
     KL of single cuts, measured, gives what each block adds by running on n tokens; with the additive latency
     model the best plans over all cuts follow exactly, at the cost of the cuts. Sums of losses rank plans only
-    roughly, so the best of them are evaluated. Greedy descent with look-back did worse at four times the
-    evaluations (docs/benchmarks.md). All is deterministic.
+    roughly, so the best of them are evaluated. Greedy descent did worse, with look-back no better, at three to
+    five times the evaluations (docs/benchmarks.md). All is deterministic.
     """
 
     def __init__(
