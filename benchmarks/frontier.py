@@ -1,7 +1,7 @@
 """Every method at equal measured latency on the real ViT-Tiny: the tables of docs/benchmarks.md.
 
 python benchmarks/frontier.py --weights FILE --images CSV --plot docs/frontier-vit-tiny.svg
-Prints a Markdown table, the goals that the project set itself, and one JSON line last. About an hour on 2 cores.
+Prints a Markdown table, the goals that the project set itself, and one JSON line last. Some 16 min on 2 cores.
 """
 
 from __future__ import annotations

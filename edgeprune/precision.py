@@ -153,8 +153,9 @@ def calibrated(
         if loss(ways[best], [other for other in layers if other != layer]) > SENSITIVE_KL:
             kept.append(layer)
     progress("INT8: sensitivity of layers", len(layers), len(layers))
-    best = min(WAYS, key=lambda way: loss(ways[way], kept))
-    return Int8Ranges(way=best, ranges=ways[best], kept=tuple(kept), kl=loss(ways[best], kept))
+    lost = {way: loss(ways[way], kept) for way in WAYS}
+    best = min(WAYS, key=lambda way: lost[way])
+    return Int8Ranges(way=best, ranges=ways[best], kept=tuple(kept), kl=lost[best])
 
 
 def _histograms(

@@ -93,14 +93,18 @@ def _check_probes(folder: Path, vit: Vit | None, batch: int, precision: str) -> 
             )
 
 
+def probes_folder(target: Target, vit: Vit) -> Path:
+    """Where the probes of a model lie in the work folder."""
+    return target.path("probes", "", vit, target.setup.batch, target.onnx_precision)
+
+
 def staircase_of_model(target: Target, model: Model, methods: Sequence[str], exhaustive: bool = False) -> Staircase:
     """The staircase of a model with the cost of these methods' cuts; reused or resumed from the work folder."""
-    batch, precision = target.setup.batch, target.onnx_precision
-    folder = target.path("probes", "", model.vit, batch, *([precision] if precision != "fp32" else []))
+    folder = probes_folder(target, model.vit)
 
     def make() -> Path:
         target.progress("exporting probes", 0, 1)
-        export_probes(model, methods, batch, folder, precision)
+        export_probes(model, methods, target.setup.batch, folder, target.onnx_precision)
         target.progress("exporting probes", 1, 1)
         return folder
 

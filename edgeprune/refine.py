@@ -19,7 +19,7 @@ from edgeprune.images import normalise
 from edgeprune.job import Job
 from edgeprune.measure import Samples
 from edgeprune.precision import CONVERSIONS, calibrated, int8
-from edgeprune.profiling import export_probes
+from edgeprune.profiling import export_probes, probes_folder
 from edgeprune.records import (
     Int8Ranges,
     Latency,
@@ -89,7 +89,7 @@ def dense_onnx(job: Job) -> Path:
     if job.target.onnx_precision != "fp32":
         dense = (job.model.vit.tokens,) * job.model.vit.depth
         return _exported(job, "none", dense, False)
-    folder = job.target.path("probes", "", job.model.vit, job.options.batch)
+    folder = probes_folder(job.target, job.model.vit)
     export_probes(job.model, (), job.options.batch, folder)
     return folder / "dense.onnx"
 
