@@ -238,12 +238,14 @@ def export(
     method: Method = "none",
     precision: Precision = "fp32",
     batch: Batch = 1,
+    images: Images = None,
     out: Annotated[Path, typer.Option(help="ONNX file, or folder with --trunk")] = Path("model.onnx"),
     as_json: AsJson = False,
 ) -> None:
     """Export a pruned or unpruned model as ONNX in which every shape is static."""
     if (schedule is not None) + dense + trunk != 1:
         raise typer.BadParameter("pass exactly one of --schedule FILE, --dense and --trunk")
+    from edgeprune.job import Options, pictures_of
     from edgeprune.pipeline import export_model
     from edgeprune.profiling import export_probes
     from edgeprune.target import check_batch, check_precision
@@ -260,7 +262,8 @@ def export(
             export_probes(loaded, (method,), batch, out, precision)
             path = out / "trunk.onnx"
         else:
-            path = export_model(loaded, schedule, batch, out, precision)
+            pictures = pictures_of(Options(model=model, images=images))
+            path = export_model(loaded, schedule, batch, out, precision, pictures, progress)
         progress("exporting", 1, 1)
     console.tell(f"onnx: {path}", as_json)
     if as_json:
@@ -268,6 +271,35 @@ def export(
         console.json_line(
             {"model": model, "precision": precision, "batch": batch, "path": str(path), "size_bytes": size}
         )
+
+
+@app.command(name="compile")
+def compile_(
+    onnx: Annotated[Path, typer.Argument(help="MODEL.onnx of `edgeprune export`, or in a bundle")],
+    device: Device = "cpu",
+    dense: Annotated[Path | None, typer.Option(help="the unpruned ONNX: measures the speed-up beside it")] = None,
+    images: Images = None,
+    staircase: Annotated[Path | None, typer.Option(help="this device's staircase.json, for the prediction")] = None,
+    rounds: Annotated[int, typer.Option(help="interleaved rounds of the measurement", min=5)] = 60,
+    lock_clocks: LockClocks = False,
+    work: Work = WORK,
+    out: Annotated[Path | None, typer.Option(help="folder of the bundle")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """ONNX to bundle on the device itself, without torch: compiled, measured, checked."""
+    from edgeprune.compiling import Inputs, compile_onnx
+    from edgeprune.graph import input_shape, load_graph, precision_of
+    from edgeprune.report import build_table, row_of
+    from edgeprune.target import target_for
+
+    graph = load_graph(onnx)
+    with console.progress() as progress, console.clocks(device, lock_clocks):
+        target = target_for(device, precision_of(graph), input_shape(graph)[0], False, work, progress)
+        path, manifest = compile_onnx(target, Inputs(onnx, dense, images, staircase, rounds, out))
+    console.show(build_table(manifest), as_json)
+    console.tell(f"bundle: {path}", as_json)
+    if as_json:
+        console.json_line(row_of(manifest.engine.setup, manifest.schedule, manifest.report, path))
 
 
 @app.command()

@@ -10,30 +10,20 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeprune import export
-from edgeprune.bundle import DEVICE, MANIFEST, ONNX, check_out, load_bundle, write_bundle
+from edgeprune.bundle import check_out
+from edgeprune.compiling import bundle_from_onnx, example_of
 from edgeprune.errors import EdgepruneError, InputError
-from edgeprune.graph import attention_forms, load_graph
-from edgeprune.images import normalise
+from edgeprune.graph import attach
+from edgeprune.images import ImageSet, batches, load_pixels, normalise
 from edgeprune.job import Job, Options
-from edgeprune.planning import POLICIES, solve
-from edgeprune.plots import staircase_svg
-from edgeprune.precision import CONVERSIONS
-from edgeprune.records import (
-    Engine,
-    Manifest,
-    Progress,
-    Report,
-    Schedule,
-    Staircase,
-    encode,
-    load,
-    sha256_file,
-    silent,
-)
-from edgeprune.refine import CORRECTIONS, Attempt, best_of, correction, realise
-from edgeprune.runtimes import Inspected, Session
+from edgeprune.planning import check_policy, solve
+from edgeprune.precision import CONVERSIONS, calibrated, int8
+from edgeprune.records import Card, Manifest, Progress, Report, Schedule, Staircase, load, silent
+from edgeprune.refine import CALIBRATION_IMAGES, CORRECTIONS, Attempt, best_of, correction, realise
 
 if TYPE_CHECKING:
+    import onnx
+
     from edgeprune.models import Model
 
 log = logging.getLogger(__name__)
@@ -50,8 +40,7 @@ class Built:
 
 def build(options: Options, progress: Progress = silent) -> Built:
     """Model to bundle. Raises any EdgepruneError; nothing half-written is left."""
-    if options.policy not in POLICIES:
-        raise InputError(f"unknown policy {options.policy!r}: choose search or paper")
+    check_policy(options.policy)
     job = Job(options, progress)
     check_out(options.folder())
     goal = options.goal
@@ -77,78 +66,62 @@ def build(options: Options, progress: Progress = silent) -> Built:
 
 def _bundle(job: Job, schedule: Schedule, onnx: Path, report: Report) -> Manifest:
     """Write the bundle, unless the very same one is already there."""
-    from edgeprune.models import class_labels
-
     options, model = job.options, job.model
-    out = options.folder()
-    engine_file = job.target.engine(onnx)
-    engine = Engine(
-        path=f"model{engine_file.suffix}",
-        sha256=sha256_file(engine_file),
-        onnx_sha256=sha256_file(onnx),
-        size_bytes=engine_file.stat().st_size,
-        setup=job.target.setup,
-    )
-    if (out / MANIFEST).is_file():
-        try:
-            old = load_bundle(out)
-        except EdgepruneError:
-            old = None
-        if old and (old.engine, old.schedule, old.report) == (engine, schedule, report):
-            log.info("bundle: reused %s", out)
-            return old
+    card = card_for(model, schedule, job.pictures.class_names if job.pictures else None)
     if job.pictures is not None:
         index = np.arange(options.batch) % len(job.pixels)
-        batch = normalise(job.pixels[index], model.preprocessing)
+        example = normalise(job.pixels[index], model.preprocessing)
     else:
-        shape = (options.batch, 3, model.vit.image_px, model.vit.image_px)
-        batch = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    with job.target.opener(onnx)() as session:
-        golden = session.infer(batch)
-        check_fusion(session, onnx, job.target.setup.precision)
-    return write_bundle(
-        out,
-        vit=model.vit,
-        files={engine.path: engine_file, ONNX: onnx},
-        engine=engine,
-        schedule=schedule,
-        staircase=job.staircase,
-        report=report,
-        preprocessing=model.preprocessing,
-        labels=class_labels(model.vit, job.pictures.class_names if job.pictures else None),
-        golden=(batch, golden),
-        extra={DEVICE: encode(job.target.device), **staircase_svg(job.staircase, schedule)},
-    )
+        example = example_of(card, options.batch, None)
+    return bundle_from_onnx(job.target, options.folder(), onnx, card, report, example, job.staircase)
 
 
-def check_fusion(session: Session, onnx: Path, precision: str) -> None:
-    """Warn where TensorRT fused fewer attention layers than stand in the form that it fuses (fp16 and INT8 alone)."""
-    if not isinstance(session, Inspected) or precision == "fp32":
-        return
-    fused, expected = session.fused_attention(), sum(attention_forms(load_graph(onnx)))
-    if fused is not None and fused < expected:
-        log.warning(
-            "TensorRT fused %d of %d attention layers without a cut: look into its build log", fused, expected
-        )
-    elif fused is not None:
-        log.info("fused attention: %d of %d", fused, expected)
+def card_for(model: Model, schedule: Schedule, class_names: tuple[str, ...] | None) -> Card:
+    """What an exported file says of itself."""
+    from edgeprune.models import class_labels
+
+    labels = class_labels(model.vit, class_names)
+    return Card(vit=model.vit, schedule=schedule, preprocessing=model.preprocessing, labels=labels)
 
 
-def export_model(model: Model, schedule: Path | None, batch: int, out: Path, precision: str = "fp32") -> Path:
-    """Write a pruned or, without a schedule, the unpruned model. Raises InputError, ExportError, OutputError."""
-    if precision == "int8":
-        raise InputError("INT8 ranges come from pictures: use edgeprune build --precision int8")
+def export_model(
+    model: Model,
+    schedule: Path | None,
+    batch: int,
+    out: Path,
+    precision: str = "fp32",
+    pictures: ImageSet | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Write a pruned or, without a schedule, the unpruned model; its card lies in the metadata.
+
+    `pictures` give the INT8 ranges. Raises InputError, ExportError, OutputError.
+    """
     import torch
 
     from edgeprune.fidelity import pruned_module
 
-    method, tokens, prefix_last = "none", (model.vit.tokens,) * model.vit.depth, False
+    vit, how = model.vit, model.preprocessing
+    found = Schedule(vit=vit, method="none", policy="search", tokens=(vit.tokens,) * vit.depth)
     if schedule is not None:
         found = load(schedule, Schedule)
-        if found.vit != model.vit:
+        if found.vit != vit:
             raise InputError(f"{schedule} is of {found.vit.name} with other weights: make it for this model")
-        method, tokens, prefix_last = found.method, found.tokens, found.prefix_last
-    example = torch.zeros(batch, 3, model.vit.image_px, model.vit.image_px)
-    module = pruned_module(model, method, tokens, prefix_last)
-    export.onnx_from_module(module, example, out, convert=CONVERSIONS[precision])
+    if precision == "int8" and pictures is None:
+        raise InputError("INT8 ranges come from pictures: pass --images DIR|CSV")
+    card = card_for(model, found, pictures.class_names if pictures else None)
+
+    def convert(graph: onnx.ModelProto) -> onnx.ModelProto:
+        if precision == "int8" and pictures is not None:
+            pixels = load_pixels(pictures.part(CALIBRATION_IMAGES).paths, how)
+            ranges = calibrated(graph, [images for images, _ in batches(pixels, how, batch)], progress)
+            graph = int8(graph, ranges.ranges, ranges.kept)
+        else:
+            graph = CONVERSIONS[precision](graph)
+        attach(card, graph)
+        return graph
+
+    example = torch.zeros(batch, 3, vit.image_px, vit.image_px)
+    module = pruned_module(model, found.method, found.tokens, found.prefix_last)
+    export.onnx_from_module(module, example, out, convert=convert)
     return out
