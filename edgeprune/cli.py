@@ -18,6 +18,7 @@ from edgeprune.console import (
     CropPct,
     Device,
     Exhaustive,
+    HostProgram,
     Images,
     Interpolation,
     LockClocks,
@@ -25,6 +26,7 @@ from edgeprune.console import (
     Mean,
     Method,
     Model,
+    OnHost,
     Policy,
     Precision,
     SearchImages,
@@ -46,6 +48,7 @@ app = typer.Typer(
 )
 
 WORK = Path("engines/.work")
+WORKER_WORK = Path("~/.cache/edgeprune")
 EMBEDDED = "vit_digits"
 
 
@@ -87,6 +90,8 @@ def build(
     interpolation: Interpolation = None,
     mean: Mean = None,
     std: Std = None,
+    host: OnHost = None,
+    host_program: HostProgram = "edgeprune",
     work: Work = WORK,
     out: Annotated[Path | None, typer.Option(help="folder of the bundle")] = None,
     as_json: AsJson = False,
@@ -95,6 +100,7 @@ def build(
     from edgeprune.job import Options
     from edgeprune.pipeline import build as run
     from edgeprune.report import build_table, row_of
+    from edgeprune.ssh import Host
 
     options = Options(
         device=device,
@@ -115,8 +121,10 @@ def build(
         search_images=search_images,
         rounds=rounds,
         overrides=console.overrides(crop_pct, interpolation, mean, std),
+        host=Host(host, host_program) if host else None,
+        lock_clocks=lock_clocks,
     )
-    with console.progress() as progress, console.clocks(device, lock_clocks):
+    with console.progress() as progress, console.clocks(device, lock_clocks, host):
         built = run(options, progress)
     console.show(build_table(built.manifest), as_json)
     console.tell(f"bundle: {built.path}", as_json)
@@ -137,6 +145,8 @@ def profile(
     simulate: Simulate = False,
     lock_clocks: LockClocks = False,
     exhaustive: Exhaustive = False,
+    host: OnHost = None,
+    host_program: HostProgram = "edgeprune",
     work: Work = WORK,
     out: Annotated[Path, typer.Option(help="where the staircase goes")] = Path("staircase.json"),
     as_json: AsJson = False,
@@ -147,11 +157,13 @@ def profile(
     from edgeprune.records import save, write_bytes
     from edgeprune.reducers import check_method
     from edgeprune.report import profile_row, profile_table
+    from edgeprune.ssh import Host
     from edgeprune.target import target_for
 
     check_method(method)
-    with console.progress() as progress, console.clocks(device, lock_clocks):
-        target = target_for(device, precision, batch, simulate, work, progress)
+    with console.progress() as progress, console.clocks(device, lock_clocks, host):
+        there = Host(host, host_program) if host else None
+        target = target_for(device, precision, batch, simulate, work, progress, there, lock_clocks)
         if trunk is not None:
             staircase = profiling.staircase_of_folder(target, trunk, (method,), exhaustive)
         elif simulate:
@@ -398,6 +410,18 @@ def doctor(as_json: AsJson = False) -> None:
     console.show(doctor_table(findings), as_json)
     if as_json:
         console.json_line({"checks": [finding._asdict() for finding in findings]})
+
+
+@app.command(hidden=True)
+def worker(work: Annotated[Path, typer.Option(help="folder that keeps what was sent")] = WORKER_WORK) -> None:
+    """The device's end of `--host`: speaks to a workstation over stdin and stdout."""
+    import os
+
+    from edgeprune.worker import serve
+
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not come between the answers
+    serve(sys.stdin.buffer, answers, work)
 
 
 def _version(value: bool) -> None:
