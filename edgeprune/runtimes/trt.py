@@ -65,6 +65,7 @@ class TensorRT:
             precision=precision,
             batch=batch,
             power_mode=power_mode(device),
+            compute_capability="{}.{}".format(*_gpu().compute_capability()),
             options=described(self.options),
         )
 
@@ -261,3 +262,7 @@ def _driver() -> Any:
     except cuda.Error as error:
         raise DeviceError(f"no CUDA device answers ({error}): check the driver with nvidia-smi") from None
     return cuda
+
+
+def _gpu() -> Any:
+    return _driver().Device(0)
