@@ -112,7 +112,7 @@ def drift(probes: Sequence[dict[str, Any]]) -> str | None:
 
 
 def failure(rows: Sequence[dict[str, Any]], percent: float) -> str | None:
-    """Why a bench fails: bundles slower by more than `percent` at the low end of the interval too; None if none is."""
+    """Why a bench fails: bundles slower by more than `percent` even at the low end of the interval; else None."""
     slow = []
     for row in rows:
         low, high = row["baseline_interval"]

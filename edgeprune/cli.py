@@ -284,8 +284,8 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure bundles, interleaved, on this machine; exit 3 where one is slower than a baseline allows."""
-    if fail_slower is not None and baseline is None:
-        raise typer.BadParameter("--fail-slower compares with a stored bench: pass --baseline FILE")
+    if fail_slower is not None and (baseline is None or not fail_slower < 1e6):
+        raise typer.BadParameter("--fail-slower is a percentage over a stored bench: pass --baseline FILE too")
     import json
 
     from edgeprune.baseline import failure
@@ -296,7 +296,7 @@ def bench(
     with console.progress() as progress:
         result = bench_bundles(bundles, rounds, progress, baseline, lock_clocks)
     result["failed"] = None if fail_slower is None else failure(result["rows"], fail_slower)
-    for path, text in ((out, json.dumps(result)), (summary, bench_markdown(result, result["failed"]))):
+    for path, text in ((out, json.dumps(result, allow_nan=False)), (summary, bench_markdown(result, result["failed"]))):
         if path is not None:
             write_bytes(path, text.encode())
     console.show(bench_table(result), as_json)

@@ -56,7 +56,8 @@ def interleave(
         if keep_open:
             for name in todo:
                 sessions[name] = stack.enter_context(candidates[name]())
-                warm_up(sessions[name], warmup, name)
+                if not warm_up(sessions[name], warmup) and warmup > WARMUP:
+                    log.warning("%s has not settled in its warm-up: its latency still moves", name)
         done = rounds - max((rounds - len(samples[n]) for n in todo), default=0)
         for index in range(done, rounds):
             progress(what, index, rounds)
@@ -69,11 +70,10 @@ def interleave(
     return samples
 
 
-def warm_up(session: Session, most: int, name: str = "") -> int:
+def warm_up(session: Session, most: int) -> bool:
     """Untimed inferences until the median of the last WINDOW is within SETTLED of that of the WINDOW before.
 
-    Ends after `most` of them, or WARMUP_S, at the latest; a warning says so where there was time to settle.
-    Returns how many there were.
+    Ends after `most` of them, or WARMUP_S, at the latest. Returns whether it has settled.
     """
     times: list[float] = []
     until = time.monotonic() + WARMUP_S
@@ -82,10 +82,8 @@ def warm_up(session: Session, most: int, name: str = "") -> int:
         if len(times) >= 2 * WINDOW:
             before, now = np.median(times[-2 * WINDOW : -WINDOW]), np.median(times[-WINDOW:])
             if abs(now - before) <= SETTLED * before:
-                return len(times)
-    if most >= 2 * WINDOW:
-        log.warning("%s has not settled after %d inferences: its latency still moves", name, len(times))
-    return len(times)
+                return True
+    return False
 
 
 def _timed(session: Session | None, open_: Open) -> float:
@@ -131,9 +129,11 @@ def _medians_drawn(values: NDArray[np.float64], seed: int) -> NDArray[np.float64
     """Medians of RESAMPLES series drawn from one in circular blocks, (RESAMPLES,)."""
     n = len(values)
     block = round(n ** (1 / 3))
-    starts = np.random.default_rng(seed).integers(n, size=(RESAMPLES, -(-n // block), 1))
-    index = ((starts + np.arange(block)) % n).reshape(RESAMPLES, -1)[:, :n]
-    medians: NDArray[np.float64] = np.median(values[index], axis=1)
+    rng, within = np.random.default_rng(seed), np.arange(block)
+    medians = np.empty(RESAMPLES)
+    for i in range(RESAMPLES):
+        starts = rng.integers(n, size=(-(-n // block), 1))
+        medians[i] = np.median(values[((starts + within) % n).ravel()[:n]])
     return medians
 
 

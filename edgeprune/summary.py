@@ -15,6 +15,7 @@ TITLE = "bundles, measured interleaved"
 
 def bench_table(result: Mapping[str, Any]) -> Table:
     """Bundles with what was measured of them; columns of which nothing is known are left out."""
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=TITLE)
@@ -22,19 +23,16 @@ def bench_table(result: Mapping[str, Any]) -> Table:
     for column in head:
         table.add_column(column, justify="left" if column == "bundle" else "right", overflow="fold")
     for line in lines:
-        table.add_row(*line)
+        table.add_row(*map(escape, line))
     return table
 
 
 def bench_markdown(result: Mapping[str, Any], failed: str | None) -> str:
     """The same table in GitHub's Markdown, under a line for each setup; `failed` says why the bench does."""
-    setups = {
-        row["bundle"]: ", ".join(f"{k} {v}" for k, v in row["setup"].items() if v is not None)
-        for row in result["rows"]
-    }
+    setups = [", ".join(f"{k} {v}" for k, v in row["setup"].items() if v is not None) for row in result["rows"]]
     head, *lines = _cells(result)
     text = [f"### {TITLE}", ""]
-    text += [f"- {escaped(setup)}" for setup in dict.fromkeys(setups.values())]
+    text += [f"- {escaped(setup)}" for setup in dict.fromkeys(setups)]
     text += ["", _line(head), _line("---" if column == "bundle" else "---:" for column in head)]
     text += [_line(map(escaped, line)) for line in lines]
     text += [f"\n**{escaped(failed)}**"] if failed else []
@@ -44,9 +42,7 @@ def bench_markdown(result: Mapping[str, Any], failed: str | None) -> str:
 
 def escaped(text: str) -> str:
     """Text that Markdown shows as it is: names of folders come from outside."""
-    return "".join(
-        f"\\{letter}" if letter in "\\`*_[]<>|#~&" else " " if letter in "\r\n" else letter for letter in text
-    )
+    return "".join(f"\\{letter}" if letter in "\\`*_[]<>|#~&" else letter for letter in " ".join(text.split()))
 
 
 def _line(cells: Any) -> str:
