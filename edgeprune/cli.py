@@ -296,7 +296,10 @@ def bench(
     with console.progress() as progress:
         result = bench_bundles(bundles, rounds, progress, baseline, lock_clocks)
     result["failed"] = None if fail_slower is None else failure(result["rows"], fail_slower)
-    for path, text in ((out, json.dumps(result, allow_nan=False)), (summary, bench_markdown(result, result["failed"]))):
+    for path, text in (
+        (out, json.dumps(result, allow_nan=False)),
+        (summary, bench_markdown(result, result["failed"])),
+    ):
         if path is not None:
             write_bytes(path, text.encode())
     console.show(bench_table(result), as_json)

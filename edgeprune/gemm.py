@@ -69,7 +69,7 @@ def _compiled(runtime: Runtime, setup: Setup, size: int, folder: Path) -> Gemm:
 def gemm_onnx(size: int, fp16: bool) -> onnx.ModelProto:
     """x · W · W · … as a static ONNX, (size, size) fp32 in and out; W keeps the variance of x."""
     kind = np.float16 if fp16 else np.float32
-    weight = (np.random.default_rng(0).standard_normal((size, size)) / size**0.5).astype(kind)
+    weight = (np.random.default_rng(0).standard_normal((size, size), np.float32) / size**0.5).astype(kind)
     names = [f"x{i}" for i in range(CHAIN + 1)]
     nodes = [helper.make_node("MatMul", [a, "w"], [b], name=b) for a, b in pairwise(names)]
     first, last = names[0], names[-1]

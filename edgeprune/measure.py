@@ -26,6 +26,7 @@ WINDOW = 10  # inferences whose medians are compared to see whether a candidate 
 SETTLED = 0.02  # relative difference of two such medians that is none
 WARMUP_S = 10.0
 RESAMPLES = 2000
+DRAWN_AT_ONCE = 1 << 20  # values, which bounds memory
 
 
 def interleave(
@@ -129,11 +130,11 @@ def _medians_drawn(values: NDArray[np.float64], seed: int) -> NDArray[np.float64
     """Medians of RESAMPLES series drawn from one in circular blocks, (RESAMPLES,)."""
     n = len(values)
     block = round(n ** (1 / 3))
-    rng, within = np.random.default_rng(seed), np.arange(block)
-    medians = np.empty(RESAMPLES)
-    for i in range(RESAMPLES):
-        starts = rng.integers(n, size=(-(-n // block), 1))
-        medians[i] = np.median(values[((starts + within) % n).ravel()[:n]])
+    rng, medians = np.random.default_rng(seed), np.empty(RESAMPLES)
+    for part in np.array_split(medians, -(-RESAMPLES * n // DRAWN_AT_ONCE)):
+        starts = rng.integers(n, size=(len(part), -(-n // block), 1))
+        drawn = ((starts + np.arange(block)) % n).reshape(len(part), -1)[:, :n]
+        part[:] = np.median(values[drawn], axis=1)
     return medians
 
 
