@@ -223,7 +223,9 @@ def _work(candidate: Candidate, median_ms: float, probe: Mapping[str, Any]) -> d
 
 
 def _name(gemm: Gemm) -> str:
-    return f"product of {gemm.size} x {gemm.size}, {gemm.setup.precision}, {gemm.setup.device}"
+    setup = gemm.setup
+    what = (setup.device, setup.runtime, setup.precision, setup.options or "default options")
+    return f"product of {gemm.size} x {gemm.size} ({', '.join(what)})"
 
 
 def _probe(gemm: Gemm, samples: Sequence[float]) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Gemm:
     @property
     def gflop(self) -> float:
         """Operations of one run, 10⁹; two for each multiply-add."""
-        return _gflop(self.size)
+        return 2 * CHAIN * self.size**3 / 1e9
 
 
 def largest_useful(runtime: Runtime, setup: Setup, folder: Path, only: int | None = None) -> Gemm:
@@ -43,15 +43,17 @@ def largest_useful(runtime: Runtime, setup: Setup, folder: Path, only: int | Non
 
     It is doubled while that gains and a run stays below LIMIT_MS. Raises EngineError, OutputError.
     """
-    best: Gemm | None = None
-    for size in SIZES if only is None else (only,):
-        found = _compiled(runtime, setup, size, folder)
-        faster = best is None or _rate(found) > _rate(best) * GAIN
-        if best is None or _rate(found) > _rate(best):
-            best = found
-        if not faster or found.searched_ms * 8 > LIMIT_MS:
+    if only is not None:
+        return _compiled(runtime, setup, only, folder)
+    best = _compiled(runtime, setup, SIZES[0], folder)
+    for size in SIZES[1:]:
+        if best.searched_ms * 8 > LIMIT_MS:  # twice the size is eight times the work
             break
-    assert best is not None
+        found = _compiled(runtime, setup, size, folder)
+        gain = _rate(found) / _rate(best)
+        best = found if gain > 1 else best
+        if gain < GAIN:
+            break
     return best
 
 
@@ -80,10 +82,6 @@ def gemm_onnx(size: int, fp16: bool) -> onnx.ModelProto:
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [size, size]) for name in (first, last)]
     graph = helper.make_graph(nodes, "gemm", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
-
-
-def _gflop(size: int) -> float:
-    return 2 * CHAIN * size**3 / 1e9
 
 
 def _rate(gemm: Gemm) -> float:

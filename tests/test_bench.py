@@ -138,7 +138,9 @@ def test_figures_of_a_bundle_follow_from_its_samples(stored: dict[str, Any]) -> 
         assert row["peak_share"] == pytest.approx(row["gflop_per_s"] / row["peak_gflop_per_s"])
         assert row["energy_per_image_mj"] is None
         assert row["setup"]["runtime_version"] == onnxruntime.__version__, "of here, not of where it was built"
-    assert probe["peak_gflop_per_s"] >= 2 * CHAIN * probe["size"] ** 3 / np.median(probe["samples_ms"]) / 1e6
+    assert probe["peak_gflop_per_s"] >= 2 * CHAIN * probe["size"] ** 3 / np.median(probe["samples_ms"]) / 1e6 * (
+        1 - 1e-9
+    )
     first, second = stored["rows"]
     assert first["speedup_to_first"] == 1 and first["speedup_interval"] == [1, 1]
     wanted = np.median(np.array(first["samples_ms"]) / np.array(second["samples_ms"]))
