@@ -318,17 +318,40 @@ def compile_(
 def bench(
     bundles: Annotated[list[Path], typer.Argument(help="folders that `edgeprune build` wrote")],
     rounds: Annotated[int, typer.Option(help="interleaved rounds", min=5)] = 60,
+    baseline: Annotated[Path | None, typer.Option(help="earlier --out (or saved --json) to compare with")] = None,
+    fail_slower: Annotated[
+        float | None, typer.Option(help="exit 3 if slower than the baseline by more than this percentage", min=0)
+    ] = None,
+    summary: Annotated[Path | None, typer.Option(help="Markdown for the summary of a CI job")] = None,
+    out: Annotated[Path | None, typer.Option(help="where the JSON goes, a baseline for later")] = None,
+    lock_clocks: LockClocks = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the latency of bundles, interleaved, on this machine."""
+    """Measure bundles, interleaved, on this machine; exit 3 where one is slower than a baseline allows."""
+    if fail_slower is not None and (baseline is None or not fail_slower < 1e6):
+        raise typer.BadParameter("--fail-slower is a percentage over a stored bench: pass --baseline FILE too")
+    import json
+
+    from edgeprune.baseline import failure
     from edgeprune.bench import bench_bundles
-    from edgeprune.report import bench_table
+    from edgeprune.records import write_bytes
+    from edgeprune.summary import bench_markdown, bench_table
 
     with console.progress() as progress:
-        rows = bench_bundles(bundles, rounds, progress)
-    console.show(bench_table(rows), as_json)
+        result = bench_bundles(bundles, rounds, progress, baseline, lock_clocks)
+    result["failed"] = None if fail_slower is None else failure(result["rows"], fail_slower)
+    for path, text in (
+        (out, json.dumps(result, allow_nan=False)),
+        (summary, bench_markdown(result, result["failed"])),
+    ):
+        if path is not None:
+            write_bytes(path, text.encode())
+    console.show(bench_table(result), as_json)
     if as_json:
-        console.json_line({"rows": rows})
+        console.json_line(result)
+    if result["failed"] is not None:
+        console.tell(f"failed: {result['failed']}", True)
+        raise typer.Exit(3)
 
 
 @app.command()

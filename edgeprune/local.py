@@ -58,11 +58,11 @@ def found(path: Path, manifest: Manifest) -> Local:
     return Local(path, manifest, device, runtime, runtime.setup(device, built.precision, built.batch))
 
 
-def local(path: Path) -> Local:
+def local(path: Path, manifest: Manifest | None = None) -> Local:
     """A bundle that can run here. Raises InputError, DeviceError, MissingError."""
-    here = found(path, load_bundle(path))
+    here = found(path, manifest or load_bundle(path))
     if (wrong := here.mismatch()) is not None:
-        raise DeviceError(f"{path}: its engine is for {wrong}: {rebuild(path, here.manifest)}")
+        raise DeviceError(f"{path}: its engine was built for {wrong}: {rebuild(path, here.manifest)}")
     return here
 
 

@@ -143,24 +143,6 @@ def profile_table(staircase: Staircase) -> Table:
     return table
 
 
-def bench_table(rows: list[dict[str, Any]]) -> Table:
-    """Bundles with their latency."""
-    from rich.table import Table
-
-    table = Table(title="bundles, measured interleaved")
-    for column in ("bundle", "median, ms (95 % interval)", "p99, ms", "speed-up to the first"):
-        table.add_column(column, justify="left" if column == "bundle" else "right", overflow="fold")
-    for row in rows:
-        ms, (low, high) = row["latency_ms"], row["speedup_interval"]
-        table.add_row(
-            row["bundle"] + (" (SIMULATED)" if row["simulated"] else ""),
-            f"{ms['median']:.3f} ({ms['low']:.3f} to {ms['high']:.3f})",
-            f"{ms['p99']:.3f}",
-            f"{row['speedup_to_first']:.3f} ({low:.3f} to {high:.3f})",
-        )
-    return table
-
-
 def run_table(found: dict[str, Any]) -> Table:
     """Pictures with their likeliest classes."""
     from rich.table import Table

@@ -177,6 +177,11 @@ class TrtSession:
         fusion = fusion_of(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
         return fusion.fused if fusion else None
 
+    def memory_bytes(self) -> int:
+        """Working memory as TensorRT gives it, input and output, and the plan's size for its weights and kernels."""
+        tensors: int = sum(array.nbytes for array in self._host.values())
+        return _memory(self._engine) + tensors + self._path.stat().st_size
+
     def _load(self, images: NDArray[np.float32]) -> None:
         self._host[self._input][...] = images
         self._cuda.memcpy_htod_async(self._device[self._input], self._host[self._input], self._stream)
