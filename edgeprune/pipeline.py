@@ -12,7 +12,7 @@ import numpy as np
 from edgeprune import export
 from edgeprune.bundle import DEVICE, MANIFEST, ONNX, check_out, load_bundle, write_bundle
 from edgeprune.errors import EdgepruneError, InputError
-from edgeprune.graph import attention_forms, load_graph
+from edgeprune.graph import attention_forms, load_graph, weights_of
 from edgeprune.images import normalise
 from edgeprune.job import Job, Options
 from edgeprune.planning import POLICIES, solve
@@ -81,12 +81,12 @@ def _bundle(job: Job, schedule: Schedule, onnx: Path, report: Report) -> Manifes
 
     options, model = job.options, job.model
     out = options.folder()
-    engine_file = job.target.engine(onnx)
+    engine_file, weights = job.target.engine(onnx), {file.name: file for file in weights_of(onnx)}
     engine = Engine(
         path=f"model{engine_file.suffix}",
         sha256=sha256_file(engine_file),
         onnx_sha256=sha256_file(onnx),
-        size_bytes=engine_file.stat().st_size,
+        size_bytes=sum(f.stat().st_size for f in (engine_file, *(weights.values() if engine_file == onnx else ()))),
         setup=job.target.setup,
     )
     if (out / MANIFEST).is_file():
@@ -109,7 +109,7 @@ def _bundle(job: Job, schedule: Schedule, onnx: Path, report: Report) -> Manifes
     return write_bundle(
         out,
         vit=model.vit,
-        files={engine.path: engine_file, ONNX: onnx},
+        files={engine.path: engine_file, ONNX: onnx, **weights},
         engine=engine,
         schedule=schedule,
         staircase=job.staircase,
@@ -150,5 +150,5 @@ def export_model(model: Model, schedule: Path | None, batch: int, out: Path, pre
         method, tokens, prefix_last = found.method, found.tokens, found.prefix_last
     example = torch.zeros(batch, 3, model.vit.image_px, model.vit.image_px)
     module = pruned_module(model, method, tokens, prefix_last)
-    export.onnx_from_module(module, example, out, convert=CONVERSIONS[precision])
+    export.onnx_from_module(module, example, out, convert=CONVERSIONS.get(precision))
     return out
