@@ -27,7 +27,8 @@ REDUCTIONS = {
     f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 }
 CHANGED_IN_18 = {"Split", "Pad", "Resize", "ScatterElements", "ScatterND", "GroupNormalization"}
-INLINE_BYTES = 1 << 30  # weights above this lie in a file beside the ONNX: protobuf ends at 2 GiB
+PROTOBUF_BYTES = 2 << 30  # where protobuf ends
+INLINE_BYTES = 1 << 30  # weights above this lie in a file beside the ONNX
 OUTSIDE_BYTES = 1024  # of a tensor that moves to such a file
 ALIGNED_BYTES = 4096  # where a tensor begins in it, so that it can be mapped (onnx/docs/ExternalData.md)
 
@@ -35,8 +36,8 @@ ALIGNED_BYTES = 4096  # where a tensor begins in it, so that it can be mapped (o
 def load_graph(path: Path) -> onnx.ModelProto:
     """An ONNX file without its external weights. Raises InputError."""
     try:
-        if path.stat().st_size > 4 * INLINE_BYTES:
-            raise InputError(f"{path}: too large for an ONNX file")
+        if path.stat().st_size > PROTOBUF_BYTES:
+            raise ValueError("too large")
         model = onnx.load(path, load_external_data=False)
         if not model.graph.node:  # protobuf reads an empty file as an empty model
             raise ValueError("no graph")
