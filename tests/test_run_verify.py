@@ -152,7 +152,11 @@ def test_an_engine_of_another_machine_is_refused_by_run(
 
     bundle = changed(edit)
     code, _, err = call(capsys, "run", bundle, labelled()[0][0])
-    assert code == 1 and "its engine was built for runtime 'trt', here it is 'ort-cpu'" in err and "edgeprune compile" in err
+    assert (
+        code == 1
+        and "its engine was built for runtime 'trt', here it is 'ort-cpu'" in err
+        and "edgeprune compile" in err
+    )
 
 
 # ---- Triton
