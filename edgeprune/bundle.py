@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,8 @@ ONNX = "model.onnx"
 BUILD_LOG = "build.log"
 GOLDEN = ("golden_input.npy", "golden_output.npy")
 TOLERANCE = 1e-3
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
+STALE_S = 86400  # age at which the traces of a killed build are removed
 
 
 def write_bundle(
@@ -100,20 +104,35 @@ def check_out(out: Path) -> None:
             raise InputError(f"{out} exists and is no bundle: choose another --out")
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()
+        for old in out.parent.glob(f".{out.name}.*.old"):  # what stood here when a build was killed as it took over
+            shutil.rmtree(old) if out.exists() else os.rename(old, out)
+        for left in out.parent.glob(f".{out.name}.*.tmp"):
+            if time.time() - left.stat().st_mtime > STALE_S:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def _take_place(fresh: Path, out: Path) -> None:
-    """Put `fresh` where `out` is: two renames, each of a complete folder; undone where the second fails."""
-    old = fresh.with_suffix(".old")
-    if out.exists():
-        os.rename(out, old)
-    try:
+    """Put `fresh` where `out` is, in one step: what was there is then where `fresh` was, and goes with it."""
+    if not out.exists():
         os.rename(fresh, out)
-    except BaseException:
-        if old.exists() and not out.exists():
+    elif not _exchanged(fresh, out):  # a file system without that: a kill between these two leaves `.old`
+        old = fresh.with_suffix(".old")
+        os.rename(out, old)
+        try:
+            os.rename(fresh, out)
+        except BaseException:
             os.rename(old, out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchanged(a: Path, b: Path) -> bool:
+    """Swap two folders by renameat2(2), Linux 3.15 and glibc 2.28; False where that is not to be had."""
+    try:
+        swap = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):
+        return False
+    return int(swap(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE)) == 0
 
 
 def load_bundle(path: Path) -> Manifest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
@@ -158,21 +159,22 @@ def profile(
     from edgeprune.reducers import check_method
     from edgeprune.report import profile_row, profile_table
     from edgeprune.ssh import Host
-    from edgeprune.target import target_for
+    from edgeprune.target import alone, target_for
 
     check_method(method)
     with console.progress() as progress, console.clocks(device, lock_clocks, host):
         there = Host(host, host_program) if host else None
         target = target_for(device, precision, batch, simulate, work, progress, there, lock_clocks)
-        if trunk is not None:
-            staircase = profiling.staircase_of_folder(target, trunk, (method,), exhaustive)
-        elif simulate:
-            staircase = profiling.staircase_simulated(target, profiling.vit_of(model), exhaustive)
-        else:
-            from edgeprune.models import load_model
+        with alone(work) if not simulate else nullcontext():
+            if trunk is not None:
+                staircase = profiling.staircase_of_folder(target, trunk, (method,), exhaustive)
+            elif simulate:
+                staircase = profiling.staircase_simulated(target, profiling.vit_of(model), exhaustive)
+            else:
+                from edgeprune.models import load_model
 
-            loaded = load_model(model, weights)
-            staircase = profiling.staircase_of_model(target, loaded, (method,), exhaustive)
+                loaded = load_model(model, weights)
+                staircase = profiling.staircase_of_model(target, loaded, (method,), exhaustive)
     save(staircase, out)
     for plot in staircase_svg(staircase).values():
         write_bytes(out.with_suffix(".svg"), plot)

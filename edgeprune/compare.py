@@ -21,6 +21,7 @@ from edgeprune.records import Latency, Progress, Report, Schedule, Setup, Stairc
 from edgeprune.reducers import reducer_named
 from edgeprune.refine import dense_onnx, logits_on, pruned_onnx
 from edgeprune.schedule import Goal, published_schedule
+from edgeprune.target import alone
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,7 +69,12 @@ def compare(
         reducer_named(method)
     if options.precision != "fp32" and not options.simulate:
         raise InputError(f"compare measures fp32, not {options.precision}: leave out --precision, or --simulate")
-    job = Job(options, progress)
+    with alone(options.work):
+        return _compared(Job(options, progress), methods, targets)
+
+
+def _compared(job: Job, methods: Sequence[str], targets: Sequence[float]) -> Comparison:
+    options = job.options
     job.staircase = staircase_of_model(job.target, job.model, tuple(methods), options.exhaustive)
     jobs = {method: job.with_method(method) for method in methods}
     entries: list[Entry] = []

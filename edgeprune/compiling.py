@@ -42,7 +42,7 @@ from edgeprune.records import (
 )
 from edgeprune.runtimes import Inspected
 from edgeprune.staircase import predict_ms
-from edgeprune.target import Target
+from edgeprune.target import Target, alone
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -68,6 +68,11 @@ def compile_onnx(target: Target, given: Inputs) -> tuple[Path, Manifest]:
     What cannot be known stays None: the speed-up without `dense`, top-1 without labelled `images`. Raises
     InputError for an ONNX that does not say which model it is, and what the target's runtime raises.
     """
+    with alone(target.work):
+        return _compiled(target, given)
+
+
+def _compiled(target: Target, given: Inputs) -> tuple[Path, Manifest]:
     card, beside = described(given.onnx)
     setup, vit = target.setup, card.vit
     out = given.out or ENGINES / setup.device / vit.name / f"{card.schedule.method}-{setup.precision}-b{setup.batch}"

@@ -19,6 +19,7 @@ from edgeprune.planning import check_policy, solve
 from edgeprune.precision import CONVERSIONS, calibrated, int8
 from edgeprune.records import Card, Manifest, Progress, Report, Schedule, Staircase, load, silent
 from edgeprune.refine import CALIBRATION_IMAGES, CORRECTIONS, Attempt, best_of, correction, realise
+from edgeprune.target import alone
 
 if TYPE_CHECKING:
     import onnx
@@ -40,8 +41,13 @@ class Built:
 def build(options: Options, progress: Progress = silent) -> Built:
     """Model to bundle. Raises any EdgepruneError; nothing half-written is left."""
     check_policy(options.policy)
-    job = Job(options, progress)
     check_out(options.folder())
+    with alone(options.work):
+        return _built(options, progress)
+
+
+def _built(options: Options, progress: Progress) -> Built:
+    job = Job(options, progress)
     goal = options.goal
     attempts: list[Attempt] = []
     for attempt in range(CORRECTIONS + 1):

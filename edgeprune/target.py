@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from edgeprune import __version__
 from edgeprune.devices import check_is_here, load_device
 from edgeprune.errors import InputError
 from edgeprune.measure import Open
-from edgeprune.records import Device, Progress, Setup, key_of, sha256_file, silent
+from edgeprune.records import Device, Progress, Setup, key_of, sha256_file, silent, writable
 from edgeprune.runtimes import Runtime, runtime_for
 from edgeprune.runtimes.remote import RemoteRuntime
 from edgeprune.ssh import Host
@@ -69,6 +71,27 @@ class Target:
             make(path)
             log.info("%s: done", name)
         return path
+
+
+@contextmanager
+def alone(work: Path) -> Iterator[None]:
+    """Nobody else works in this folder: two that measure at once would spoil each other's latencies.
+
+    What a killed process left half-written is removed. Raises InputError where somebody does, OutputError.
+    """
+    import fcntl
+
+    with writable(work):
+        work.mkdir(parents=True, exist_ok=True)
+        lock = open(work / ".lock", "w")  # noqa: SIM115 it is held below
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another edgeprune works in {work}: wait for it, or pass another --work") from None
+        for left in work.glob("**/.*.tmp"):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
+        yield
 
 
 def check_batch(batch: int) -> None:

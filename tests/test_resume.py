@@ -1,0 +1,238 @@
+"""kill -9 at any moment, two builds at once, a full disk, a read-only folder: nothing lost, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import onnx
+import pytest
+from test_build import ONE_THREAD, Shared, call, few_digits, program, shared_build, start
+
+from edgeprune.bundle import _take_place, check_out, load_bundle
+from edgeprune.errors import EdgepruneError
+from edgeprune.job import Options
+from edgeprune.measure import Samples
+from edgeprune.pipeline import build
+from edgeprune.records import Staircase, decode, load
+from edgeprune.schedule import Goal
+
+KILLS = 20
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """The one measured build of the session."""
+    return shared_build(tmp_path_factory.getbasetemp())
+
+
+def forked(work: Callable[[], object]) -> int:
+    """A child of this process, in which torch is loaded already, that does the work and ends; its pid."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, 1)
+            work()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return pid
+
+
+def whole(folder: Path) -> None:
+    """Every file that shows is complete: bundles by their hashes, records and graphs because they can be read."""
+    for path in folder.rglob("*"):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if hidden or not path.is_file():
+            continue
+        if path.name == "manifest.json":
+            load_bundle(path.parent)
+        elif path.name.startswith("samples-"):
+            msgspec.json.decode(path.read_bytes(), type=Samples)
+        elif path.suffix == ".json":
+            assert path.read_bytes().rstrip().endswith((b"}", b"]")) and json.loads(path.read_bytes()), path
+        elif path.suffix == ".onnx":
+            onnx.load(str(path))
+        elif path.suffix == ".npy":
+            np.load(path, allow_pickle=False)
+
+
+def samples_in(work: Path) -> Samples:
+    """What was measured of a staircase that is not finished."""
+    found = list(work.glob("samples-*.json"))
+    samples: Samples = msgspec.json.decode(found[0].read_bytes(), type=Samples) if found else {}
+    return samples
+
+
+def test_killed_at_twenty_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One build, killed again and again, ends with the bundle of one that was left alone."""
+    for name, value in ONE_THREAD.items():
+        monkeypatch.setenv(name, value)
+    few = few_digits(tmp_path / "digits")
+
+    def options(where: Path) -> Options:
+        return Options(
+            device="orin-nano", simulate=True, images=few, method="topk", goal=Goal(speedup=1.3), search_images=4,
+            work=where / "work", out=where / "bundle",
+        )  # fmt: skip
+
+    begun = time.monotonic()
+    build(options(tmp_path / "alone"))  # in this process: what it imports is there in the forks
+    takes = time.monotonic() - begun
+    rng, kills = random.Random(0), 0
+    while kills < KILLS:
+        pid = forked(lambda: build(options(tmp_path / "killed")))
+        time.sleep(rng.uniform(0, takes / 8))
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        whole(tmp_path / "killed") if (tmp_path / "killed").exists() else None
+        if os.WIFEXITED(status):  # it was through: once more, from the staircase on
+            shutil.rmtree(tmp_path / "killed" / "bundle")
+            for path in (tmp_path / "killed" / "work").glob("staircase-*"):
+                path.unlink()
+        kills += 1
+    _, status = os.waitpid(forked(lambda: build(options(tmp_path / "killed"))), 0)
+    assert status == 0
+    assert load_bundle(tmp_path / "killed" / "bundle") == load_bundle(tmp_path / "alone" / "bundle")
+    assert not list((tmp_path / "killed" / "work").rglob(".*.tmp")), "what the killed left is swept up"
+
+
+def test_no_probe_is_measured_twice(shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The samples that were saved when a process was killed are the first of those that it ends with."""
+    for name, value in ONE_THREAD.items():
+        monkeypatch.setenv(name, value)
+    work = tmp_path / "work"
+    shutil.copytree(shared.work, work)
+    for path in (*work.glob("staircase-*"), *work.glob("probed-*")):
+        path.unlink()
+    options = Options(method="none", rounds=5, work=work, out=tmp_path / "bundle")
+    before: Samples = {}
+    for moment in (3, 9):  # rounds
+        pid = forked(lambda: build(options))
+        while max(map(len, samples_in(work).values()), default=0) < moment:
+            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "it ended before it was killed"
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        now = samples_in(work)
+        for name, values in before.items():
+            assert now[name][: len(values)] == values
+        before = now
+    _, status = os.waitpid(forked(lambda: build(options)), 0)
+    assert status == 0
+    [path] = (p for p in work.glob("staircase-*.json") if load(p, Staircase).probes)
+    points = {
+        f"trunk {p.tokens}": list(p.latency.samples_ms) for p in decode(path.read_bytes(), Staircase, "").points
+    }
+    for name, values in before.items():
+        if name.startswith("trunk"):
+            assert points[name][: len(values)] == values
+
+
+def test_two_builds_at_once_do_not_disturb_each_other(
+    shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second fails in one line, the first goes on."""
+    work = tmp_path / "work"
+    shutil.copytree(shared.work, work)
+    for path in (*work.glob("staircase-*"), *work.glob("probed-*")):
+        path.unlink()
+    common = ("build", "--device", "cpu", "--method", "none", "--rounds", "5", "--work", work)
+    first = subprocess.Popen(
+        program(*common, "--out", tmp_path / "a"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        env=os.environ | ONE_THREAD, text=True,
+    )  # fmt: skip
+    while not samples_in(work):
+        assert first.poll() is None
+        time.sleep(0.02)
+    for command in (common, ("profile", "--work", work), ("compile", shared.bundle / "model.onnx", "--work", work)):
+        code, _, err = call(capsys, *command, "--out", tmp_path / "b")
+        assert code == 1 and "another edgeprune works in" in err and not (tmp_path / "b").exists()
+    _, err = first.communicate(timeout=300)
+    assert first.returncode == 0, err
+    load_bundle(tmp_path / "a")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB."""
+    place = tmp_path / "small"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(place)]
+    if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no tmpfs can be mounted here: needs root")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_a_full_disk_is_told_and_spares_what_is_there(shared: Shared, small: Path, tmp_path: Path) -> None:
+    """Both for the bundle and for the work folder; an earlier bundle stays as it was."""
+    bundle = small / "bundle"
+    shutil.copytree(shared.bundle, bundle)
+    before = load_bundle(bundle)
+    (small / "ballast").write_bytes(b"\0" * (os.statvfs(small).f_bavail * os.statvfs(small).f_frsize - (64 << 10)))
+    work = tmp_path / "work"
+    shutil.copytree(shared.work, work)
+    common = ("build", "--device", "cpu", "--method", "none", "--rounds", "5")
+    for place in (("--work", work, "--out", bundle), ("--work", small / "work", "--out", tmp_path / "out")):
+        done = start(*common, *place)
+        assert done.returncode == 1, done.stderr
+        assert "No space left on device" in done.stderr.splitlines()[-1] and "free some space" in done.stderr
+        assert "Traceback" not in done.stderr
+        assert load_bundle(bundle) == before and not (tmp_path / "out").exists()
+        assert not list(small.glob(".bundle*")), "half a bundle is left"
+        shutil.rmtree(small / "work", ignore_errors=True)
+
+
+def test_a_read_only_folder_is_told(small: Path, shared: Shared, tmp_path: Path) -> None:
+    shutil.copytree(shared.bundle, small / "bundle")
+    subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+    for place in (
+        ("--work", tmp_path / "work", "--out", small / "bundle"),
+        ("--work", small / "w", "--out", tmp_path / "o"),
+    ):
+        done = start("build", "--device", "cpu", "--method", "none", *place)
+        assert done.returncode == 1 and "Read-only file system" in done.stderr.splitlines()[-1], done.stderr
+    load_bundle(small / "bundle")
+
+
+def test_a_bundle_is_never_missing_while_it_is_replaced(shared: Shared, tmp_path: Path) -> None:
+    """One step where the system can swap folders; what a kill between two renames leaves comes back."""
+    out, fresh = tmp_path / "bundle", tmp_path / ".bundle.x.tmp"
+    for place in (out, fresh):
+        shutil.copytree(shared.bundle, place)
+    (fresh / "new").write_text("")
+    seen: list[bool] = []
+    pid = os.fork()
+    if pid == 0:
+        until = time.monotonic() + 20
+        while (out / "manifest.json").exists() and time.monotonic() < until and not (tmp_path / "done").exists():
+            pass
+        os._exit(0 if (tmp_path / "done").exists() else 1)
+    for _ in range(200):
+        _take_place(fresh, out)
+        seen.append((out / "new").exists())
+    (tmp_path / "done").write_text("")
+    _, status = os.waitpid(pid, 0)
+    assert status == 0, "the bundle was missing for a moment"
+    assert seen == [True, False] * 100
+    os.rename(out, tmp_path / ".bundle.y.old")
+    check_out(out)
+    load_bundle(out)
+    with pytest.raises(EdgepruneError):
+        load_bundle(fresh / "nothing")
