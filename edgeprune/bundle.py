@@ -35,6 +35,8 @@ MANIFEST = "manifest.json"
 STAIRCASE = "staircase.json"
 DEVICE = "device.json"
 ONNX = "model.onnx"
+STORY = "story.json"
+PAGE = "report.html"
 GOLDEN = ("golden_input.npy", "golden_output.npy")
 TOLERANCE = 1e-3
 

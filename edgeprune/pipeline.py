@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,12 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeprune import export
-from edgeprune.bundle import DEVICE, MANIFEST, ONNX, check_out, load_bundle, write_bundle
+from edgeprune.bundle import DEVICE, MANIFEST, ONNX, PAGE, STORY, check_out, load_bundle, write_bundle
 from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.graph import attention_forms, load_graph
 from edgeprune.images import normalise
 from edgeprune.job import Job, Options
-from edgeprune.planning import POLICIES, solve
+from edgeprune.page import page_html
+from edgeprune.planning import POLICIES, solve, weighed
 from edgeprune.plots import staircase_svg
 from edgeprune.precision import CONVERSIONS
 from edgeprune.records import (
@@ -23,8 +25,11 @@ from edgeprune.records import (
     Manifest,
     Progress,
     Report,
+    Sample,
     Schedule,
     Staircase,
+    Story,
+    Trial,
     encode,
     load,
     sha256_file,
@@ -32,11 +37,14 @@ from edgeprune.records import (
 )
 from edgeprune.refine import CORRECTIONS, Attempt, best_of, correction, realise
 from edgeprune.runtimes import Inspected, Session
+from edgeprune.schedule import Goal
 
 if TYPE_CHECKING:
     from edgeprune.models import Model
 
 log = logging.getLogger(__name__)
+
+SHOWN = 4  # pictures on the page
 
 
 @dataclass(frozen=True)
@@ -56,10 +64,12 @@ def build(options: Options, progress: Progress = silent) -> Built:
     check_out(options.folder())
     goal = options.goal
     attempts: list[Attempt] = []
+    goals: list[Goal] = []
     for attempt in range(CORRECTIONS + 1):
         schedule = solve(job, goal)
         onnx, report = realise(job, schedule)
         attempts.append(Attempt(schedule, onnx, report))
+        goals.append(goal)
         corrected = correction(job, options.goal, goal, report)
         if corrected is None or attempt == CORRECTIONS:
             break
@@ -71,11 +81,36 @@ def build(options: Options, progress: Progress = silent) -> Built:
             log.info("no schedule is faster: keeping the one that was measured")
             break
         goal = corrected
-    schedule, onnx, report = best_of(attempts, options.goal)
-    return Built(options.folder(), _bundle(job, schedule, onnx, report), job.staircase)
+    best = best_of(attempts, options.goal)
+    return Built(
+        options.folder(), _bundle(job, *best, lambda: _story(job, best.schedule, attempts, goals)), job.staircase
+    )
 
 
-def _bundle(job: Job, schedule: Schedule, onnx: Path, report: Report) -> Manifest:
+def _story(job: Job, schedule: Schedule, attempts: Sequence[Attempt], goals: Sequence[Goal]) -> Story:
+    """What the page of a bundle tells beyond its manifest and staircase."""
+    from edgeprune.explain import samples_of
+    from edgeprune.models import class_labels
+
+    samples: tuple[Sample, ...] = ()
+    if job.pictures is not None and schedule.cuts:
+        shown = sorted({*np.linspace(0, len(job.pixels) - 1, SHOWN).astype(int).tolist()})
+        labels = [job.pictures.labels[i] for i in shown] if job.pictures.labels else None
+        names = class_labels(job.model.vit, job.pictures.class_names)
+        samples = samples_of(job.model, schedule, job.pixels[shown], labels, names)
+    return Story(
+        asked=str(job.options.goal),
+        candidates=tuple({c.tokens: c for goal in goals for c in weighed(job, goal)}.values()),
+        trials=tuple(
+            Trial(tokens=a.schedule.tokens, predicted_ms=a.report.predicted_ms, latency=a.report.latency)
+            for a in attempts
+            if a.report.predicted_ms is not None
+        ),
+        samples=samples,
+    )
+
+
+def _bundle(job: Job, schedule: Schedule, onnx: Path, report: Report, story_of: Callable[[], Story]) -> Manifest:
     """Write the bundle, unless the very same one is already there."""
     from edgeprune.models import class_labels
 
@@ -94,7 +129,7 @@ def _bundle(job: Job, schedule: Schedule, onnx: Path, report: Report) -> Manifes
             old = load_bundle(out)
         except EdgepruneError:
             old = None
-        if old and (old.engine, old.schedule, old.report) == (engine, schedule, report):
+        if old and PAGE in old.files and (old.engine, old.schedule, old.report) == (engine, schedule, report):
             log.info("bundle: reused %s", out)
             return old
     if job.pictures is not None:
@@ -106,6 +141,8 @@ def _bundle(job: Job, schedule: Schedule, onnx: Path, report: Report) -> Manifes
     with job.target.opener(onnx)() as session:
         golden = session.infer(batch)
         check_fusion(session, onnx, job.target.setup.precision)
+    story = story_of()
+    page = page_html(engine, schedule, report, job.staircase, model.preprocessing, story)
     return write_bundle(
         out,
         vit=model.vit,
@@ -117,7 +154,12 @@ def _bundle(job: Job, schedule: Schedule, onnx: Path, report: Report) -> Manifes
         preprocessing=model.preprocessing,
         labels=class_labels(model.vit, job.pictures.class_names if job.pictures else None),
         golden=(batch, golden),
-        extra={DEVICE: encode(job.target.device), **staircase_svg(job.staircase, schedule)},
+        extra={
+            DEVICE: encode(job.target.device),
+            STORY: encode(story),
+            PAGE: page.encode(),
+            **staircase_svg(job.staircase, schedule),
+        },
     )
 
 

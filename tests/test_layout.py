@@ -21,10 +21,10 @@ LAYERS = (
     ("cli",),
     ("console", "report"),
     ("pipeline", "compare"),
-    ("planning", "refine", "bench", "doctor"),
+    ("planning", "refine", "bench", "doctor", "page"),
     ("job",),
-    ("profiling", "fidelity", "bundle", "plots", "search", "zoo.train_digits"),
-    ("target", "models", "schedule"),
+    ("profiling", "fidelity", "explain", "bundle", "plots", "search", "zoo.train_digits"),
+    ("target", "models", "schedule", "charts", "gallery"),
     ("export", "prune", "precision", "staircase", "families.vit", "reducers.*"),
     ("reducers.common", "zoo", "families", "reducers", "measure"),
     ("images", "tokens", "runtimes.ort", "runtimes.simulated", "runtimes.trt"),
@@ -48,7 +48,7 @@ HEAVY = {
     "onnxscript",
 }
 # These run only where a model is built from timm; all others must import where torch is not installed.
-BUILD_HALF = {"families.vit", "prune", "fidelity", "zoo.train_digits"}
+BUILD_HALF = {"families.vit", "prune", "fidelity", "explain", "zoo.train_digits"}
 LONG = {
     "cli": "one command after the other, each little more than its options",
     "records": "the schema, on one page: what any file of edgeprune holds",

@@ -1,0 +1,87 @@
+"""Pictures with the tokens kept after every cut, as HTML: patches that share a token share a colour."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Sequence
+from html import escape
+from math import isqrt
+
+from edgeprune.records import Sample, Schedule
+
+COLOURS = 7  # of groups of patches
+PNG = b"\x89PNG"
+
+
+def pictures(schedule: Schedule, samples: Sequence[Sample]) -> str:
+    """A section with a row a picture: as the network sees it, then after each cut; empty where nothing is cut."""
+    if not any(sample.groups for sample in samples):
+        return ""
+    patches = [group for sample in samples for cut in sample.groups for group in cut]
+    text = "After each cut, patches of one colour share one token; patches left plain still have their own"
+    text += "; dark patches have none." if min(patches) < 0 else "."
+    parts = [
+        f'<section class="long"><h2>Tokens kept</h2><p class="note">{text} The pictures are from the evaluation set, '
+        'and go wherever this bundle goes.</p><div class="samples">'
+    ]
+    for index, sample in enumerate(samples):
+        kind = "png" if sample.picture.startswith(PNG) else "jpeg"
+        side = round(len(sample.groups[0]) ** 0.5)
+        data = f"data:image/{kind};base64,{b64encode(sample.picture).decode()}"
+        image = f'<image id="picture{index}" href="{data}" width="{side}" height="{side}"/>'
+        cells = [f"{_svg(side, image, f'picture {index + 1}')}<figcaption>{schedule.vit.tokens} tokens</figcaption>"]
+        for block, cut in zip(schedule.cuts, sample.groups, strict=False):
+            name = f"block {block}: {schedule.tokens[block]}"
+            drawn = groups_svg(cut, f'<use href="#picture{index}"/>', f"picture {index + 1} after block {block}")
+            cells.append(f"{drawn}<figcaption>{name}</figcaption>")
+        grid = "".join(f"<figure>{cell}</figure>" for cell in cells)
+        columns = f"--columns: {min(len(cells), 8)}; --narrow: {min(len(cells), 3)}"
+        title = f'<p class="note">{_seen(sample)}</p>'
+        parts.append(f'<div class="sample" style="{columns}">{title}<div class="cuts">{grid}</div></div>')
+    return "".join(parts) + "</div></section>"
+
+
+def _seen(sample: Sample) -> str:
+    """What a picture shows and what the models see; of a class's synonyms the first."""
+    label, unpruned, pruned = (
+        escape(name.partition(",")[0]) for name in (sample.label or "", sample.unpruned, sample.pruned)
+    )
+    seen = (
+        f"both models see {pruned}"
+        if sample.unpruned == sample.pruned
+        else (f"the unpruned model sees {unpruned}, the pruned one {pruned}")
+    )
+    return f"<strong>{label}</strong>: {seen}" if sample.label is not None else seen
+
+
+def _svg(side: int, image: str, name: str) -> str:
+    return f'<svg class="picture" viewBox="0 0 {side} {side}" role="img" aria-label="{name}">{image}</svg>'
+
+
+def groups_svg(groups: Sequence[int], picture: str, name: str) -> str:
+    """A picture whose patches, row by row, are coloured by group; a patch alone stays as it is.
+
+    `picture` is SVG of one unit a patch. Patches in no group (-1) are dimmed; borders part the groups.
+    """
+    side = isqrt(len(groups))
+    first, count = dict[int, int](), dict[int, int]()
+    for patch, group in enumerate(groups):
+        first.setdefault(group, patch)
+        count[group] = count.get(group, 0) + 1
+    fills: dict[str, list[str]] = {}
+    borders = []
+    for patch, group in enumerate(groups):
+        row, column = divmod(patch, side)
+        if group < 0 or count[group] > 1:
+            top, left = divmod(first[group], side)
+            kind = "gone" if group < 0 else f"g{(3 * top + left) % COLOURS}"  # neighbours differ
+            fills.setdefault(kind, []).append(f"M{column} {row}h1v1h-1z")
+        for other, inside, border in (
+            (patch + 1, column + 1 < side, f"M{column + 1} {row}v1"),
+            (patch + side, row + 1 < side, f"M{column} {row + 1}h1"),
+        ):
+            if inside and groups[other] != group and max(count[group], count[groups[other]]) > 1:
+                borders.append(border)
+    paths = "".join(f'<path class="{kind}" d="{"".join(d)}"/>' for kind, d in sorted(fills.items()))
+    head = f'<svg class="picture" viewBox="0 0 {side} {side}" role="img" aria-label="{escape(name)}">'
+    return f'{head}{picture}{paths}<path class="border" d="{"".join(borders)}"/></svg>'

@@ -1,0 +1,257 @@
+"""The page of a bundle: figures, charts and pictures in one HTML file that runs no script and loads nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from edgeprune import __version__
+from edgeprune.bundle import PAGE, STORY, load_bundle, staircase_of
+from edgeprune.charts import front_chart, staircase_chart, tokens_chart, trials_chart
+from edgeprune.errors import InputError
+from edgeprune.gallery import pictures
+from edgeprune.records import (
+    Engine,
+    Latency,
+    Preprocessing,
+    Report,
+    Schedule,
+    Staircase,
+    Story,
+    load,
+    sha256_bytes,
+    write_bytes,
+)
+from edgeprune.schedule import pareto
+from edgeprune.staircase import treads
+
+CSS = Path(__file__).with_suffix(".css")
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # not even a script may run
+Rows = Iterable[Sequence[str]]
+
+
+def page_html(
+    engine: Engine,
+    schedule: Schedule,
+    report: Report,
+    staircase: Staircase,
+    preprocessing: Preprocessing,
+    story: Story,
+) -> str:
+    """The whole page. The same records give the same text, and every string in them is escaped."""
+    setup, vit = engine.setup, schedule.vit
+    where = f"{vit.name} on {setup.device}: {setup.runtime} {setup.runtime_version}, {setup.precision}"
+    how = f"{escape(schedule.method)} ({escape(schedule.policy)})"
+    body = [
+        f"<header><h1>{_gain(report)}</h1>",
+        f'<p class="sub">{escape(where)}, batch {setup.batch} · {how}, asked for {escape(story.asked)}</p></header>',
+        _warning(staircase),
+        _tiles(report),
+        '<div class="charts">',
+        _staircase(staircase, schedule),
+        _tokens(schedule),
+        _front(staircase, schedule, story),
+        _trials(schedule, story),
+        "</div>",
+        pictures(schedule, story.samples),
+        _figures(schedule, report),
+        _setup(engine, schedule, report, preprocessing),
+        _probes(staircase),
+        f"<footer>Drawn by edgeprune {__version__} from the records of the bundle. This page holds all it shows and "
+        "loads nothing.</footer>",
+    ]
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<link rel="icon" href="data:,"><title>{escape(vit.name)} on {escape(setup.device)}: edgeprune</title>\n'
+        f"<style>\n{CSS.read_text()}</style></head>\n<body>\n" + "\n".join(filter(None, body)) + "\n</body></html>\n"
+    )
+
+
+def page_of_bundle(bundle: Path, out: Path | None = None) -> Path:
+    """Draw the page of a bundle again from its records; where it is.
+
+    A bundle is never changed: without `out` its own page is returned where that is what would be drawn. A page by
+    another version of edgeprune is left alone and the new one written beside the bundle, as BUNDLE.html.
+    Raises InputError, RecordError, OutputError.
+    """
+    manifest = load_bundle(bundle)
+    if STORY not in manifest.files:
+        raise InputError(f"{bundle}: {STORY} is missing: build the bundle again")
+    text = page_html(
+        manifest.engine,
+        manifest.schedule,
+        manifest.report,
+        staircase_of(bundle),
+        manifest.preprocessing,
+        load(bundle / STORY, Story),
+    ).encode()
+    if out is None:
+        if manifest.files.get(PAGE) == sha256_bytes(text):
+            return bundle / PAGE
+        out = bundle.resolve().with_name(f"{bundle.resolve().name}.html")
+    write_bytes(out, text)
+    return out
+
+
+def _gain(report: Report) -> str:
+    """What was gained and what it cost, in a line."""
+    gain = f"{report.speedup:.2f}× faster" if report.speedup >= 1 else f"{report.speedup:.2f}× as fast"
+    if report.top1 is not None and report.dense_top1 is not None:
+        points = round(report.dense_top1 - report.top1, 1)
+        lost = (
+            f"{abs(points):.1f} points of top-1 {'lost' if points > 0 else 'gained'}" if points else "no top-1 lost"
+        )
+    elif report.agreement is not None:
+        lost = f"{report.agreement:.1f} % of answers unchanged"
+    else:
+        lost = "accuracy not measured"
+    return f"{gain}, {lost}"
+
+
+def _warning(staircase: Staircase) -> str:
+    if not staircase.setup.simulated:
+        return ""
+    return (
+        '<p class="simulated"><strong>SIMULATED</strong>: no hardware was measured. All latencies on this page come '
+        f"from the tail-effect model of {escape(staircase.setup.device)}.</p>"
+    )
+
+
+def _tiles(report: Report) -> str:
+    low, high = report.speedup_interval
+    cut, whole = report.latency.median_ms, report.dense_latency.median_ms
+    tiles = [
+        (f"{whole:.2f} → {cut:.2f} ms", "median latency of one inference"),
+        (f"{report.speedup:.2f}×", f"speed-up, 95 % interval {low:.2f} to {high:.2f}"),
+    ]
+    if report.top1 is not None and report.dense_top1 is not None:
+        tiles.append((f"{report.dense_top1:.2f} → {report.top1:.2f} %", f"top-1 on {report.images} pictures"))
+    if report.agreement is not None and report.kl is not None:
+        tiles.append((f"{report.agreement:.2f} %", "agreement with the unpruned model"))
+        tiles.append((f"{report.kl:.4f} nats", "KL from the unpruned model"))
+    return (
+        '<div class="tiles">'
+        + "".join(f'<div class="tile"><b>{b}</b><span>{s}</span></div>' for b, s in tiles)
+        + "</div>"
+    )
+
+
+def _section(title: str, content: str, caption: str) -> str:
+    return f"<section><h2>{title}</h2><figure>{content}<figcaption>{caption}</figcaption></figure></section>"
+
+
+def _key(kind: str, text: str) -> str:
+    return f'<i class="key {kind}"></i> {text}'
+
+
+def _simulated(staircase: Staircase) -> str:
+    return " SIMULATED." if staircase.setup.simulated else ""
+
+
+def _staircase(staircase: Staircase, schedule: Schedule) -> str:
+    keys = _key("tread-end", "right end of a tread, the most tokens for their latency"), _key("chosen", "chosen")
+    caption = f"All blocks at one token count; grey: 95 % interval of the median. {', '.join(keys)}."
+    return _section("Staircase", staircase_chart(staircase, schedule), caption + _simulated(staircase))
+
+
+def _tokens(schedule: Schedule) -> str:
+    caption = (
+        f"{schedule.vit.tokens} tokens enter block 0, prefix included. {_key('cut', 'a block that loses tokens')}."
+    )
+    if schedule.prefix_last:
+        caption += f" {_key('alone', 'computed for the prefix alone: lossless')}."
+    return _section("Tokens per block", tokens_chart(schedule), caption)
+
+
+def _front(staircase: Staircase, schedule: Schedule, story: Story) -> str:
+    front = pareto(story.candidates)
+    others = [c for c in story.candidates if c not in front]
+    chart = front_chart(front, others, schedule, staircase.dense.median_ms) if story.candidates else ""
+    if not chart:
+        how = f"the policy {escape(schedule.policy)} with {escape(schedule.method)}"
+        text = f"Nothing was weighed: {how} needs no search."
+        return _section("Pareto front", "", text)
+    keys = _key("tread-end", "on the front"), _key("probe", "beaten"), _key("chosen", "chosen")
+    caption = f"{len(story.candidates)} schedules weighed on the search pictures. {', '.join(keys)}."
+    return _section("Pareto front", chart, caption + _simulated(staircase))
+
+
+def _trials(schedule: Schedule, story: Story) -> str:
+    keys = _key("predicted", "predicted"), _key("chosen", "measured, with its 95 % interval")
+    caption = f"Schedules that were built, in order. {', '.join(keys)}. The axis does not begin at zero."
+    return _section("Predicted against measured", trials_chart(story.trials, schedule), caption)
+
+
+def _figures(schedule: Schedule, report: Report) -> str:
+    vit = schedule.vit
+    rows = [
+        ("tokens per block", f"{vit.tokens} × {vit.depth}", ", ".join(map(str, schedule.tokens))),
+        ("latency, median, ms", f"{report.dense_latency.median_ms:.3f}", f"{report.latency.median_ms:.3f}"),
+        ("95 % interval, ms", _interval(report.dense_latency), _interval(report.latency)),
+        ("99th percentile, ms", f"{report.dense_latency.p99_ms:.3f}", f"{report.latency.p99_ms:.3f}"),
+        ("predicted, ms", "", _number(report.predicted_ms, 3)),
+        (
+            "speed-up (95 % interval)",
+            "1",
+            "{:.3f} ({:.3f} to {:.3f})".format(report.speedup, *report.speedup_interval),
+        ),
+        ("top-1, %", _number(report.dense_top1), _number(report.top1)),
+        ("agreement, %", "100", _number(report.agreement)),
+        ("KL, nats", "0", _number(report.kl, 4)),
+    ]
+    head = ("", "unpruned", f"{escape(schedule.method)} ({escape(schedule.policy)})")
+    return f"<section><h2>Figures</h2>{_table(rows, head)}</section>"
+
+
+def _setup(engine: Engine, schedule: Schedule, report: Report, preprocessing: Preprocessing) -> str:
+    setup, how = engine.setup, preprocessing
+    values = {
+        "machine": setup.machine,
+        "runtime": f"{setup.runtime} {setup.runtime_version}" + (", SIMULATED" if setup.simulated else ""),
+        "precision, batch": f"{setup.precision}, {setup.batch}",
+        "threads": setup.threads,
+        "power mode": setup.power_mode,
+        "builder options": setup.options,
+        "measured in": f"{len(report.latency.samples_ms)} rounds interleaved with the unpruned model",
+        "staircase": f"{report.probes} probes",
+        "accuracy on": f"{report.images} pictures" if report.images else None,
+        "preprocessing": f"{how.resize_px} px {how.interpolation}, {how.crop_mode} crop of {how.image_px} px",
+        "engine": f"{engine.path}, {engine.size_bytes / 1e6:.1f} MB, sha256 {engine.sha256[:12]}…",
+        "weights": f"sha256 {schedule.vit.weights_sha256[:12]}…",
+    }
+    rows = [(name, escape(str(value))) for name, value in values.items() if value is not None]
+    return f'<section class="plain"><h2>Setup</h2>{_table(rows)}</section>'
+
+
+def _probes(staircase: Staircase) -> str:
+    ends = treads(staircase)
+    rows = [
+        (f"{p.tokens}", f"{p.latency.median_ms:.3f}", _interval(p.latency), "tread" if p.tokens in ends else "")
+        for p in reversed(staircase.points)
+    ]
+    table = _table(rows, ("tokens", "median, ms", "95 % interval, ms", ""))
+    return (
+        f'<section class="long"><details><summary>Every probe of the staircase</summary>{table}</details></section>'
+    )
+
+
+def _table(rows: Rows, head: Sequence[str] = ()) -> str:
+    """Cells of HTML; the first of a row names it."""
+    top = "<thead><tr>" + "".join(f'<th scope="col">{cell}</th>' for cell in head) + "</tr></thead>" if head else ""
+    lines = (
+        f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{c}</td>" for c in cells) + "</tr>"
+        for name, *cells in rows
+    )
+    return f"<table>{top}<tbody>{''.join(lines)}</tbody></table>"
+
+
+def _interval(latency: Latency) -> str:
+    low, high = latency.interval_ms
+    return f"{low:.3f} to {high:.3f}"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
