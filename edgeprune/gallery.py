@@ -26,14 +26,14 @@ def pictures(schedule: Schedule, samples: Sequence[Sample]) -> str:
     ]
     for index, sample in enumerate(samples):
         kind = "png" if sample.picture.startswith(PNG) else "jpeg"
-        side = round(len(sample.groups[0]) ** 0.5)
+        side = isqrt(len(sample.groups[0]))
         data = f"data:image/{kind};base64,{b64encode(sample.picture).decode()}"
         image = f'<image id="picture{index}" href="{data}" width="{side}" height="{side}"/>'
-        cells = [f"{_svg(side, image, f'picture {index + 1}')}<figcaption>{schedule.vit.tokens} tokens</figcaption>"]
+        name, again = f"picture {index + 1}", f'<use href="#picture{index}"/>'
+        cells = [f"{_svg(side, name, image)}<figcaption>{schedule.vit.tokens} tokens</figcaption>"]
         for block, cut in zip(schedule.cuts, sample.groups, strict=False):
-            name = f"block {block}: {schedule.tokens[block]}"
-            drawn = groups_svg(cut, f'<use href="#picture{index}"/>', f"picture {index + 1} after block {block}")
-            cells.append(f"{drawn}<figcaption>{name}</figcaption>")
+            drawn = _svg(side, f"{name} after block {block}", again + colours(cut))
+            cells.append(f"{drawn}<figcaption>block {block}: {schedule.tokens[block]}</figcaption>")
         grid = "".join(f"<figure>{cell}</figure>" for cell in cells)
         columns = f"--columns: {min(len(cells), 8)}; --narrow: {min(len(cells), 3)}"
         title = f'<p class="note">{_seen(sample)}</p>'
@@ -46,22 +46,20 @@ def _seen(sample: Sample) -> str:
     label, unpruned, pruned = (
         escape(name.partition(",")[0]) for name in (sample.label or "", sample.unpruned, sample.pruned)
     )
-    seen = (
-        f"both models see {pruned}"
-        if sample.unpruned == sample.pruned
-        else (f"the unpruned model sees {unpruned}, the pruned one {pruned}")
-    )
+    seen = f"the unpruned model sees {unpruned}, the pruned one {pruned}"
+    if sample.unpruned == sample.pruned:
+        seen = f"both models see {pruned}"
     return f"<strong>{label}</strong>: {seen}" if sample.label is not None else seen
 
 
-def _svg(side: int, image: str, name: str) -> str:
-    return f'<svg class="picture" viewBox="0 0 {side} {side}" role="img" aria-label="{name}">{image}</svg>'
+def _svg(side: int, name: str, content: str) -> str:
+    return f'<svg class="picture" viewBox="0 0 {side} {side}" role="img" aria-label="{name}">{content}</svg>'
 
 
-def groups_svg(groups: Sequence[int], picture: str, name: str) -> str:
-    """A picture whose patches, row by row, are coloured by group; a patch alone stays as it is.
+def colours(groups: Sequence[int]) -> str:
+    """SVG over a picture, one unit a patch, row by row: its patches coloured by group, borders around the groups.
 
-    `picture` is SVG of one unit a patch. Patches in no group (-1) are dimmed; borders part the groups.
+    A patch that is alone in its group stays as it is, one in no group (-1) is dimmed.
     """
     side = isqrt(len(groups))
     first, count = dict[int, int](), dict[int, int]()
@@ -83,5 +81,4 @@ def groups_svg(groups: Sequence[int], picture: str, name: str) -> str:
             if inside and groups[other] != group and max(count[group], count[groups[other]]) > 1:
                 borders.append(border)
     paths = "".join(f'<path class="{kind}" d="{"".join(d)}"/>' for kind, d in sorted(fills.items()))
-    head = f'<svg class="picture" viewBox="0 0 {side} {side}" role="img" aria-label="{escape(name)}">'
-    return f'{head}{picture}{paths}<path class="border" d="{"".join(borders)}"/></svg>'
+    return f'{paths}<path class="border" d="{"".join(borders)}"/>'
