@@ -63,7 +63,8 @@ class Chart:
             self.text(text, LEFT - 6, y(tick) + 4, "end")
         self.line([(LEFT, bottom), (WIDTH - RIGHT, bottom)], "axis")
         self.text(labels[0], WIDTH - RIGHT, height - 6, "end", "label")
-        self.text(labels[1], 0, 12, "start", "label")
+        if labels[1]:
+            self.text(labels[1], 0, 12, "start", "label")
 
     def text(self, text: str, x: float, y: float, anchor: str = "middle", kind: str = "tick") -> None:
         """A line of text with its foot at (x, y)."""

@@ -30,6 +30,7 @@ FLAGS = (
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe"),
 )
 WIDE, PHONE = 1280, 390
+ERRORS = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded", "Network.loadingFailed")
 
 
 class Browser:
@@ -41,8 +42,7 @@ class Browser:
         self._process = subprocess.Popen(argv, pass_fds=(read, write), stderr=subprocess.DEVNULL)
         os.close(read)
         os.close(write)
-        self._reader = os.fdopen(self._answers, "rb")
-        self._number, self._session = 0, ""
+        self._number, self._session, self._unread = 0, "", b""
         self.events: list[dict[str, Any]] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self._session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -63,11 +63,12 @@ class Browser:
         return result
 
     def _read(self) -> dict[str, Any]:
-        data = bytearray()
-        while (byte := self._reader.read(1)) != b"\0":
-            assert byte, "chromium has ended"
-            data += byte
-        message: dict[str, Any] = json.loads(data)
+        while b"\0" not in self._unread:
+            piece = os.read(self._answers, 1 << 20)
+            assert piece, "chromium has ended"
+            self._unread += piece
+        line, _, self._unread = self._unread.partition(b"\0")
+        message: dict[str, Any] = json.loads(line)
         return message
 
     def show(self, path: Path, width: int, scheme: str = "light") -> None:
@@ -94,7 +95,7 @@ class Browser:
     def close(self) -> None:
         """End it."""
         os.close(self._commands)
-        self._reader.close()
+        os.close(self._answers)
         self._process.terminate()
         self._process.wait(30)
 
@@ -122,24 +123,31 @@ def page(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     return {"built": built, "hostile": hostile}.__getitem__
 
 
+def asked_for(browser: Browser) -> set[str]:
+    """Addresses that the page asked for, other than those it holds itself."""
+    requests = (e["params"]["request"] for e in browser.events if e.get("method") == "Network.requestWillBeSent")
+    return {request["url"] for request in requests if not request["url"].startswith("data:")}
+
+
 @pytest.mark.parametrize("kind", ["built", "hostile"])
 @pytest.mark.parametrize(("width", "scheme"), [(WIDE, "light"), (WIDE, "dark"), (PHONE, "light"), (PHONE, "dark")])
 def test_loads_and_shows(browser: Browser, page: Callable[[str], Path], kind: str, width: int, scheme: str) -> None:
     browser.show(page(kind), width, scheme)
-    errors = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded", "Network.loadingFailed")
-    assert not [e for e in browser.events if e.get("method") in errors]
-    asked = {e["params"]["request"]["url"] for e in browser.events if e.get("method") == "Network.requestWillBeSent"}
-    assert {url for url in asked if not url.startswith("data:")} == {page(kind).as_uri()}
+    assert not [e for e in browser.events if e.get("method") in ERRORS]
+    assert asked_for(browser) == {page(kind).as_uri()}
     assert browser.value("document.title") != "broken"
 
-    charts = browser.value("[...document.querySelectorAll('svg.chart')].map(s => [s.ariaLabel, s.clientWidth])")
-    assert [name.partition(":")[0] for name, _ in charts] == [
+    boxes = """[...document.querySelectorAll('svg.chart')].map(svg => {
+        const box = svg.getBoundingClientRect();
+        return [svg.ariaLabel, box.left, box.top, box.width, box.height].map(v => v.toFixed ? Math.round(v) : v);
+    })"""
+    charts = browser.value(boxes)
+    assert [name.partition(":")[0] for name, *_ in charts] == [
         "Staircase",
         "Tokens that each block hands on",
         "Pareto front",
         "Predicted against measured latency",
     ]
-    assert all(350 <= wide <= 560 for _, wide in charts)
     text = browser.value(
         "Math.min(...[...document.querySelectorAll('text')].map(t => t.getBoundingClientRect().height))"
     )
@@ -152,8 +160,28 @@ def test_loads_and_shows(browser: Browser, page: Callable[[str], Path], kind: st
     assert shot.shape[1] == width and len(shot) > 1200
     paper = shot[0, 0].mean()
     assert paper > 240 if scheme == "light" else paper < 40
-    bands = np.array_split(shot[: int(browser.value("document.querySelector('footer').offsetTop"))], 12)
-    assert all(len(np.unique(band.reshape(-1, 3), axis=0)) > 20 for band in bands)  # content all the way down
+    for _, left, top, wide, high in charts:
+        assert 350 <= wide <= 560
+        assert colours(shot[top : top + high, left : left + wide]) > 20
+    end = browser.value("document.querySelector('footer').offsetTop")
+    for band in np.array_split(shot[: int(end)], 12):  # something is drawn all the way down
+        assert colours(band) > 20
+
+
+def colours(shot: np.ndarray) -> int:
+    """How many a picture has: 1 where it is blank."""
+    return len(np.unique(shot[::2] @ np.array([1 << 16, 1 << 8, 1])))
+
+
+def test_what_a_page_does_wrong_is_seen(browser: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    page.write_text("<script>console.error(1); nothing()</script><img src='missing.png' width=2000>")
+    browser.show(page, PHONE)
+    seen = {event["method"] for event in browser.events}
+    assert {*ERRORS} <= seen
+    assert len(asked_for(browser)) == 2
+    assert browser.value("document.documentElement.scrollWidth") > PHONE
+    assert colours(browser.picture()[300:600]) < 20
 
 
 def test_texts_of_a_chart_stay_inside_it(browser: Browser, page: Callable[[str], Path]) -> None:
