@@ -12,9 +12,9 @@ from edgeprune.records import Candidate, Latency, Schedule, Staircase, Trial
 from edgeprune.staircase import treads, trunk_ms
 
 WIDTH, HEIGHT = 440, 280  # user units; text of 12 is then readable on a phone and not huge on a desk
-LEFT, RIGHT, TOP, BOTTOM = 40, 12, 30, 40
+LEFT, RIGHT, TOP, BOTTOM = 40, 18, 30, 40
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-LEAST_KL = 1e-5  # nats: below lies what rounding makes of zero
+LEAST_KL = 1e-5  # nats: what rounding makes of zero; less is drawn there
 
 
 class Axis(NamedTuple):
@@ -153,31 +153,30 @@ def tokens_chart(schedule: Schedule) -> str:
 
 def front_chart(front: Sequence[Candidate], others: Sequence[Candidate], schedule: Schedule, dense_ms: float) -> str:
     """KL over predicted latency: the Pareto front (fastest first), what it beats, and the schedule chosen."""
-    seen = [c for c in (*front, *others) if c.kl > LEAST_KL]
-    if not seen:
-        return ""
+    seen = (*others, *front)
     ms = [c.predicted_ms for c in seen] + [dense_ms]
     room = 0.04 * (max(ms) - min(ms))
     x = across(min(ms) - room, max(ms) + room)
-    exponents = [log10(c.kl) for c in seen]
-    y = Axis(10 ** floor(min(exponents)), 10 ** (floor(max(exponents)) + 1), HEIGHT - BOTTOM, TOP, log=True)
+    exponents = [floor(log10(max(c.kl, LEAST_KL))) for c in seen]
+    y = Axis(10.0 ** min(exponents), 10.0 ** (max(exponents) + 1), HEIGHT - BOTTOM, TOP, log=True)
     labels = "predicted latency, ms", "KL to the unpruned model, nats"
     chart = Chart("Pareto front: KL over predicted latency", x, y, labels)
     chart.line([(x(dense_ms), y(y.low)), (x(dense_ms), y(y.high))], "dense")
     chart.text("unpruned", x(dense_ms) - 4, TOP + 10, "end")
-    lies = [c for c in front if c.kl > LEAST_KL]
+
+    def place(candidate: Candidate) -> tuple[float, float]:
+        return x(candidate.predicted_ms), y(max(candidate.kl, LEAST_KL))
+
     for candidate in others:
-        if candidate.kl > LEAST_KL:
-            chart.dot(x(candidate.predicted_ms), y(candidate.kl), "probe", _weighs(candidate, dense_ms), 2)
-    if lies:
-        chart.line([(x(c.predicted_ms), y(c.kl)) for c in lies], "front")
-    for candidate in lies:
-        chart.dot(x(candidate.predicted_ms), y(candidate.kl), "on-front", _weighs(candidate, dense_ms), 3)
+        chart.dot(*place(candidate), "probe", _weighs(candidate, dense_ms), 2)
+    chart.line([place(c) for c in front], "front")
+    for candidate in front:
+        chart.dot(*place(candidate), "on-front", _weighs(candidate, dense_ms), 3)
     for candidate in seen:
         if candidate.tokens == schedule.tokens:
-            place = x(candidate.predicted_ms), y(candidate.kl)
-            chart.dot(*place, "chosen", f"chosen: {_weighs(candidate, dense_ms)}", 5)
-            chart.text("chosen", place[0] + 9, place[1] - 7, "start", "strong")
+            across_px, down_px = place(candidate)
+            chart.dot(across_px, down_px, "chosen", f"chosen: {_weighs(candidate, dense_ms)}", 5)
+            chart.text("chosen", across_px + 9, down_px - 7, "start", "strong")
     return str(chart)
 
 
@@ -192,11 +191,11 @@ def trials_chart(trials: Sequence[Trial], schedule: Schedule) -> str:
     values = [v for t in trials for v in (t.predicted_ms, t.latency.median_ms, *t.latency.interval_ms)]
     room = 0.08 * (max(values) - min(values))
     x, row = across(min(values) - room, max(values) + room), 46
-    height = TOP + row * len(trials) + BOTTOM
+    height = row * len(trials) + BOTTOM
     name, labels = "Predicted against measured latency", ("latency, ms", "")
     chart = Chart(name, x, Axis(0, 1, 0, 1), labels, height, numbered="x")
     for index, trial in enumerate(trials):
-        middle = TOP + row * index + 30
+        middle = row * index + 32
         ms, (low, high) = trial.latency.median_ms, trial.latency.interval_ms
         chosen = trial.tokens == schedule.tokens
         off = 100 * (trial.predicted_ms / ms - 1)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from edgeprune import __version__
 from edgeprune.bundle import PAGE, STORY, load_bundle, staircase_of
-from edgeprune.charts import front_chart, staircase_chart, tokens_chart, trials_chart
+from edgeprune.charts import LEAST_KL, front_chart, staircase_chart, tokens_chart, trials_chart
 from edgeprune.errors import InputError
 from edgeprune.gallery import pictures
 from edgeprune.records import (
@@ -52,7 +52,7 @@ def page_html(
         _staircase(staircase, schedule),
         _tokens(schedule),
         _front(staircase, schedule, story),
-        _trials(schedule, story),
+        _trials(staircase, schedule, story),
         "</div>",
         pictures(schedule, story.samples),
         _figures(schedule, report),
@@ -131,7 +131,8 @@ def _tiles(report: Report) -> str:
         tiles.append((f"{report.dense_top1:.2f} → {report.top1:.2f} %", f"top-1 on {report.images} pictures"))
     if report.agreement is not None and report.kl is not None:
         tiles.append((f"{report.agreement:.2f} %", "agreement with the unpruned model"))
-        tiles.append((f"{report.kl:.4f} nats", "KL from the unpruned model"))
+        kl = f"{report.kl:.4f}" if report.kl >= 1e-4 else "below 0.0001"
+        tiles.append((f"{kl} nats", "KL from the unpruned model"))
     return (
         '<div class="tiles">'
         + "".join(f'<div class="tile"><b>{b}</b><span>{s}</span></div>' for b, s in tiles)
@@ -169,20 +170,23 @@ def _tokens(schedule: Schedule) -> str:
 def _front(staircase: Staircase, schedule: Schedule, story: Story) -> str:
     front = pareto(story.candidates)
     others = [c for c in story.candidates if c not in front]
-    chart = front_chart(front, others, schedule, staircase.dense.median_ms) if story.candidates else ""
-    if not chart:
+    if not story.candidates:
         how = f"the policy {escape(schedule.policy)} with {escape(schedule.method)}"
-        text = f"Nothing was weighed: {how} needs no search."
-        return _section("Pareto front", "", text)
+        return _section("Pareto front", "", f"Nothing was weighed: {how} needs no search.")
+    chart = front_chart(front, others, schedule, staircase.dense.median_ms)
     keys = _key("tread-end", "on the front"), _key("probe", "beaten"), _key("chosen", "chosen")
     caption = f"{len(story.candidates)} schedules weighed on the search pictures. {', '.join(keys)}."
+    if any(c.kl <= LEAST_KL for c in story.candidates):
+        caption += f" On the lowest line KL is {LEAST_KL:.5f} nats or less."
     return _section("Pareto front", chart, caption + _simulated(staircase))
 
 
-def _trials(schedule: Schedule, story: Story) -> str:
+def _trials(staircase: Staircase, schedule: Schedule, story: Story) -> str:
     keys = _key("predicted", "predicted"), _key("chosen", "measured, with its 95 % interval")
     caption = f"Schedules that were built, in order. {', '.join(keys)}. The axis does not begin at zero."
-    return _section("Predicted against measured", trials_chart(story.trials, schedule), caption)
+    return _section(
+        "Predicted against measured", trials_chart(story.trials, schedule), caption + _simulated(staircase)
+    )
 
 
 def _figures(schedule: Schedule, report: Report) -> str:
@@ -215,7 +219,7 @@ def _setup(engine: Engine, schedule: Schedule, report: Report, preprocessing: Pr
         "threads": setup.threads,
         "power mode": setup.power_mode,
         "builder options": setup.options,
-        "measured in": f"{len(report.latency.samples_ms)} rounds interleaved with the unpruned model",
+        "measured in": f"rounds interleaved with the unpruned model: {len(report.latency.samples_ms)}",
         "staircase": f"{report.probes} probes",
         "accuracy on": f"{report.images} pictures" if report.images else None,
         "preprocessing": f"{how.resize_px} px {how.interpolation}, {how.crop_mode} crop of {how.image_px} px",

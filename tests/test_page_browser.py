@@ -194,8 +194,9 @@ def test_texts_of_a_chart_stay_inside_it(browser: Browser, page: Callable[[str],
         }).map(part => part.outerHTML);
     })"""
     for kind in ("built", "hostile"):
-        browser.show(page(kind), WIDE)
-        assert browser.value(inside) == []
+        for width in (WIDE, PHONE):
+            browser.show(page(kind), width)
+            assert browser.value(inside) == []
 
 
 def test_hostile_names_are_shown_as_text(browser: Browser, page: Callable[[str], Path]) -> None:
