@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from edgeprune.devices import run
 from edgeprune.errors import DeviceError
 from edgeprune.records import Device
 
@@ -18,17 +18,6 @@ NV_RELEASE = Path("/etc/nv_tegra_release")
 JETPACK_OF_L4T = {"35": "5", "36": "6", "38": "7"}  # NVIDIA, "Jetson Linux archive"
 SMI_QUERY = "nvidia-smi --query-gpu=pstate,clocks.sm,clocks.mem,power.limit --format=csv,noheader"
 SMI_UNLOCK = "nvidia-smi --reset-gpu-clocks"
-
-
-def run(command: str, timeout_s: float = 20) -> str | None:
-    """What a command prints; None where it does not exist, fails or hangs."""
-    try:
-        done = subprocess.run(
-            shlex.split(command), capture_output=True, text=True, errors="replace", timeout=timeout_s
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def power_mode(device: Device) -> str | None:

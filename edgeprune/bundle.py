@@ -35,6 +35,7 @@ MANIFEST = "manifest.json"
 STAIRCASE = "staircase.json"
 DEVICE = "device.json"
 ONNX = "model.onnx"
+BUILD_LOG = "build.log"
 STORY = "story.json"
 PAGE = "report.html"
 GOLDEN = ("golden_input.npy", "golden_output.npy")

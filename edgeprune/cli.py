@@ -18,6 +18,7 @@ from edgeprune.console import (
     CropPct,
     Device,
     Exhaustive,
+    HostProgram,
     Images,
     Interpolation,
     LockClocks,
@@ -25,6 +26,7 @@ from edgeprune.console import (
     Mean,
     Method,
     Model,
+    OnHost,
     Policy,
     Precision,
     SearchImages,
@@ -46,6 +48,7 @@ app = typer.Typer(
 )
 
 WORK = Path("engines/.work")
+WORKER_WORK = Path("~/.cache/edgeprune")
 EMBEDDED = "vit_digits"
 
 
@@ -87,6 +90,8 @@ def build(
     interpolation: Interpolation = None,
     mean: Mean = None,
     std: Std = None,
+    host: OnHost = None,
+    host_program: HostProgram = "edgeprune",
     work: Work = WORK,
     out: Annotated[Path | None, typer.Option(help="folder of the bundle")] = None,
     as_json: AsJson = False,
@@ -95,6 +100,7 @@ def build(
     from edgeprune.job import Options
     from edgeprune.pipeline import build as run
     from edgeprune.report import build_table, row_of
+    from edgeprune.ssh import Host
 
     options = Options(
         device=device,
@@ -115,8 +121,10 @@ def build(
         search_images=search_images,
         rounds=rounds,
         overrides=console.overrides(crop_pct, interpolation, mean, std),
+        host=Host(host, host_program) if host else None,
+        lock_clocks=lock_clocks,
     )
-    with console.progress() as progress, console.clocks(device, lock_clocks):
+    with console.progress() as progress, console.clocks(device, lock_clocks, host):
         built = run(options, progress)
     console.show(build_table(built.manifest), as_json)
     console.tell(f"bundle: {built.path}", as_json)
@@ -137,6 +145,8 @@ def profile(
     simulate: Simulate = False,
     lock_clocks: LockClocks = False,
     exhaustive: Exhaustive = False,
+    host: OnHost = None,
+    host_program: HostProgram = "edgeprune",
     work: Work = WORK,
     out: Annotated[Path, typer.Option(help="where the staircase goes")] = Path("staircase.json"),
     as_json: AsJson = False,
@@ -147,11 +157,13 @@ def profile(
     from edgeprune.records import save, write_bytes
     from edgeprune.reducers import check_method
     from edgeprune.report import profile_row, profile_table
+    from edgeprune.ssh import Host
     from edgeprune.target import target_for
 
     check_method(method)
-    with console.progress() as progress, console.clocks(device, lock_clocks):
-        target = target_for(device, precision, batch, simulate, work, progress)
+    with console.progress() as progress, console.clocks(device, lock_clocks, host):
+        there = Host(host, host_program) if host else None
+        target = target_for(device, precision, batch, simulate, work, progress, there, lock_clocks)
         if trunk is not None:
             staircase = profiling.staircase_of_folder(target, trunk, (method,), exhaustive)
         elif simulate:
@@ -238,12 +250,14 @@ def export(
     method: Method = "none",
     precision: Precision = "fp32",
     batch: Batch = 1,
+    images: Images = None,
     out: Annotated[Path, typer.Option(help="ONNX file, or folder with --trunk")] = Path("model.onnx"),
     as_json: AsJson = False,
 ) -> None:
     """Export a pruned or unpruned model as ONNX in which every shape is static."""
     if (schedule is not None) + dense + trunk != 1:
         raise typer.BadParameter("pass exactly one of --schedule FILE, --dense and --trunk")
+    from edgeprune.job import Options, pictures_of
     from edgeprune.pipeline import export_model
     from edgeprune.profiling import export_probes
     from edgeprune.target import check_batch, check_precision
@@ -260,7 +274,8 @@ def export(
             export_probes(loaded, (method,), batch, out, precision)
             path = out / "trunk.onnx"
         else:
-            path = export_model(loaded, schedule, batch, out, precision)
+            pictures = pictures_of(Options(model=model, images=images))
+            path = export_model(loaded, schedule, batch, out, precision, pictures, progress)
         progress("exporting", 1, 1)
     console.tell(f"onnx: {path}", as_json)
     if as_json:
@@ -268,6 +283,35 @@ def export(
         console.json_line(
             {"model": model, "precision": precision, "batch": batch, "path": str(path), "size_bytes": size}
         )
+
+
+@app.command(name="compile")
+def compile_(
+    onnx: Annotated[Path, typer.Argument(help="MODEL.onnx of `edgeprune export`, or in a bundle")],
+    device: Device = "cpu",
+    dense: Annotated[Path | None, typer.Option(help="the unpruned ONNX: measures the speed-up beside it")] = None,
+    images: Images = None,
+    staircase: Annotated[Path | None, typer.Option(help="this device's staircase.json, for the prediction")] = None,
+    rounds: Annotated[int, typer.Option(help="interleaved rounds of the measurement", min=5)] = 60,
+    lock_clocks: LockClocks = False,
+    work: Work = WORK,
+    out: Annotated[Path | None, typer.Option(help="folder of the bundle")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """ONNX to bundle on the device itself, without torch: compiled, measured, checked."""
+    from edgeprune.compiling import Inputs, compile_onnx
+    from edgeprune.graph import input_shape, load_graph, precision_of
+    from edgeprune.report import build_table, row_of
+    from edgeprune.target import target_for
+
+    graph = load_graph(onnx)
+    with console.progress() as progress, console.clocks(device, lock_clocks):
+        target = target_for(device, precision_of(graph), input_shape(graph)[0], False, work, progress)
+        path, manifest = compile_onnx(target, Inputs(onnx, dense, images, staircase, rounds, out))
+    console.show(build_table(manifest), as_json)
+    console.tell(f"bundle: {path}", as_json)
+    if as_json:
+        console.json_line(row_of(manifest.engine.setup, manifest.schedule, manifest.report, path))
 
 
 @app.command()
@@ -384,6 +428,18 @@ def doctor(as_json: AsJson = False) -> None:
     console.show(doctor_table(findings), as_json)
     if as_json:
         console.json_line({"checks": [finding._asdict() for finding in findings]})
+
+
+@app.command(hidden=True)
+def worker(work: Annotated[Path, typer.Option(help="folder that keeps what was sent")] = WORKER_WORK) -> None:
+    """The device's end of `--host`: speaks to a workstation over stdin and stdout."""
+    import os
+
+    from edgeprune.worker import serve
+
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not come between the answers
+    serve(sys.stdin.buffer, answers, work)
 
 
 def _version(value: bool) -> None:

@@ -44,13 +44,17 @@ Interpolation = Annotated[str | None, typer.Option(help="override the data confi
 Mean = Annotated[str | None, typer.Option(help="override the data config: r,g,b")]
 Std = Annotated[str | None, typer.Option(help="override the data config: r,g,b")]
 LockClocks = Annotated[bool, typer.Option("--lock-clocks", help="clocks at their maximum while measuring (root)")]
+OnHost = Annotated[
+    str | None, typer.Option("--host", help="USER@HOST: the device, over ssh; it needs edgeprune, no torch")
+]
+HostProgram = Annotated[str, typer.Option(help="edgeprune on that host, where it is not in the PATH")]
 SearchImages = Annotated[int, typer.Option(help="pictures that schedules are compared on", min=1)]
 
 
 @contextmanager
-def clocks(device: str, lock: bool) -> Iterator[None]:
-    """The device's clocks locked while something is measured, where that was asked for."""
-    if not lock:
+def clocks(device: str, lock: bool, host: str | None = None) -> Iterator[None]:
+    """The clocks of this device locked while something is measured, where that was asked for; a host does its own."""
+    if not lock or host is not None:
         yield
         return
     from edgeprune.board import locked_clocks

@@ -9,6 +9,7 @@ EdgepruneError
 ├── OutputError         a place that cannot be written: no permission, disk full
 ├── MissingError        a package this command needs is not installed
 ├── DeviceError         unknown device, or not this machine
+├── HostError           a machine that cannot be reached over ssh, or answers wrongly
 ├── ExportError         an ONNX file that breaks a promise (static shapes, equal logits)
 ├── EngineError         a runtime that cannot compile, load or run a model
 ├── PrecisionError      fp16 or INT8 that is slower or loses more than allowed
@@ -52,6 +53,10 @@ class MissingError(EdgepruneError):
 
 class DeviceError(EdgepruneError):
     """Unknown device, or not this machine."""
+
+
+class HostError(EdgepruneError):
+    """A machine that cannot be reached over ssh, or answers wrongly."""
 
 
 class ExportError(EdgepruneError):

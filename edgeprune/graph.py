@@ -17,13 +17,14 @@ import onnx.numpy_helper
 from onnx import shape_inference
 
 from edgeprune.errors import ExportError, InputError
-from edgeprune.records import replacing
+from edgeprune.records import Card, decode, encode, replacing
 
 OPSET = 17
 REDUCTIONS = {
     f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 }
 CHANGED_IN_18 = {"Split", "Pad", "Resize", "ScatterElements", "ScatterND", "GroupNormalization"}
+CARD = "edgeprune"  # key of the card in an ONNX file's metadata
 INLINE_BYTES = 1 << 30  # weights above this go to a file beside the ONNX: protobuf ends at 2 GiB
 
 
@@ -47,6 +48,22 @@ def precision_of(model: onnx.ModelProto) -> str:
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         return "int8"
     return "fp16" if any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer) else "fp32"
+
+
+def input_shape(model: onnx.ModelProto) -> tuple[int, ...]:
+    """Static shape of a graph's input, (B, 3, P, P) of a whole model; 0 where an axis is dynamic."""
+    return tuple(dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim)
+
+
+def attach(card: Card, model: onnx.ModelProto) -> None:
+    """Put a card into a graph's metadata."""
+    onnx.helper.set_model_props(model, {CARD: encode(card).decode()})
+
+
+def card_of(path: Path) -> Card | None:
+    """The card in an ONNX file; None in one that has none. Raises InputError, RecordError."""
+    found = [entry.value for entry in load_graph(path).metadata_props if entry.key == CARD]
+    return decode(found[0].encode(), Card, f"{path}, metadata") if found else None
 
 
 def fix_tokens(trunk: Path, tokens: int, out: Path) -> None:

@@ -19,6 +19,7 @@ from edgeprune.profiling import staircase_of_model
 from edgeprune.records import Progress, Staircase, replacing, silent
 from edgeprune.reducers import check_method
 from edgeprune.schedule import PAPER_BLOCK, Goal
+from edgeprune.ssh import Host
 from edgeprune.target import WORK, Target, target_for
 
 if TYPE_CHECKING:
@@ -53,6 +54,8 @@ class Options:
     search_images: int = 128
     rounds: int = ROUNDS
     calib: Path = Path("calib")  # where INT8 ranges are kept
+    host: Host | None = None  # the device, where it is another machine
+    lock_clocks: bool = False  # on that host
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     def folder(self) -> Path:
@@ -70,8 +73,9 @@ class Job:
         check_method(options.method)
         self.options, self.progress = options, progress
         self.target: Target = target_for(
-            options.device, options.precision, options.batch, options.simulate, options.work, progress
-        )
+            options.device, options.precision, options.batch, options.simulate, options.work, progress,
+            options.host, options.lock_clocks,
+        )  # fmt: skip
         self.model: Model = load_model(options.model, options.weights, options.overrides)
         self.pictures = pictures_of(options)
         if self.pictures and self.pictures.labels and max(self.pictures.labels) >= self.model.vit.classes:

@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 
 from edgeprune import __version__
-from edgeprune.bundle import PAGE, STORY, load_bundle, staircase_of
+from edgeprune.bundle import PAGE, STAIRCASE, STORY, load_bundle, staircase_of
 from edgeprune.charts import LEAST_KL, front_chart, staircase_chart, tokens_chart, trials_chart
 from edgeprune.errors import InputError
 from edgeprune.gallery import pictures
@@ -17,8 +17,10 @@ from edgeprune.records import (
     Preprocessing,
     Report,
     Schedule,
+    Setup,
     Staircase,
     Story,
+    Trial,
     load,
     sha256_bytes,
     write_bytes,
@@ -35,29 +37,30 @@ def page_html(
     engine: Engine,
     schedule: Schedule,
     report: Report,
-    staircase: Staircase,
     preprocessing: Preprocessing,
+    staircase: Staircase | None,
     story: Story,
 ) -> str:
     """The whole page. The same records give the same text, and every string in them is escaped."""
     setup, vit = engine.setup, schedule.vit
     where = f"{vit.name} on {setup.device}: {setup.runtime} {setup.runtime_version}, {setup.precision}"
-    how = f"{escape(schedule.method)} ({escape(schedule.policy)})"
+    how = f"{schedule.method} ({schedule.policy})" + (f", asked for {story.asked}" if story.asked else "")
+    mark = " SIMULATED." if setup.simulated else ""  # below every chart of latencies
     body = [
         f"<header><h1>{_gain(report)}</h1>",
-        f'<p class="sub">{escape(where)}, batch {setup.batch} · {how}, asked for {escape(story.asked)}</p></header>',
-        _warning(staircase),
+        f'<p class="sub">{escape(where)}, batch {setup.batch} · {escape(how)}</p></header>',
+        _warning(setup),
         _tiles(report),
         '<div class="charts">',
-        _staircase(staircase, schedule),
+        _staircase(staircase, schedule, mark),
         _tokens(schedule),
-        _front(staircase, schedule, story),
-        _trials(staircase, schedule, story),
+        _front(staircase, schedule, story, mark),
+        _trials(schedule, report, story, mark),
         "</div>",
         pictures(schedule, story.samples),
         _figures(schedule, report),
         _setup(engine, schedule, report, preprocessing),
-        _probes(staircase),
+        _probes(staircase) if staircase else "",
         f"<footer>Drawn by edgeprune {__version__} from the records of the bundle. This page holds all it shows and "
         "loads nothing.</footer>",
     ]
@@ -84,8 +87,8 @@ def page_of_bundle(bundle: Path, out: Path | None = None) -> Path:
         manifest.engine,
         manifest.schedule,
         manifest.report,
-        staircase_of(bundle),
         manifest.preprocessing,
+        staircase_of(bundle) if STAIRCASE in manifest.files else None,
         load(bundle / STORY, Story),
     ).encode()
     if out is None:
@@ -98,46 +101,44 @@ def page_of_bundle(bundle: Path, out: Path | None = None) -> Path:
 
 def _gain(report: Report) -> str:
     """What was gained and what it cost, in a line."""
-    gain = f"{report.speedup:.2f}× faster" if report.speedup >= 1 else f"{report.speedup:.2f}× as fast"
+    if report.speedup is None:
+        gain = f"{report.latency.median_ms:.2f} ms"
+    else:
+        gain = f"{report.speedup:.2f}× {'faster' if report.speedup >= 1 else 'as fast'}"
     if report.top1 is not None and report.dense_top1 is not None:
         points = round(report.dense_top1 - report.top1, 1)
-        lost = (
-            f"{abs(points):.1f} points of top-1 {'lost' if points > 0 else 'gained'}" if points else "no top-1 lost"
-        )
-    elif report.agreement is not None:
-        lost = f"{report.agreement:.1f} % of answers unchanged"
-    else:
-        lost = "accuracy not measured"
-    return f"{gain}, {lost}"
+        lost = f"{abs(points):.1f} points of top-1 {'lost' if points > 0 else 'gained'}"
+        return f"{gain}, {lost}" if points else f"{gain}, no top-1 lost"
+    if report.agreement is not None:
+        return f"{gain}, {report.agreement:.1f} % of answers unchanged"
+    return f"{gain}, " + ("accuracy not measured" if report.top1 is None else f"{report.top1:.1f} % top-1")
 
 
-def _warning(staircase: Staircase) -> str:
-    if not staircase.setup.simulated:
+def _warning(setup: Setup) -> str:
+    if not setup.simulated:
         return ""
     return (
         '<p class="simulated"><strong>SIMULATED</strong>: no hardware was measured. All latencies on this page come '
-        f"from the tail-effect model of {escape(staircase.setup.device)}.</p>"
+        f"from the tail-effect model of {escape(setup.device)}.</p>"
     )
 
 
 def _tiles(report: Report) -> str:
-    low, high = report.speedup_interval
-    cut, whole = report.latency.median_ms, report.dense_latency.median_ms
-    tiles = [
-        (f"{whole:.2f} → {cut:.2f} ms", "median latency of one inference"),
-        (f"{report.speedup:.2f}×", f"speed-up, 95 % interval {low:.2f} to {high:.2f}"),
-    ]
-    if report.top1 is not None and report.dense_top1 is not None:
-        tiles.append((f"{report.dense_top1:.2f} → {report.top1:.2f} %", f"top-1 on {report.images} pictures"))
+    """What is known, in large figures."""
+    before = f"{report.dense_latency.median_ms:.2f} → " if report.dense_latency else ""
+    tiles = [(f"{before}{report.latency.median_ms:.2f} ms", "median latency of one inference")]
+    if report.speedup is not None and report.speedup_interval is not None:
+        low, high = report.speedup_interval
+        tiles.append((f"{report.speedup:.2f}×", f"speed-up, 95 % interval {low:.2f} to {high:.2f}"))
+    if report.top1 is not None:
+        before = f"{report.dense_top1:.2f} → " if report.dense_top1 is not None else ""
+        tiles.append((f"{before}{report.top1:.2f} %", f"top-1 on {report.images} pictures"))
     if report.agreement is not None and report.kl is not None:
-        tiles.append((f"{report.agreement:.2f} %", "agreement with the unpruned model"))
         kl = f"{report.kl:.4f}" if report.kl >= 1e-4 else "below 0.0001"
+        tiles.append((f"{report.agreement:.2f} %", "agreement with the unpruned model"))
         tiles.append((f"{kl} nats", "KL from the unpruned model"))
-    return (
-        '<div class="tiles">'
-        + "".join(f'<div class="tile"><b>{b}</b><span>{s}</span></div>' for b, s in tiles)
-        + "</div>"
-    )
+    cells = (f'<div class="tile"><b>{figure}</b><span>{what}</span></div>' for figure, what in tiles)
+    return f'<div class="tiles">{"".join(cells)}</div>'
 
 
 def _section(title: str, content: str, caption: str) -> str:
@@ -148,64 +149,64 @@ def _key(kind: str, text: str) -> str:
     return f'<i class="key {kind}"></i> {text}'
 
 
-def _simulated(staircase: Staircase) -> str:
-    return " SIMULATED." if staircase.setup.simulated else ""
-
-
-def _staircase(staircase: Staircase, schedule: Schedule) -> str:
+def _staircase(staircase: Staircase | None, schedule: Schedule, mark: str) -> str:
+    if staircase is None:
+        return _section("Staircase", "", "This bundle holds none: pass --staircase to edgeprune compile.")
     keys = _key("tread-end", "right end of a tread, the most tokens for their latency"), _key("chosen", "chosen")
     caption = f"All blocks at one token count; grey: 95 % interval of the median. {', '.join(keys)}."
-    return _section("Staircase", staircase_chart(staircase, schedule), caption + _simulated(staircase))
+    return _section("Staircase", staircase_chart(staircase, schedule), caption + mark)
 
 
 def _tokens(schedule: Schedule) -> str:
     caption = (
-        f"{schedule.vit.tokens} tokens enter block 0, prefix included. {_key('cut', 'a block that loses tokens')}."
+        f"{schedule.vit.tokens} tokens enter block 0, prefix included. {_key('cut', 'a block that loses some')}."
     )
     if schedule.prefix_last:
         caption += f" {_key('alone', 'computed for the prefix alone: lossless')}."
     return _section("Tokens per block", tokens_chart(schedule), caption)
 
 
-def _front(staircase: Staircase, schedule: Schedule, story: Story) -> str:
+def _front(staircase: Staircase | None, schedule: Schedule, story: Story, mark: str) -> str:
+    if staircase is None or not story.candidates:
+        return _section("Pareto front", "", "No schedules were weighed for this bundle.")
     front = pareto(story.candidates)
     others = [c for c in story.candidates if c not in front]
-    if not story.candidates:
-        how = f"the policy {escape(schedule.policy)} with {escape(schedule.method)}"
-        return _section("Pareto front", "", f"Nothing was weighed: {how} needs no search.")
-    chart = front_chart(front, others, schedule, staircase.dense.median_ms)
     keys = _key("tread-end", "on the front"), _key("probe", "beaten"), _key("chosen", "chosen")
     caption = f"{len(story.candidates)} schedules weighed on the search pictures. {', '.join(keys)}."
     if any(c.kl <= LEAST_KL for c in story.candidates):
         caption += f" On the lowest line KL is {LEAST_KL:.5f} nats or less."
-    return _section("Pareto front", chart, caption + _simulated(staircase))
+    return _section("Pareto front", front_chart(front, others, schedule, staircase.dense.median_ms), caption + mark)
 
 
-def _trials(staircase: Staircase, schedule: Schedule, story: Story) -> str:
+def _trials(schedule: Schedule, report: Report, story: Story, mark: str) -> str:
+    title, trials = "Predicted against measured", story.trials
+    if not trials and report.predicted_ms is not None:
+        trials = (Trial(tokens=schedule.tokens, predicted_ms=report.predicted_ms, latency=report.latency),)
+    if not trials:
+        return _section(title, "", "Nothing was predicted: that needs a staircase.")
     keys = _key("predicted", "predicted"), _key("chosen", "measured, with its 95 % interval")
     caption = f"Schedules that were built, in order. {', '.join(keys)}. The axis does not begin at zero."
-    return _section(
-        "Predicted against measured", trials_chart(story.trials, schedule), caption + _simulated(staircase)
-    )
+    return _section(title, trials_chart(trials, schedule), caption + mark)
 
 
 def _figures(schedule: Schedule, report: Report) -> str:
-    vit = schedule.vit
+    vit, dense, pruned = schedule.vit, report.dense_latency, report.latency
+    speedup = _number(report.speedup, 3)
+    if report.speedup_interval is not None:
+        speedup += " ({:.3f} to {:.3f})".format(*report.speedup_interval)
     rows = [
         ("tokens per block", f"{vit.tokens} × {vit.depth}", ", ".join(map(str, schedule.tokens))),
-        ("latency, median, ms", f"{report.dense_latency.median_ms:.3f}", f"{report.latency.median_ms:.3f}"),
-        ("95 % interval, ms", _interval(report.dense_latency), _interval(report.latency)),
-        ("99th percentile, ms", f"{report.dense_latency.p99_ms:.3f}", f"{report.latency.p99_ms:.3f}"),
+        ("latency, median, ms", _number(dense.median_ms if dense else None, 3), f"{pruned.median_ms:.3f}"),
+        ("95 % interval, ms", _interval(dense), _interval(pruned)),
+        ("99th percentile, ms", _number(dense.p99_ms if dense else None, 3), f"{pruned.p99_ms:.3f}"),
         ("predicted, ms", "", _number(report.predicted_ms, 3)),
-        (
-            "speed-up (95 % interval)",
-            "1",
-            "{:.3f} ({:.3f} to {:.3f})".format(report.speedup, *report.speedup_interval),
-        ),
+        ("speed-up (95 % interval)", "1", speedup),
         ("top-1, %", _number(report.dense_top1), _number(report.top1)),
         ("agreement, %", "100", _number(report.agreement)),
         ("KL, nats", "0", _number(report.kl, 4)),
     ]
+    if report.fused_attention is not None:
+        rows.append(("fused attention, layers", "", f"{report.fused_attention} of {report.fusable_attention}"))
     head = ("", "unpruned", f"{escape(schedule.method)} ({escape(schedule.policy)})")
     return f"<section><h2>Figures</h2>{_table(rows, head)}</section>"
 
@@ -252,7 +253,9 @@ def _table(rows: Rows, head: Sequence[str] = ()) -> str:
     return f"<table>{top}<tbody>{''.join(lines)}</tbody></table>"
 
 
-def _interval(latency: Latency) -> str:
+def _interval(latency: Latency | None) -> str:
+    if latency is None:
+        return "–"
     low, high = latency.interval_ms
     return f"{low:.3f} to {high:.3f}"
 

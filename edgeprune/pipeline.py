@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,40 +11,26 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeprune import export
-from edgeprune.bundle import DEVICE, MANIFEST, ONNX, PAGE, STORY, check_out, load_bundle, write_bundle
+from edgeprune.bundle import check_out
+from edgeprune.compiling import bundle_from_onnx, example_of
 from edgeprune.errors import EdgepruneError, InputError
-from edgeprune.graph import attention_forms, load_graph
-from edgeprune.images import normalise
+from edgeprune.graph import attach
+from edgeprune.images import ImageSet, batches, load_pixels, normalise
 from edgeprune.job import Job, Options
-from edgeprune.page import page_html
-from edgeprune.planning import POLICIES, solve, weighed
-from edgeprune.plots import staircase_svg
-from edgeprune.precision import CONVERSIONS
-from edgeprune.records import (
-    Engine,
-    Manifest,
-    Progress,
-    Report,
-    Sample,
-    Schedule,
-    Staircase,
-    Story,
-    Trial,
-    encode,
-    load,
-    sha256_file,
-    silent,
-)
-from edgeprune.refine import CORRECTIONS, Attempt, best_of, correction, realise
-from edgeprune.runtimes import Inspected, Session
+from edgeprune.planning import check_policy, solve, weighed
+from edgeprune.precision import CONVERSIONS, calibrated, int8
+from edgeprune.records import Card, Manifest, Progress, Sample, Schedule, Staircase, Story, Trial, load, silent
+from edgeprune.refine import CALIBRATION_IMAGES, CORRECTIONS, Attempt, best_of, correction, realise
 from edgeprune.schedule import Goal
 
 if TYPE_CHECKING:
+    import onnx
+
     from edgeprune.models import Model
 
 log = logging.getLogger(__name__)
 
-SHOWN = 4  # pictures on the page
+SHOWN = 4  # pictures on the page of a bundle
 
 
 @dataclass(frozen=True)
@@ -58,8 +44,7 @@ class Built:
 
 def build(options: Options, progress: Progress = silent) -> Built:
     """Model to bundle. Raises any EdgepruneError; nothing half-written is left."""
-    if options.policy not in POLICIES:
-        raise InputError(f"unknown policy {options.policy!r}: choose search or paper")
+    check_policy(options.policy)
     job = Job(options, progress)
     check_out(options.folder())
     goal = options.goal
@@ -81,23 +66,35 @@ def build(options: Options, progress: Progress = silent) -> Built:
             log.info("no schedule is faster: keeping the one that was measured")
             break
         goal = corrected
-    best = best_of(attempts, options.goal)
-    return Built(
-        options.folder(), _bundle(job, *best, lambda: _story(job, best.schedule, attempts, goals)), job.staircase
-    )
+    return Built(options.folder(), _bundle(job, attempts, goals), job.staircase)
 
 
-def _story(job: Job, schedule: Schedule, attempts: Sequence[Attempt], goals: Sequence[Goal]) -> Story:
-    """What the page of a bundle tells beyond its manifest and staircase."""
+def _bundle(job: Job, attempts: Sequence[Attempt], goals: Sequence[Goal]) -> Manifest:
+    """Write the bundle of the best attempt, unless the very same one is already there."""
+    options, model = job.options, job.model
+    schedule, onnx, report = best_of(attempts, options.goal)
+    card = card_for(model, schedule, job.pictures.class_names if job.pictures else None)
+    if job.pictures is not None:
+        index = np.arange(options.batch) % len(job.pixels)
+        example = normalise(job.pixels[index], model.preprocessing)
+    else:
+        example = example_of(card, options.batch, None)
+
+    def story() -> Story:
+        return _story(job, card, attempts, goals)
+
+    return bundle_from_onnx(job.target, options.folder(), onnx, card, report, example, job.staircase, story=story)
+
+
+def _story(job: Job, card: Card, attempts: Sequence[Attempt], goals: Sequence[Goal]) -> Story:
+    """How a build came to its schedule: what was weighed, what was built, and what that does to pictures."""
     from edgeprune.explain import samples_of
-    from edgeprune.models import class_labels
 
     samples: tuple[Sample, ...] = ()
-    if job.pictures is not None and schedule.cuts:
+    if job.pictures is not None and card.schedule.cuts:
         shown = sorted({*np.linspace(0, len(job.pixels) - 1, SHOWN).astype(int).tolist()})
         labels = [job.pictures.labels[i] for i in shown] if job.pictures.labels else None
-        names = class_labels(job.model.vit, job.pictures.class_names)
-        samples = samples_of(job.model, schedule, job.pixels[shown], labels, names)
+        samples = samples_of(job.model, card.schedule, job.pixels[shown], labels, card.labels)
     return Story(
         asked=str(job.options.goal),
         candidates=tuple({c.tokens: c for goal in goals for c in weighed(job, goal)}.values()),
@@ -110,87 +107,52 @@ def _story(job: Job, schedule: Schedule, attempts: Sequence[Attempt], goals: Seq
     )
 
 
-def _bundle(job: Job, schedule: Schedule, onnx: Path, report: Report, story_of: Callable[[], Story]) -> Manifest:
-    """Write the bundle, unless the very same one is already there."""
+def card_for(model: Model, schedule: Schedule, class_names: tuple[str, ...] | None) -> Card:
+    """What an exported file says of itself."""
     from edgeprune.models import class_labels
 
-    options, model = job.options, job.model
-    out = options.folder()
-    engine_file = job.target.engine(onnx)
-    engine = Engine(
-        path=f"model{engine_file.suffix}",
-        sha256=sha256_file(engine_file),
-        onnx_sha256=sha256_file(onnx),
-        size_bytes=engine_file.stat().st_size,
-        setup=job.target.setup,
-    )
-    if (out / MANIFEST).is_file():
-        try:
-            old = load_bundle(out)
-        except EdgepruneError:
-            old = None
-        if old and PAGE in old.files and (old.engine, old.schedule, old.report) == (engine, schedule, report):
-            log.info("bundle: reused %s", out)
-            return old
-    if job.pictures is not None:
-        index = np.arange(options.batch) % len(job.pixels)
-        batch = normalise(job.pixels[index], model.preprocessing)
-    else:
-        shape = (options.batch, 3, model.vit.image_px, model.vit.image_px)
-        batch = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    with job.target.opener(onnx)() as session:
-        golden = session.infer(batch)
-        check_fusion(session, onnx, job.target.setup.precision)
-    story = story_of()
-    page = page_html(engine, schedule, report, job.staircase, model.preprocessing, story)
-    return write_bundle(
-        out,
-        vit=model.vit,
-        files={engine.path: engine_file, ONNX: onnx},
-        engine=engine,
-        schedule=schedule,
-        staircase=job.staircase,
-        report=report,
-        preprocessing=model.preprocessing,
-        labels=class_labels(model.vit, job.pictures.class_names if job.pictures else None),
-        golden=(batch, golden),
-        extra={
-            DEVICE: encode(job.target.device),
-            STORY: encode(story),
-            PAGE: page.encode(),
-            **staircase_svg(job.staircase, schedule),
-        },
-    )
+    labels = class_labels(model.vit, class_names)
+    return Card(vit=model.vit, schedule=schedule, preprocessing=model.preprocessing, labels=labels)
 
 
-def check_fusion(session: Session, onnx: Path, precision: str) -> None:
-    """Warn where TensorRT fused fewer attention layers than stand in the form that it fuses (fp16 and INT8 alone)."""
-    if not isinstance(session, Inspected) or precision == "fp32":
-        return
-    fused, expected = session.fused_attention(), sum(attention_forms(load_graph(onnx)))
-    if fused is not None and fused < expected:
-        log.warning(
-            "TensorRT fused %d of %d attention layers without a cut: look into its build log", fused, expected
-        )
-    elif fused is not None:
-        log.info("fused attention: %d of %d", fused, expected)
+def export_model(
+    model: Model,
+    schedule: Path | None,
+    batch: int,
+    out: Path,
+    precision: str = "fp32",
+    pictures: ImageSet | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Write a pruned or, without a schedule, the unpruned model; its card lies in the metadata.
 
-
-def export_model(model: Model, schedule: Path | None, batch: int, out: Path, precision: str = "fp32") -> Path:
-    """Write a pruned or, without a schedule, the unpruned model. Raises InputError, ExportError, OutputError."""
-    if precision == "int8":
-        raise InputError("INT8 ranges come from pictures: use edgeprune build --precision int8")
+    `pictures` give the INT8 ranges. Raises InputError, ExportError, OutputError.
+    """
     import torch
 
     from edgeprune.fidelity import pruned_module
 
-    method, tokens, prefix_last = "none", (model.vit.tokens,) * model.vit.depth, False
+    vit, how = model.vit, model.preprocessing
+    found = Schedule(vit=vit, method="none", policy="search", tokens=(vit.tokens,) * vit.depth)
     if schedule is not None:
         found = load(schedule, Schedule)
-        if found.vit != model.vit:
+        if found.vit != vit:
             raise InputError(f"{schedule} is of {found.vit.name} with other weights: make it for this model")
-        method, tokens, prefix_last = found.method, found.tokens, found.prefix_last
-    example = torch.zeros(batch, 3, model.vit.image_px, model.vit.image_px)
-    module = pruned_module(model, method, tokens, prefix_last)
-    export.onnx_from_module(module, example, out, convert=CONVERSIONS[precision])
+    if precision == "int8" and pictures is None:
+        raise InputError("INT8 ranges come from pictures: pass --images DIR|CSV")
+    card = card_for(model, found, pictures.class_names if pictures else None)
+
+    def convert(graph: onnx.ModelProto) -> onnx.ModelProto:
+        if precision == "int8" and pictures is not None:
+            pixels = load_pixels(pictures.part(CALIBRATION_IMAGES).paths, how)
+            ranges = calibrated(graph, [images for images, _ in batches(pixels, how, batch)], progress)
+            graph = int8(graph, ranges.ranges, ranges.kept)
+        else:
+            graph = CONVERSIONS[precision](graph)
+        attach(card, graph)
+        return graph
+
+    example = torch.zeros(batch, 3, vit.image_px, vit.image_px)
+    module = pruned_module(model, found.method, found.tokens, found.prefix_last)
+    export.onnx_from_module(module, example, out, convert=convert)
     return out

@@ -34,11 +34,16 @@ SAVE_EVERY = 8  # scores
 Row = tuple[float, float, float | None]  # KL, agreement, top-1
 
 
+def check_policy(policy: str) -> None:
+    """Raise InputError for a policy that does not exist."""
+    if policy not in POLICIES:
+        raise InputError(f"unknown policy {policy!r}: choose from {', '.join(POLICIES)}")
+
+
 def solve(job: Job, goal: Goal) -> Schedule:
     """Tokens per block for a goal, by the policy asked for."""
     options, staircase, vit = job.options, job.staircase, job.model.vit
-    if options.policy not in POLICIES:
-        raise InputError(f"unknown policy {options.policy!r}: choose from {', '.join(POLICIES)}")
+    check_policy(options.policy)
     if options.method == "none":
         dense = (vit.tokens,) * vit.depth
         return finished(staircase, "none", options.policy, dense, job.prefix_last)

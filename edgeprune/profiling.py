@@ -172,7 +172,7 @@ def _measured(
             samples,
             lambda state: write_bytes(partial, msgspec.json.encode(state)),
             target.progress,
-            keep_open=_fits_memory(folder / "trunk.weights"),
+            keep_open=_fits(folder / "trunk.weights", target.runtime.free_bytes()),
         )
         save(staircase, path)
         partial.unlink(missing_ok=True)
@@ -217,12 +217,6 @@ def _resumed(partial: Path) -> Samples:
     return samples
 
 
-def _fits_memory(weights: Path) -> bool:
+def _fits(weights: Path, free_bytes: int | None) -> bool:
     """Do some thirty sessions, each with its own copy of the weights, fit half of the free memory?"""
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return weights.stat().st_size * 3 * 40 < int(line.split()[1]) * 1024 / 2
-    except OSError:
-        pass
-    return False
+    return free_bytes is None or weights.stat().st_size * 3 * 40 < free_bytes / 2

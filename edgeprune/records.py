@@ -282,12 +282,12 @@ class Int8Ranges(Record, frozen=True, kw_only=True):
 
 
 class Report(Record, frozen=True, kw_only=True):
-    """What was measured: latency in ms, top-1 and agreement in percent, KL in nats."""
+    """What was measured: latency in ms, top-1 and agreement in percent, KL in nats; None is unknown."""
 
     latency: Latency
-    dense_latency: Latency
-    speedup: float
-    speedup_interval: tuple[float, float]
+    dense_latency: Latency | None = None
+    speedup: float | None = None
+    speedup_interval: tuple[float, float] | None = None
     agreement: float | None = None
     kl: float | None = None
     top1: float | None = None
@@ -295,6 +295,18 @@ class Report(Record, frozen=True, kw_only=True):
     images: int = 0
     probes: int = 0
     predicted_ms: float | None = None
+    fusable_attention: int | None = None  # attention layers in the form that TensorRT fuses
+    fused_attention: int | None = None  # those that the engine runs as one kernel, where it tells
+
+
+class Card(Record, frozen=True, kw_only=True):
+    """What an ONNX file is, in its metadata: all that a bundle takes besides the graph."""
+
+    schema: int = SCHEMA
+    vit: Vit
+    schedule: Schedule
+    preprocessing: Preprocessing
+    labels: tuple[str, ...]
 
 
 class Candidate(Record, frozen=True):
@@ -333,10 +345,10 @@ class Story(Record, frozen=True, kw_only=True):
     """How a build came to its schedule: what it weighed, what it tried, and what that does to pictures."""
 
     schema: int = SCHEMA
-    asked: str
-    candidates: tuple[Candidate, ...]  # empty where nothing was searched
-    trials: tuple[Trial, ...]
-    samples: tuple[Sample, ...]  # empty without pictures, or where nothing is cut
+    asked: str = ""
+    candidates: tuple[Candidate, ...] = ()  # empty where nothing was searched
+    trials: tuple[Trial, ...] = ()
+    samples: tuple[Sample, ...] = ()  # empty without pictures, or where nothing is cut
 
 
 class Manifest(Record, frozen=True, kw_only=True):

@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 import onnx as onnx_graph
 
-from edgeprune import export, measure
+from edgeprune import export, fusion, measure
 from edgeprune.errors import ExportError, PrecisionError
 from edgeprune.export import Convert
 from edgeprune.graph import static_or_raise
@@ -61,22 +61,27 @@ def best_of(attempts: Sequence[Attempt], goal: Goal) -> Attempt:
     good = [a for a in attempts if _meets(goal, a.report)]
     if good:
         return min(good, key=lambda a: (a.report.kl or 0.0, a.report.latency.median_ms))
-    best = max(attempts, key=lambda a: a.report.speedup)
+    best = max(attempts, key=lambda a: _speedup(a.report))
     median = best.report.latency.median_ms
-    log.warning("the goal is missed: %.3fx, %.3f ms is the fastest that was measured", best.report.speedup, median)
+    log.warning("the goal is missed: %.3fx, %.3f ms is the fastest that was measured", _speedup(best.report), median)
     return best
+
+
+def _speedup(report: Report) -> float:
+    assert report.speedup is not None, "a build measures the unpruned model beside"
+    return report.speedup
 
 
 def _meets(goal: Goal, report: Report) -> bool:
     if goal.speedup is not None:
-        return report.speedup >= goal.speedup * (1 - MISS)
+        return _speedup(report) >= goal.speedup * (1 - MISS)
     return goal.budget_ms is None or report.latency.median_ms <= goal.budget_ms * (1 + MISS)
 
 
 def correction(job: Job, asked: Goal, used: Goal, report: Report) -> Goal | None:
     """The goal to give the additive model so that the measurement meets `asked`; None where it does."""
     if asked.speedup is not None and used.speedup is not None:
-        error = report.speedup / asked.speedup
+        error = _speedup(report) / asked.speedup
         return Goal(speedup=used.speedup / error) if abs(error - 1) > MISS else None
     if asked.budget_ms is not None and used.budget_ms is not None:
         error = asked.budget_ms / report.latency.median_ms
@@ -143,6 +148,7 @@ def realise(job: Job, schedule: Schedule) -> tuple[Path, Report]:
     files = {"dense": reference, "pruned": exact}
     if target.onnx_precision != "fp32":
         files = {"dense": nominal_onnx(job, reference), "pruned": precise_onnx(job, exact), "fp32": exact}
+    fusable = fusion.foretold(files["pruned"], schedule, target.setup)
     hashes = [sha256_file(file) for file in files.values()]
     rounds = 1 if target.setup.simulated else options.rounds
 
@@ -162,6 +168,7 @@ def realise(job: Job, schedule: Schedule) -> tuple[Path, Report]:
         speedup=speedup,
         speedup_interval=interval,
         probes=job.staircase.probes,
+        fusable_attention=fusable,
         predicted_ms=predict_ms(job.staircase, schedule.tokens, schedule.method, schedule.prefix_last) * drift,
     )
     if job.pictures is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.records import Manifest, Report, Schedule, Setup, Staircase
+from edgeprune.records import Latency, Manifest, Report, Schedule, Setup, Staircase
 from edgeprune.staircase import treads
 
 if TYPE_CHECKING:
@@ -29,9 +29,9 @@ def row_of(setup: Setup, schedule: Schedule, report: Report, bundle: Path | None
         "tokens": list(schedule.tokens),
         "prefix_last": schedule.prefix_last,
         "latency_ms": report.latency.summary(),
-        "dense_latency_ms": report.dense_latency.summary(),
+        "dense_latency_ms": report.dense_latency.summary() if report.dense_latency else None,
         "speedup": report.speedup,
-        "speedup_interval": list(report.speedup_interval),
+        "speedup_interval": list(report.speedup_interval) if report.speedup_interval else None,
         "predicted_ms": report.predicted_ms,
         "agreement": report.agreement,
         "kl": report.kl,
@@ -39,6 +39,8 @@ def row_of(setup: Setup, schedule: Schedule, report: Report, bundle: Path | None
         "dense_top1": report.dense_top1,
         "images": report.images,
         "probes": report.probes,
+        "fusable_attention": report.fusable_attention,
+        "fused_attention": report.fused_attention,
     }
     if setup.simulated:
         row["simulated"] = True
@@ -81,15 +83,18 @@ def build_table(manifest: Manifest) -> Table:
     table.add_column("unpruned", justify="right")
     table.add_column(f"{schedule.method} ({schedule.policy})", justify="right")
     table.add_row("tokens per block", f"{manifest.vit.tokens} x {manifest.vit.depth}", runs(schedule.tokens))
-    table.add_row("latency, ms (95 % interval)", _ms(report, dense=True), _ms(report, dense=False))
-    low, high = report.speedup_interval
-    table.add_row("speed-up (95 % interval)", "1", f"{report.speedup:.3f} ({low:.3f} to {high:.3f})")
+    table.add_row("latency, ms (95 % interval)", _ms(report.dense_latency), _ms(report.latency))
+    if report.speedup is not None and report.speedup_interval is not None:
+        low, high = report.speedup_interval
+        table.add_row("speed-up (95 % interval)", "1", f"{report.speedup:.3f} ({low:.3f} to {high:.3f})")
     if report.predicted_ms is not None:
         off = 100 * (report.predicted_ms / report.latency.median_ms - 1)
         table.add_row("predicted, ms", "", f"{report.predicted_ms:.3f} ({off:+.1f} %)")
     table.add_row("top-1, %", _number(report.dense_top1), _number(report.top1))
     table.add_row("agreement, %", "100", _number(report.agreement))
     table.add_row("KL, nats", "0", _number(report.kl, 4))
+    if report.fused_attention is not None:
+        table.add_row("fused attention, layers", "", f"{report.fused_attention} of {report.fusable_attention}")
     table.caption = f"{report.images} images, {len(report.latency.samples_ms)} interleaved rounds"
     return table
 
@@ -105,8 +110,9 @@ def runs(tokens: tuple[int, ...]) -> str:
     return ", ".join(f"{n} x {times}" if times > 1 else str(n) for n, times in parts)
 
 
-def _ms(report: Report, dense: bool) -> str:
-    latency = report.dense_latency if dense else report.latency
+def _ms(latency: Latency | None) -> str:
+    if latency is None:
+        return "–"
     low, high = latency.interval_ms
     return f"{latency.median_ms:.3f} ({low:.3f} to {high:.3f})"
 

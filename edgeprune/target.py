@@ -14,6 +14,8 @@ from edgeprune.errors import InputError
 from edgeprune.measure import Open
 from edgeprune.records import Device, Progress, Setup, key_of, sha256_file, silent
 from edgeprune.runtimes import Runtime, runtime_for
+from edgeprune.runtimes.remote import RemoteRuntime
+from edgeprune.ssh import Host
 
 log = logging.getLogger(__name__)
 
@@ -88,12 +90,23 @@ def target_for(
     simulate: bool = False,
     work: Path = WORK,
     progress: Progress = silent,
+    host: Host | None = None,
+    lock_clocks: bool = False,
 ) -> Target:
-    """Raises DeviceError, MissingError, InputError."""
+    """A device that is this machine, is simulated, or answers on `host`; clocks are locked there on request.
+
+    Raises DeviceError, MissingError, InputError, HostError.
+    """
     check_batch(batch)
     check_precision(precision)
     found = load_device(device)
-    if not simulate:
-        check_is_here(found)
-    runtime = runtime_for(found, simulate)
+    runtime: Runtime
+    if host is not None:
+        if simulate:
+            raise InputError("--simulate needs no host: leave out --host")
+        runtime = RemoteRuntime(found, host, lock_clocks)
+    else:
+        if not simulate:
+            check_is_here(found)
+        runtime = runtime_for(found, simulate)
     return Target(found, runtime, runtime.setup(found, precision, batch), work, progress)

@@ -40,7 +40,7 @@ from edgeprune.devices import load_device, names
 from edgeprune.records import Schedule, Staircase, load
 
 SIMULATED = [name for name in names() if load_device(name).simulation]
-COMMANDS = ("build", "profile", "schedule", "export", "bench", "compare", "devices", "doctor")
+COMMANDS = ("build", "profile", "schedule", "export", "compile", "bench", "compare", "devices", "doctor")
 # Imports of torch and its kind fail, as where they are not installed.
 WITHOUT_TORCH = """
 import importlib.abc, sys

@@ -211,12 +211,26 @@ def test_simulated_latency_says_so() -> None:
     assert "SIMULATED" not in measured
 
 
+def test_what_is_unknown_is_left_out_or_said() -> None:
+    given = records()
+    figures = dict.fromkeys(("dense_latency", "speedup", "speedup_interval", "dense_top1", "agreement", "kl"))
+    bare = msgspec.structs.replace(given["report"], **figures)
+    text = Tags(page_html(**given | {"report": bare, "staircase": None, "story": Story()})).text
+    assert text.startswith("\n") and "8.00 ms, 81.9 % top-1" in text and "None" not in text
+    for missing in ("This bundle holds none", "No schedules were weighed", "Nothing was predicted"):
+        assert missing in text
+    assert "asked for" not in text and "Every probe" not in text
+    predicted = msgspec.structs.replace(bare, predicted_ms=8.4)
+    page = page_html(**given | {"report": predicted, "story": Story()})
+    assert "1, chosen: predicted 8.4, measured 8 ms (+5.0 %)" in page
+
+
 def test_nothing_weighed_nothing_cut() -> None:
     given = records(method="none")
     given["schedule"] = msgspec.structs.replace(given["schedule"], tokens=(17,) * 4)
     given["story"] = msgspec.structs.replace(given["story"], candidates=(), samples=())
     text = Tags(page_html(**given)).text
-    assert "Nothing was weighed" in text and "Tokens kept" not in text
+    assert "No schedules were weighed" in text and "Tokens kept" not in text
 
 
 def test_patches_without_a_token_are_dimmed_and_explained() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -18,9 +19,10 @@ import pytest
 from fake_trt import Fake
 from onnx import TensorProto, helper, numpy_helper
 
+from edgeprune import fusion
 from edgeprune.devices import load_device, parse
 from edgeprune.errors import DeviceError, EngineError, MissingError, RecordError
-from edgeprune.records import Setup, TrtOptions
+from edgeprune.records import Schedule, Setup, TrtOptions, Vit
 from edgeprune.runtimes import runtime_for
 from edgeprune.runtimes.trt import TensorRT, described, fits
 from edgeprune.runtimes.trt_builder import fusion_of
@@ -313,10 +315,10 @@ def test_where_capture_fails_kernels_are_launched_one_by_one(
     assert f"no CUDA graph ({failing}: CUDA error 900)" in caplog.text
 
 
-def test_lost_fusion_is_told(fake: Fake, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lost_fusion_is_told(
+    fake: Fake, make_vit: Callable[..., Vit], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Two blocks whose attention could be fused, one layer that the inspector calls fused."""
-    from edgeprune.pipeline import check_fusion
-
     node, nodes = helper.make_node, []
     for block in range(2):
         names = {n: f"{n}{block}" for n in ("scaled", "scores", "weights", "out")}
@@ -333,13 +335,19 @@ def test_lost_fusion_is_told(fake: Fake, tmp_path: Path, caplog: pytest.LogCaptu
     path = tmp_path / "two.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     runtime().compile(path, SETUP, tmp_path / "two.engine")
+    half_setup = msgspec.structs.replace(SETUP, precision="fp16")
+    two = Schedule(vit=make_vit(depth=2), method="none", policy="search", tokens=(197, 197))
+    assert fusion.foretold(path, two, half_setup) == 2 and not caplog.text
+    three = Schedule(vit=make_vit(depth=3), method="none", policy="search", tokens=(197,) * 3)
+    fusion.foretold(path, three, half_setup)
+    assert "1 of 3 blocks without a cut" in caplog.text
     with runtime().open(tmp_path / "two.engine", SETUP) as session:
         for precision, told in (("fp32", False), ("fp16", True)):
-            check_fusion(session, path, precision)
+            fusion.tell(session.fused_attention(), 2, precision)
             assert ("fused 1 of 2 attention layers" in caplog.text) is told
         caplog.clear()
         fake.layers.append({"Name": "c", "TacticName": "fmha_v2"})
-        check_fusion(session, path, "fp16")
+        fusion.tell(session.fused_attention(), 2, "fp16")
         assert "without a cut" not in caplog.text
 
 
@@ -347,9 +355,11 @@ def test_whole_build_and_bench(fake: Fake, tmp_path: Path, monkeypatch: pytest.M
     """The pipeline of `build --device cuda`: every probe compiled, the plan beside its ONNX in the bundle."""
     from edgeprune.bench import bench_bundles
     from edgeprune.bundle import load_bundle
+    from edgeprune.compiling import Inputs, compile_onnx
     from edgeprune.job import Options
     from edgeprune.pipeline import build
     from edgeprune.schedule import Goal
+    from edgeprune.target import target_for
 
     monkeypatch.setattr("edgeprune.profiling.ROUNDS", 3)
     options = Options(
@@ -358,7 +368,7 @@ def test_whole_build_and_bench(fake: Fake, tmp_path: Path, monkeypatch: pytest.M
     )  # fmt: skip
     built = build(options)
     manifest = load_bundle(built.path)
-    assert {"model.engine", "model.onnx", "device.json"} <= set(manifest.files)
+    assert {"model.engine", "model.onnx", "build.log", "device.json"} <= set(manifest.files)
     assert manifest.engine.path == "model.engine" and manifest.engine.setup.runtime == "trt"
     assert manifest.engine.onnx_sha256 == manifest.files["model.onnx"] != manifest.engine.sha256
     assert len(list((tmp_path / "work").glob("timing-*.cache"))) == 1
@@ -366,3 +376,7 @@ def test_whole_build_and_bench(fake: Fake, tmp_path: Path, monkeypatch: pytest.M
     assert build(options).manifest == manifest and len(fake.configs) == compiled, "engines were built twice"
     [row] = bench_bundles([built.path], 5)
     assert row["runtime"] == "trt" and fake.launches > launches
+    again = Inputs(built.path / "model.onnx", rounds=5, out=tmp_path / "again")
+    _, rebuilt = compile_onnx(target_for("cuda", work=tmp_path / "other"), again)
+    assert len(fake.configs) == compiled + 1 and rebuilt.engine.onnx_sha256 == manifest.engine.onnx_sha256
+    assert rebuilt.schedule == manifest.schedule and rebuilt.report.speedup is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import re
+import shlex
 import subprocess
 from importlib import resources
 from pathlib import Path
@@ -17,7 +18,7 @@ MAX_TOML_BYTES = 64 << 10
 DEVICE_TREE = Path("/proc/device-tree/model")
 CPUINFO = Path("/proc/cpuinfo")
 SIMULATION_FIGURES = ("clock_mhz", "bandwidth_gb_per_s", "launch_us")
-NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name", "--format=csv,noheader")
+NVIDIA_SMI = "nvidia-smi --query-gpu=name --format=csv,noheader"
 
 
 def names() -> tuple[str, ...]:
@@ -96,12 +97,19 @@ def this_machine() -> str:
 
 def nvidia_gpu() -> str | None:
     """Name of the first NVIDIA GPU, or None where `nvidia-smi` is absent, fails or lists none."""
+    lines = (run(NVIDIA_SMI) or "").splitlines()
+    return lines[0].strip() if lines else None
+
+
+def run(command: str, timeout_s: float = 20) -> str | None:
+    """What a command prints; None where it does not exist, fails or hangs."""
     try:
-        done = subprocess.run(NVIDIA_SMI, capture_output=True, text=True, errors="replace", timeout=20)
+        done = subprocess.run(
+            shlex.split(command), capture_output=True, text=True, errors="replace", timeout=timeout_s
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    lines = done.stdout.strip().splitlines()
-    return lines[0].strip() if done.returncode == 0 and lines else None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def check_is_here(device: Device) -> None:
@@ -119,7 +127,7 @@ def check_is_here(device: Device) -> None:
         if not any(part in here for part in device.machine):
             raise DeviceError(f"{away} (this is {here}): run there, or {plan}")
     elif device.tensorrt is not None and nvidia_gpu() is None:
-        here = f"{this_machine()}; no NVIDIA GPU answers {NVIDIA_SMI[0]}"
+        here = f"{this_machine()}; no NVIDIA GPU answers {NVIDIA_SMI.split()[0]}"
         raise DeviceError(f"{away} (this is {here}): run there, or {plan}")
 
 

@@ -71,6 +71,10 @@ class Runtime(Protocol):
         """Load a compiled file. Raises EngineError."""
         ...
 
+    def free_bytes(self) -> int | None:
+        """Memory that sessions can take; None where that does not limit them."""
+        ...
+
 
 def runtime_for(device: Device, simulate: bool = False) -> Runtime:
     """The runtime of a device, or the tail-effect model in its place. Raises DeviceError.

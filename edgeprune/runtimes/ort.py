@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import time
 from pathlib import Path
 from types import TracebackType
@@ -18,6 +19,7 @@ from edgeprune.records import Device, Engine, Progress, Setup, replacing, sha256
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+MEMINFO = Path("/proc/meminfo")
 PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
 
 
@@ -59,6 +61,14 @@ class OrtRuntime:
             temporary.write_bytes(onnx.read_bytes())
         digest = sha256_file(out)
         return Engine(path=out.name, sha256=digest, onnx_sha256=digest, size_bytes=out.stat().st_size, setup=setup)
+
+    def free_bytes(self) -> int | None:
+        """Memory that is available on this machine, from the kernel."""
+        try:
+            found = re.search(r"^MemAvailable:\s+(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
+        except OSError:
+            return None
+        return int(found[1]) * 1024 if found else None
 
     def open(self, path: Path, setup: Setup) -> OrtSession:
         """Raises EngineError, with ONNX Runtime's own first line."""

@@ -269,6 +269,10 @@ class SimulatedRuntime:
         digest, size = sha256_file(out), out.stat().st_size
         return Engine(path=out.name, sha256=digest, onnx_sha256=digest, size_bytes=size, setup=setup)
 
+    def free_bytes(self) -> int | None:
+        """No limit: nothing is loaded."""
+        return None
+
     def open(self, path: Path, setup: Setup) -> SimulatedSession:
         """Load a compiled file. Raises EngineError, DeviceError."""
         return SimulatedSession(path, self.device, setup.precision)

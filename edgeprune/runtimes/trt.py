@@ -92,6 +92,10 @@ class TensorRT:
             setup=setup,
         )
 
+    def free_bytes(self) -> int | None:
+        """Free memory of the GPU; a Jetson shares it with the system."""
+        return int(_driver().mem_get_info()[0])
+
     def open(self, path: Path, setup: Setup) -> TrtSession:
         """Raises EngineError for a plan of another TensorRT or GPU, or a truncated one, by name."""
         return TrtSession(path)

@@ -1,0 +1,196 @@
+"""What a workstation and the worker on a device say to each other: length-prefixed MessagePack over one pipe."""
+
+from __future__ import annotations
+
+from typing import IO, TypeVar
+
+import msgspec
+
+from edgeprune.records import Device, Setup
+
+MAX_FRAME_BYTES = 512 << 20
+PIECE_BYTES = 4 << 20  # of a file in one frame
+HEAD_BYTES = 4  # length of a frame, big-endian
+
+
+class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
+    """Base of all messages; the class name travels as their tag."""
+
+
+# ---- to the device
+
+
+class Prepare(Message, frozen=True):
+    """First message. Answered by Ready."""
+
+    version: str
+    device: Device
+    precision: str
+    batch: int
+    lock_clocks: bool = False
+
+
+class Missing(Message, frozen=True):
+    """Which of these files, by sha256, are not there yet? Answered by Names."""
+
+    sha256: tuple[str, ...]
+
+
+class Put(Message, frozen=True):
+    """A piece of a file. The last is answered by Done, the others not at all."""
+
+    sha256: str
+    data: bytes
+    last: bool
+
+
+class Compile(Message, frozen=True):
+    """Build an engine from `main` among `files` (name -> sha256). Answered by Compiled."""
+
+    files: dict[str, str]
+    main: str
+
+
+class Get(Message, frozen=True):
+    """Answered by Put after Put of a file that the device made."""
+
+    sha256: str
+
+
+class Open(Message, frozen=True):
+    """Load an engine. Answered by Opened."""
+
+    files: dict[str, str]
+    main: str
+
+
+class Time(Message, frozen=True):
+    """One timed inference, after an untimed one. Answered by Value, in ms."""
+
+    session: int
+
+
+class Infer(Message, frozen=True):
+    """One batch, fp32, C order. Answered by Output."""
+
+    session: int
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class Fused(Message, frozen=True):
+    """How many attention layers run as one kernel? Answered by Value."""
+
+    session: int
+
+
+class Close(Message, frozen=True):
+    """Free a session. Answered by Done."""
+
+    session: int
+
+
+# ---- from the device
+
+
+class Ready(Message, frozen=True):
+    """The setup that latencies are comparable under, and the runtime's own constants."""
+
+    setup: Setup
+    suffix: str
+    parity: float
+    free_bytes: int | None
+
+
+class Names(Message, frozen=True):
+    """Files by sha256."""
+
+    sha256: tuple[str, ...]
+
+
+class Compiled(Message, frozen=True):
+    """An engine, to be fetched with Get, and its build log."""
+
+    sha256: str
+    log: str
+
+
+class Opened(Message, frozen=True):
+    """A session's number."""
+
+    session: int
+
+
+class Value(Message, frozen=True):
+    """A figure; None is unknown."""
+
+    value: float | None
+
+
+class Output(Message, frozen=True):
+    """Outputs of one batch, fp32, C order."""
+
+    shape: tuple[int, ...]
+    data: bytes
+
+
+class Done(Message, frozen=True):
+    """Nothing more to say."""
+
+
+class Progressed(Message, frozen=True):
+    """How far the device is; comes before an answer."""
+
+    what: str
+    done: int
+    total: int
+
+
+class Logged(Message, frozen=True):
+    """A line of the device's log; comes before an answer."""
+
+    level: int
+    text: str
+
+
+class Failed(Message, frozen=True):
+    """An error by its class in errors.py."""
+
+    kind: str
+    text: str
+
+
+Request = Prepare | Missing | Put | Compile | Get | Open | Time | Infer | Fused | Close
+Answer = Ready | Names | Put | Compiled | Opened | Value | Output | Done | Progressed | Logged | Failed
+_encoder = msgspec.msgpack.Encoder()
+_requests = msgspec.msgpack.Decoder(Request)
+_answers = msgspec.msgpack.Decoder(Answer)
+T = TypeVar("T")
+
+
+def write(pipe: IO[bytes], message: Message) -> None:
+    """Send one message. Raises OSError where the other end is gone."""
+    data = _encoder.encode(message)
+    pipe.write(len(data).to_bytes(HEAD_BYTES, "big") + data)
+    pipe.flush()
+
+
+def read_request(pipe: IO[bytes]) -> Request | None:
+    """The next message to the device, None at the end. Raises ValueError for what is none."""
+    return _read(pipe, _requests)
+
+
+def read_answer(pipe: IO[bytes]) -> Answer | None:
+    """The next message from the device, None at the end. Raises ValueError for what is none."""
+    return _read(pipe, _answers)
+
+
+def _read(pipe: IO[bytes], decoder: msgspec.msgpack.Decoder[T]) -> T | None:
+    head = pipe.read(HEAD_BYTES)
+    if len(head) < HEAD_BYTES:
+        return None
+    size = int.from_bytes(head, "big")
+    if size > MAX_FRAME_BYTES:
+        raise ValueError(f"a message of {size} bytes")
+    data = pipe.read(size)
+    return decoder.decode(data) if len(data) == size else None
