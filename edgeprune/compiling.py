@@ -152,9 +152,8 @@ def bundle_from_onnx(
 ) -> Manifest:
     """Compile, run `example` (one normalised batch) as the golden input, write; the very same bundle stays.
 
-    `story` is asked for only where a bundle is written.
-
-    Raises EngineError where the outputs are not finite, or in fp32 not those `expected`.
+    `story` is called only where a bundle is written. Raises EngineError where the outputs are not finite, or in
+    fp32 not those `expected`.
     """
     engine_file = target.engine(onnx)
     engine = Engine(
