@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -31,13 +32,13 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Example CPU\nflags\t: fpu\n")
     monkeypatch.setattr(devices, "DEVICE_TREE", tmp_path / "model")
     monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
-    monkeypatch.setattr(devices, "NVIDIA_SMI", (str(tmp_path / "nvidia-smi"),))
+    monkeypatch.setattr(devices, "NVIDIA_SMI", str(tmp_path / "nvidia-smi"))
     return tmp_path / "model"
 
 
 def has_gpu(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
     """Let Python stand in for nvidia-smi."""
-    monkeypatch.setattr(devices, "NVIDIA_SMI", (sys.executable, "-c", code))
+    monkeypatch.setattr(devices, "NVIDIA_SMI", shlex.join([sys.executable, "-c", code]))
 
 
 def test_names_are_the_bundled_files() -> None:
