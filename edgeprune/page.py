@@ -213,6 +213,7 @@ def _figures(schedule: Schedule, report: Report) -> str:
 
 def _setup(engine: Engine, schedule: Schedule, report: Report, preprocessing: Preprocessing) -> str:
     setup, how = engine.setup, preprocessing
+    together = ", interleaved with the unpruned model" if report.dense_latency else ""
     values = {
         "machine": setup.machine,
         "runtime": f"{setup.runtime} {setup.runtime_version}" + (", SIMULATED" if setup.simulated else ""),
@@ -220,8 +221,8 @@ def _setup(engine: Engine, schedule: Schedule, report: Report, preprocessing: Pr
         "threads": setup.threads,
         "power mode": setup.power_mode,
         "builder options": setup.options,
-        "measured in": f"rounds interleaved with the unpruned model: {len(report.latency.samples_ms)}",
-        "staircase": f"{report.probes} probes",
+        "rounds": f"{len(report.latency.samples_ms)}{together}",
+        "probes": report.probes or None,
         "accuracy on": f"{report.images} pictures" if report.images else None,
         "preprocessing": f"{how.resize_px} px {how.interpolation}, {how.crop_mode} crop of {how.image_px} px",
         "engine": f"{engine.path}, {engine.size_bytes / 1e6:.1f} MB, sha256 {engine.sha256[:12]}…",
