@@ -37,11 +37,11 @@ $(VENV)/debian.stamp: $(VENV)/run.stamp
 	else echo "not root, or no apt-get: tests that need chromium or sshd are skipped where those are missing"; fi
 	touch $@
 
-# The picture of the README: the page of a build of the embedded model, as a browser shows it.
+# The picture of the README: the page of a build of the embedded model on simulated latencies, so that it can be repeated.
 picture: $(VENV)/run.stamp $(VENV)/debian.stamp
-	$(BIN)/edgeprune build --device cpu --speedup 2 --out $(VENV)/picture
-	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --user-data-dir=$(VENV)/chromium \
-	  --window-size=1120,1330 --screenshot=docs/report.png "file://$(abspath $(VENV))/picture/report.html"
+	$(BIN)/edgeprune build --device orin-nano --simulate --precision fp16 --batch 32 --speedup 2.5 --out $(VENV)/picture
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --user-data-dir=$(abspath $(VENV))/chromium \
+	  --window-size=1120,1545 --screenshot=docs/report.png "file://$(abspath $(VENV))/picture/report.html"
 
 clean:
 	rm -rf $(VENV) engines/.work

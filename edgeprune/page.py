@@ -47,7 +47,7 @@ def page_html(
     how = f"{schedule.method} ({schedule.policy})" + (f", asked for {story.asked}" if story.asked else "")
     mark = " SIMULATED." if setup.simulated else ""  # below every chart of latencies
     body = [
-        f"<header><h1>{_gain(report)}</h1>",
+        f"<header><h1>{_gain(report, setup)}</h1>",
         f'<p class="sub">{escape(where)}, batch {setup.batch} · {escape(how)}</p></header>',
         _warning(setup),
         _tiles(report),
@@ -99,12 +99,13 @@ def page_of_bundle(bundle: Path, out: Path | None = None) -> Path:
     return out
 
 
-def _gain(report: Report) -> str:
+def _gain(report: Report, setup: Setup) -> str:
     """What was gained and what it cost, in a line."""
     if report.speedup is None:
         gain = f"{report.latency.median_ms:.2f} ms"
     else:
         gain = f"{report.speedup:.2f}× {'faster' if report.speedup >= 1 else 'as fast'}"
+    gain += " (SIMULATED)" if setup.simulated else ""
     if report.top1 is not None and report.dense_top1 is not None:
         points = round(report.dense_top1 - report.top1, 1)
         lost = f"{abs(points):.1f} points of top-1 {'lost' if points > 0 else 'gained'}"

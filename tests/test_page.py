@@ -207,7 +207,8 @@ def test_figures_are_those_of_the_records() -> None:
 
 def test_simulated_latency_says_so() -> None:
     simulated, measured = (Tags(page_html(**records(simulated=s))).text for s in (True, False))
-    assert simulated.count("SIMULATED") >= 4  # above, at each chart of latency, in the setup
+    assert simulated.count("SIMULATED") == 6  # in the first line and below it, at each chart of latency, in the setup
+    assert "1.50× faster (SIMULATED), 0.9 points" in simulated
     assert "SIMULATED" not in measured
 
 
