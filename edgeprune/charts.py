@@ -199,9 +199,10 @@ def trials_chart(trials: Sequence[Trial], schedule: Schedule) -> str:
         ms, (low, high) = trial.latency.median_ms, trial.latency.interval_ms
         chosen = trial.tokens == schedule.tokens
         off = 100 * (trial.predicted_ms / ms - 1)
+        digits = 1 if abs(off) < 10 else 0
         name = f"{index + 1}{', chosen' if chosen else ''}"
-        text = f"{name}: predicted {trial.predicted_ms:.4g}, measured {ms:.4g} ms ({off:+.1f} %)"
-        chart.text(text, 0, middle - 13, "start", "strong" if chosen else "tick")
+        text = f"{name}: predicted {trial.predicted_ms:.4g}, measured {ms:.4g} ms ({off:+.{digits}f} %)"
+        chart.text(text, 0, middle - 13, "start", "ink" if chosen else "tick")
         chart.line([(LEFT, middle), (WIDTH - RIGHT, middle)], "grid")
         chart.line([(x(trial.predicted_ms), middle), (x(ms), middle)], "gap")
         chart.line([(x(low), middle), (x(high), middle)], "interval")
