@@ -69,7 +69,9 @@ def page_html(
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<link rel="icon" href="data:,"><title>{escape(vit.name)} on {escape(setup.device)}: edgeprune</title>\n'
-        f"<style>\n{CSS.read_text()}</style></head>\n<body>\n" + "\n".join(filter(None, body)) + "\n</body></html>\n"
+        f"<style>\n{CSS.read_text(encoding='utf-8')}</style></head>\n<body>\n"
+        + "\n".join(filter(None, body))
+        + "\n</body></html>\n"
     )
 
 
