@@ -32,7 +32,19 @@ from edgeprune.job import ENGINES
 from edgeprune.measure import Open
 from edgeprune.page import page_html
 from edgeprune.plots import staircase_svg
-from edgeprune.records import Card, Engine, Latency, Manifest, Report, Staircase, Story, encode, load, sha256_file
+from edgeprune.records import (
+    Card,
+    Engine,
+    Latency,
+    Manifest,
+    Report,
+    Staircase,
+    Story,
+    encode,
+    load,
+    load_array,
+    sha256_file,
+)
 from edgeprune.runtimes import Inspected
 from edgeprune.staircase import predict_ms
 from edgeprune.target import Target
@@ -93,7 +105,7 @@ def compile_onnx(target: Target, given: Inputs) -> tuple[Path, Manifest]:
         report = _with_fidelity(target, report, card, openers, given.images)
     example, expected = example_of(card, setup.batch, given.images), None
     if beside is not None:
-        example, expected = (np.load(given.onnx.parent / name, allow_pickle=False) for name in GOLDEN)
+        example, expected = (load_array(given.onnx.parent / name) for name in GOLDEN)
     return out, bundle_from_onnx(target, out, given.onnx, card, report, example, staircase, expected)
 
 

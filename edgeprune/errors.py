@@ -13,6 +13,7 @@ EdgepruneError
 ├── ExportError         an ONNX file that breaks a promise (static shapes, equal logits)
 ├── EngineError         a runtime that cannot compile, load or run a model
 ├── PrecisionError      fp16 or INT8 that is slower or loses more than allowed
+├── VerifyError         a bundle that is damaged, does not belong here, or computes something else
 └── ScheduleError       no schedule meets what was asked
 """
 
@@ -69,6 +70,10 @@ class PrecisionError(EdgepruneError):
 
 class EngineError(EdgepruneError):
     """A runtime that cannot compile, load or run a model."""
+
+
+class VerifyError(EdgepruneError):
+    """A bundle that is damaged, does not belong here, or computes something else."""
 
 
 class ScheduleError(EdgepruneError):

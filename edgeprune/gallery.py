@@ -37,7 +37,8 @@ def pictures(schedule: Schedule, samples: Sequence[Sample]) -> str:
         grid = "".join(f"<figure>{cell}</figure>" for cell in cells)
         columns = f"--columns: {min(len(cells), 8)}; --narrow: {min(len(cells), 3)}"
         title = f'<p class="note">{_seen(sample)}</p>'
-        parts.append(f'<div class="sample" style="{columns}">{title}<div class="cuts">{grid}</div></div>')
+        kind = "sample few" if len(cells) < 4 else "sample"
+        parts.append(f'<div class="{kind}" style="{columns}">{title}<div class="cuts">{grid}</div></div>')
     return "".join(parts) + "</div></section>"
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 MAX_CSV_BYTES = 256 << 20
 Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow raises above twice this, before it allocates
+MAX_RESIZED_PIXELS = 1 << 26
 log = logging.getLogger(__name__)
 
 
@@ -129,6 +130,8 @@ def read_image(path: Path, how: Preprocessing) -> NDArray[np.uint8]:
         short, long = min(width, height), max(width, height)
         longer = int(how.resize_px * long / short)
         target = (how.resize_px, longer) if width <= height else (longer, how.resize_px)
+    if target[0] * target[1] > MAX_RESIZED_PIXELS:
+        raise ImageError(f"{path}: {width} x {height} is too narrow to be scaled to {how.resize_px}: crop it")
     if target != image.size:
         image = image.resize(target, resample)
     return _centre(np.asarray(image), how.image_px)

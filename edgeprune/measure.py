@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
@@ -15,9 +17,16 @@ from edgeprune.runtimes import Session
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+log = logging.getLogger(__name__)
+
 Open = Callable[[], Session]
 Samples = dict[str, list[float]]
 WARMUP = 3
+WINDOW = 10  # inferences whose medians are compared to see whether a candidate has settled
+SETTLED = 0.02  # relative difference of two such medians that is none
+WARMUP_S = 10.0
+RESAMPLES = 2000
+DRAWN_AT_ONCE = 1 << 20  # values, which bounds memory
 
 
 def interleave(
@@ -28,6 +37,7 @@ def interleave(
     progress: Progress = silent,
     keep_open: bool = True,
     what: str = "measuring",
+    warmup: int = WARMUP,
 ) -> Samples:
     """Time every candidate once in each round, so that drift of the machine hits all alike.
 
@@ -35,6 +45,7 @@ def interleave(
     same candidate, so that its weights are where they are when it runs alone. Candidates that already
     have `rounds` values in `samples` are left out: an interrupted measurement goes on where it stopped.
     `keep_open=False` opens a candidate anew for each of its timings, for want of memory.
+    `warmup` is the most inferences before the first round (see warm_up).
     Returns samples in ms by name.
     """
     samples = {} if samples is None else samples
@@ -46,8 +57,8 @@ def interleave(
         if keep_open:
             for name in todo:
                 sessions[name] = stack.enter_context(candidates[name]())
-                for _ in range(WARMUP):
-                    sessions[name].time_ms()
+                if not warm_up(sessions[name], warmup) and warmup > WARMUP:
+                    log.warning("%s has not settled in its warm-up: its latency still moves", name)
         done = rounds - max((rounds - len(samples[n]) for n in todo), default=0)
         for index in range(done, rounds):
             progress(what, index, rounds)
@@ -58,6 +69,22 @@ def interleave(
             after_round(samples)
         progress(what, rounds, rounds)
     return samples
+
+
+def warm_up(session: Session, most: int) -> bool:
+    """Untimed inferences until the median of the last WINDOW is within SETTLED of that of the WINDOW before.
+
+    Ends after `most` of them, or WARMUP_S, at the latest. Returns whether it has settled.
+    """
+    times: list[float] = []
+    until = time.monotonic() + WARMUP_S
+    while len(times) < most and (time.monotonic() < until or len(times) < WARMUP):
+        times.append(session.time_ms())
+        if len(times) >= 2 * WINDOW:
+            before, now = np.median(times[-2 * WINDOW : -WINDOW]), np.median(times[-WINDOW:])
+            if abs(now - before) <= SETTLED * before:
+                return True
+    return False
 
 
 def _timed(session: Session | None, open_: Open) -> float:
@@ -74,6 +101,41 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[flo
     """Ratio of two interleaved series and its 95 % interval: per round, so that drift cancels."""
     pairs = [a / b for a, b in zip(numerator, denominator, strict=True)]
     return float(np.median(pairs)), median_interval(pairs)
+
+
+def bootstrap_ratio(
+    numerator: Sequence[float], denominator: Sequence[float], paired: bool
+) -> tuple[float, tuple[float, float]]:
+    """Ratio of two series of latencies and its 95 % bootstrap interval (percentile method, seeded).
+
+    `paired`: of the same rounds; the ratio is the median of their ratios, and rounds are drawn. Otherwise of two
+    sessions; it is the ratio of medians, and each session is drawn from for itself. What is drawn are runs of cbrt(n)
+    neighbours, because the load of a machine lasts longer than a round. Sources: Efron and Tibshirani, "An
+    Introduction to the Bootstrap"; Politis and Romano 1992 on circular blocks; Hall, Horowitz and Jing 1995 on their
+    length. It knows nothing of what differs between two sessions, such as another temperature.
+    """
+    above, below = np.asarray(numerator), np.asarray(denominator)
+    if paired:
+        if len(above) != len(below):
+            raise ValueError(f"{len(above)} and {len(below)} rounds")
+        rounds = above / below
+        value, drawn = np.median(rounds), _medians_drawn(rounds, 0)
+    else:
+        value, drawn = np.median(above) / np.median(below), _medians_drawn(above, 0) / _medians_drawn(below, 1)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return float(value), (float(low), float(high))
+
+
+def _medians_drawn(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Medians of RESAMPLES series drawn from one in circular blocks, (RESAMPLES,)."""
+    n = len(values)
+    block = round(n ** (1 / 3))
+    rng, medians = np.random.default_rng(seed), np.empty(RESAMPLES)
+    for part in np.array_split(medians, -(-RESAMPLES * n // DRAWN_AT_ONCE)):
+        starts = rng.integers(n, size=(len(part), -(-n // block), 1))
+        drawn = ((starts + np.arange(block)) % n).reshape(len(part), -1)[:, :n]
+        part[:] = np.median(values[drawn], axis=1)
+    return medians
 
 
 def logits_of(

@@ -17,13 +17,10 @@ import msgspec
 from edgeprune import zoo
 from edgeprune.errors import InputError, MissingError, ModelError, WeightsError
 from edgeprune.families import Family, family_of
-from edgeprune.records import Preprocessing, Vit, read_bytes
+from edgeprune.records import CROP_MODES, INTERPOLATIONS, Preprocessing, Vit, read_bytes
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
-
-CROP_MODES = ("center", "squash")
-INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -19,11 +20,17 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from edgeprune.errors import OutputError, RecordError
 
 SCHEMA = 1
 MAX_RECORD_BYTES = 64 << 20
+# What no real model or picture exceeds: files are untrusted, and sizes in them are allocated.
+MOST_PX, MOST_UNITS, MOST_BLOCKS, MOST_CLASSES = 1 << 13, 1 << 17, 1 << 10, 1 << 20
+INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
+CROP_MODES = ("center", "squash")
+ENGINE_FILES = ("model.engine", "model.onnx")
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -81,6 +88,14 @@ class Preprocessing(Record, frozen=True, kw_only=True):
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    def __post_init__(self) -> None:
+        if self.interpolation not in INTERPOLATIONS or self.crop_mode not in CROP_MODES:
+            raise ValueError(f"interpolation is one of {INTERPOLATIONS}, crop_mode one of {CROP_MODES}")
+        if not (0 < self.image_px <= MOST_PX and 0 < self.resize_px <= 4 * MOST_PX):
+            raise ValueError(f"image_px is 1 to {MOST_PX}, resize_px up to four times that")
+        if not all(np.isfinite((*self.mean, *self.std))) or min(self.std) <= 0:
+            raise ValueError("mean is finite, std above 0")
+
 
 class Vit(Record, frozen=True, kw_only=True):
     """The shape and identity of one Vision Transformer."""
@@ -102,8 +117,11 @@ class Vit(Record, frozen=True, kw_only=True):
     prefix_pooled: bool  # the head reads the prefix tokens alone
 
     def __post_init__(self) -> None:
-        if min(self.depth, self.width, self.heads, self.patch_px, self.image_px) < 1:
-            raise ValueError("depth, width, heads, patch_px and image_px are at least 1")
+        sizes = (self.depth, self.width, self.heads, self.head_dim, self.mlp_width, self.mlp_matrices, self.patch_px)
+        if min(sizes) < 1 or max(sizes) > MOST_UNITS or self.depth > MOST_BLOCKS:
+            raise ValueError(f"sizes are 1 to {MOST_UNITS}, blocks 1 to {MOST_BLOCKS}")
+        if not (0 < self.image_px <= MOST_PX and 0 < self.tokens <= MOST_UNITS and 0 < self.classes <= MOST_CLASSES):
+            raise ValueError(f"image_px is 1 to {MOST_PX}, tokens 1 to {MOST_UNITS}, classes 1 to {MOST_CLASSES}")
         if not 0 <= self.prefix < self.tokens:
             raise ValueError(f"prefix {self.prefix} must be below tokens {self.tokens}")
 
@@ -119,7 +137,12 @@ class Setup(Record, frozen=True, kw_only=True):
     batch: int
     threads: int | None = None
     power_mode: str | None = None
+    compute_capability: str | None = None  # of the GPU
     options: str | None = None  # builder options other than the defaults
+
+    def __post_init__(self) -> None:
+        if not 0 < self.batch <= MOST_UNITS:
+            raise ValueError(f"batch is 1 to {MOST_UNITS}")
 
     @property
     def simulated(self) -> bool:
@@ -365,6 +388,12 @@ class Manifest(Record, frozen=True, kw_only=True):
     files: dict[str, str]  # name in the bundle -> sha256
     tolerance: float  # largest difference allowed between golden output and a run
 
+    def __post_init__(self) -> None:
+        if len(self.labels) != self.vit.classes:
+            raise ValueError(f"{len(self.labels)} labels for {self.vit.classes} classes")
+        if self.engine.path not in ENGINE_FILES:
+            raise ValueError(f"the engine is one of {ENGINE_FILES}, not {self.engine.path!r}")
+
 
 T = TypeVar("T", bound=Record)
 
@@ -396,6 +425,23 @@ def read_bytes(path: Path, limit: int = MAX_RECORD_BYTES) -> bytes:
             return file.read()
     except OSError as error:
         raise RecordError(f"{path}: cannot be read ({error.strerror}): check the path") from None
+
+
+def load_array(path: Path) -> NDArray[np.float32]:
+    """An fp32 .npy file, whose size is checked against its header before it is read. Raises RecordError."""
+    try:
+        with open(path, "rb") as file:
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, _, kind = read[np.lib.format.read_magic(file)](file)
+            left = os.fstat(file.fileno()).st_size - file.tell()
+            if kind != np.float32 or left != 4 * math.prod(shape):
+                raise ValueError("not fp32, or cut short")
+        array: NDArray[np.float32] = np.load(path, allow_pickle=False)
+    except Exception as error:  # numpy reads the header as Python and lets through what its parser raises
+        raise RecordError(
+            f"{path}: not an array of fp32 ({' '.join(str(error).split())[:120]}): build again"
+        ) from None
+    return array
 
 
 def encode(record: Record) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from edgeprune.compare import Comparison
+    from edgeprune.ship import Shipped
+    from edgeprune.verify import Check
 
 
 def row_of(setup: Setup, schedule: Schedule, report: Report, bundle: Path | None) -> dict[str, Any]:
@@ -140,21 +143,43 @@ def profile_table(staircase: Staircase) -> Table:
     return table
 
 
-def bench_table(rows: list[dict[str, Any]]) -> Table:
-    """Bundles with their latency."""
+def run_table(found: dict[str, Any]) -> Table:
+    """Pictures with their likeliest classes."""
     from rich.table import Table
 
-    table = Table(title="bundles, measured interleaved")
-    for column in ("bundle", "median, ms (95 % interval)", "p99, ms", "speed-up to the first"):
-        table.add_column(column, justify="left" if column == "bundle" else "right", overflow="fold")
-    for row in rows:
-        ms, (low, high) = row["latency_ms"], row["speedup_interval"]
-        table.add_row(
-            row["bundle"] + (" (SIMULATED)" if row["simulated"] else ""),
-            f"{ms['median']:.3f} ({ms['low']:.3f} to {ms['high']:.3f})",
-            f"{ms['p99']:.3f}",
-            f"{row['speedup_to_first']:.3f} ({low:.3f} to {high:.3f})",
-        )
+    simulated = ", SIMULATED latency" if found.get("simulated") else ""
+    table = Table(title=f"{found['model']} on {found['device']} ({found['runtime']}{simulated})")
+    table.add_column("picture", overflow="fold")
+    table.add_column("likeliest classes, %")
+    for row in found["rows"]:
+        names = (f"{entry['label']} {entry['percent']:.1f}" for entry in row["top"])
+        table.add_row(row["image"], "; ".join(names))
+    ms = found["latency_ms"]
+    table.caption = f"{ms['median']:.3f} ms ({ms['low']:.3f} to {ms['high']:.3f}) for {found['batch']} at once"
+    return table
+
+
+def verify_table(bundle: str, checks: Sequence[Check]) -> Table:
+    """What was expected of a bundle and what was found."""
+    from rich.table import Table
+
+    table = Table(title=bundle)
+    for column in ("check", "", "expected", "found", "what to do"):
+        table.add_column(column, overflow="fold")
+    for check in checks:
+        table.add_row(check.name, check.status, check.expected, check.found, check.advice)
+    return table
+
+
+def ship_table(results: Sequence[Shipped]) -> Table:
+    """Destinations and how it went."""
+    from rich.table import Table
+
+    table = Table(title="shipped")
+    for column in ("to", "state", "MB sent", "version, or what failed"):
+        table.add_column(column, overflow="fold", justify="right" if column == "MB sent" else "left")
+    for result in results:
+        table.add_row(result.to, result.state, f"{result.sent_bytes / 1e6:.1f}", result.detail)
     return table
 
 

@@ -279,7 +279,9 @@ def driver_module(fake: Fake) -> Any:
     context = types.SimpleNamespace(push=lambda: None)
     cuda.Error, cuda.Stream, cuda.Event, cuda.mem_alloc = Error, Stream, Event, Memory
     cuda.init = lambda: None
-    cuda.Device = lambda index: types.SimpleNamespace(retain_primary_context=lambda: context)
+    cuda.Device = lambda index: types.SimpleNamespace(
+        retain_primary_context=lambda: context, compute_capability=lambda: (8, 7)
+    )
     cuda.mem_get_info = lambda: (fake.free_bytes, 2 * fake.free_bytes)
     cuda.pagelocked_empty = lambda shape, dtype: np.empty(shape, dtype)
     cuda.memcpy_htod_async, cuda.memcpy_dtoh_async = to_device, to_host

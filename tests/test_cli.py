@@ -300,7 +300,7 @@ def test_bench_measures_bundles_side_by_side(
     assert (first["bundle"], second["bundle"]) == (str(shared.bundle), str(copy))
     assert first["speedup_to_first"] == 1
     for row in (first, second):
-        assert set(row["latency_ms"]) == {"median", "p99", "low", "high"}
+        assert set(row["latency_ms"]) == {"median", "p90", "p99", "low", "high"}
         assert 0 < row["latency_ms"]["low"] <= row["latency_ms"]["median"] <= row["latency_ms"]["high"]
         assert row["simulated"] is False
         assert row["tokens"] == shared.row["tokens"]

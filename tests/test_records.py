@@ -76,7 +76,7 @@ def changed(record: Any, **fields: Any) -> bytes:
         ({"tokens": [198] + [120] * 11}, "tokens rise from 197 to 198 in block 0"),
         ({"tokens": [197] * 11 + [1]}, "block 11 keeps 1, below prefix"),
         ({"vit__prefix": 197}, "prefix 197 must be below tokens 197"),
-        ({"vit__depth": 0}, "at least 1"),
+        ({"vit__depth": 0}, "sizes are 1 to"),
     ],
 )
 def test_bad_schedules_are_refused_by_their_fault(

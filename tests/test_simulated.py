@@ -14,16 +14,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeprune.devices import load_device
 from edgeprune.errors import DeviceError, EngineError, MissingError, OutputError
+from edgeprune.products import LAUNCH, Product, products_of_onnx
 from edgeprune.records import Device, Setup, Vit, sha256_file
 from edgeprune.runtimes import runtime_for
 from edgeprune.runtimes.simulated import (
-    LAUNCH,
-    Product,
     SimulatedProducts,
     SimulatedRuntime,
     latency_ms,
     products_of_ends,
-    products_of_onnx,
     products_of_trunk,
 )
 

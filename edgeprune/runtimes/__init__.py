@@ -53,6 +53,15 @@ class Inspected(Protocol):
         ...
 
 
+@runtime_checkable
+class OnDevice(Protocol):
+    """A session whose engine lies in memory of the device."""
+
+    def memory_bytes(self) -> int:
+        """What the engine needs there: weights, working memory, inputs and outputs."""
+        ...
+
+
 class Runtime(Protocol):
     """One way of running an ONNX file on a device."""
 

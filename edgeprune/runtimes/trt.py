@@ -65,6 +65,7 @@ class TensorRT:
             precision=precision,
             batch=batch,
             power_mode=power_mode(device),
+            compute_capability="{}.{}".format(*_gpu().compute_capability()),
             options=described(self.options),
         )
 
@@ -176,6 +177,11 @@ class TrtSession:
         fusion = fusion_of(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
         return fusion.fused if fusion else None
 
+    def memory_bytes(self) -> int:
+        """Working memory as TensorRT gives it, input and output, and the plan's size for its weights and kernels."""
+        tensors: int = sum(array.nbytes for array in self._host.values())
+        return _memory(self._engine) + tensors + self._path.stat().st_size
+
     def _load(self, images: NDArray[np.float32]) -> None:
         self._host[self._input][...] = images
         self._cuda.memcpy_htod_async(self._device[self._input], self._host[self._input], self._stream)
@@ -261,3 +267,7 @@ def _driver() -> Any:
     except cuda.Error as error:
         raise DeviceError(f"no CUDA device answers ({error}): check the driver with nvidia-smi") from None
     return cuda
+
+
+def _gpu() -> Any:
+    return _driver().Device(0)
