@@ -115,7 +115,7 @@ def staircase_chart(staircase: Staircase, schedule: Schedule) -> str:
     for point in points:
         kind = "tread-end" if point.tokens in ends else "probe"
         chart.dot(x(point.tokens), y(point.latency.median_ms), kind, _says(point.tokens, point.latency), 2.2)
-    free = float(WIDTH)
+    free = float("inf")
     for count in sorted(set(schedule.tokens), reverse=True):
         ms = trunk_ms(staircase, count)
         chart.dot(x(count), y(ms), "chosen", f"{count} tokens, chosen: {ms:.3f} ms", 4.5)

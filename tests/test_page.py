@@ -100,7 +100,7 @@ def records(name: str = "toy", simulated: bool = False, method: str = "fold", **
             points=tuple(Point(tokens=n, latency=around(1 + n / 2)) for n in (4, 6, 12, 17)),
         ),
         "preprocessing": Preprocessing(
-            image_px=16, resize_px=16, interpolation=name, crop_mode=name, mean=(0.5,) * 3, std=(0.5,) * 3
+            image_px=16, resize_px=16, interpolation="bicubic", crop_mode="center", mean=(0.5,) * 3, std=(0.5,) * 3
         ),
         "story": Story(
             asked=name,
