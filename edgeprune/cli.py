@@ -257,6 +257,7 @@ def export(
     """Export a pruned or unpruned model as ONNX in which every shape is static."""
     if (schedule is not None) + dense + trunk != 1:
         raise typer.BadParameter("pass exactly one of --schedule FILE, --dense and --trunk")
+    from edgeprune.graph import weights_of
     from edgeprune.job import Options, pictures_of
     from edgeprune.pipeline import export_model
     from edgeprune.profiling import export_probes
@@ -277,9 +278,10 @@ def export(
             pictures = pictures_of(Options(model=model, images=images))
             path = export_model(loaded, schedule, batch, out, precision, pictures, progress)
         progress("exporting", 1, 1)
-    console.tell(f"onnx: {path}", as_json)
+    files = (path, *weights_of(path))
+    console.tell(f"onnx: {' '.join(map(str, files))}", as_json)
     if as_json:
-        size = path.stat().st_size
+        size = sum(file.stat().st_size for file in files)
         console.json_line(
             {"model": model, "precision": precision, "batch": batch, "path": str(path), "size_bytes": size}
         )

@@ -26,7 +26,7 @@ from edgeprune.bundle import (
     write_bundle,
 )
 from edgeprune.errors import EdgepruneError, EngineError, InputError
-from edgeprune.graph import card_of, input_shape, load_graph
+from edgeprune.graph import card_of, input_shape, load_graph, weights_of
 from edgeprune.images import load_images, load_pixels, normalise
 from edgeprune.job import ENGINES
 from edgeprune.measure import Open
@@ -167,12 +167,13 @@ def bundle_from_onnx(
     `story` is called only where a bundle is written. Raises EngineError where the outputs are not finite, or in
     fp32 not those `expected`.
     """
-    engine_file = target.engine(onnx)
+    engine_file, weights = target.engine(onnx), {file.name: file for file in weights_of(onnx)}
+    parts = (engine_file, *(weights.values() if engine_file == onnx else ()))
     engine = Engine(
         path=f"model{engine_file.suffix}",
         sha256=sha256_file(engine_file),
         onnx_sha256=sha256_file(onnx),
-        size_bytes=engine_file.stat().st_size,
+        size_bytes=sum(part.stat().st_size for part in parts),
         setup=target.setup,
     )
     with target.opener(onnx)() as session:
@@ -197,7 +198,8 @@ def bundle_from_onnx(
     return write_bundle(
         out,
         vit=card.vit,
-        files={engine.path: engine_file, ONNX: onnx} | ({BUILD_LOG: build_log} if build_log.is_file() else {}),
+        files={engine.path: engine_file, ONNX: onnx, **weights}
+        | ({BUILD_LOG: build_log} if build_log.is_file() else {}),
         engine=engine,
         schedule=card.schedule,
         staircase=staircase,

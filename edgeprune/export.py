@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,23 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import onnx
-from onnx import TensorProto, shape_inference
-from onnx.external_data_helper import set_external_data, write_external_data_tensors
+from onnx.external_data_helper import load_external_data_for_model
 
+from edgeprune import graph
 from edgeprune.errors import ExportError
-from edgeprune.graph import INLINE_BYTES, canonical_gelu, lower_opset, static_or_raise, strip_traces
-from edgeprune.records import replacing, writable
+from edgeprune.graph import attach, infer, save_apart, save_graph, static_or_raise
+from edgeprune.passes import canonical_gelu, lower_opset, strip_traces
+from edgeprune.records import Card, writable
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 Convert = Callable[[onnx.ModelProto], onnx.ModelProto]
-OUTSIDE_BYTES = 1024  # weights of a trunk from this size on lie in its weights file
-
-
-def unchanged(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The conversion that does nothing."""
-    return model
 
 
 def onnx_from_module(
@@ -34,50 +30,57 @@ def onnx_from_module(
     example: Tensor,
     path: Path,
     names: tuple[str, str] = ("images", "logits"),
-    convert: Convert = unchanged,
+    convert: Convert | None = None,
+    card: Card | None = None,
 ) -> None:
-    """Export `module` at the static shape of `example`, then `convert` it. Raises ExportError, OutputError."""
-    model = convert(_exported(module, example, names, None))
-    static_or_raise(model)
-    _save(model, path)
+    """Export `module` at the static shape of `example`, then `convert` it; `card` goes into its metadata.
+
+    Raises ExportError, OutputError.
+    """
+    with _scratch(path) as folder:
+        model = _exported(module, example, names, None, convert, folder)
+        if card is not None:
+            attach(card, model)
+        static_or_raise(model)
+        save_graph(model, path, folder)
 
 
-def trunk_from_module(module: nn.Module, example: Tensor, path: Path, convert: Convert = unchanged) -> None:
+def trunk_from_module(module: nn.Module, example: Tensor, path: Path, convert: Convert | None = None) -> None:
     """Export the trunk with a symbolic token axis, weights in `<name>.weights` beside it.
 
     The weights stay out of the ONNX so that all static probes share them. Raises ExportError, OutputError.
     """
-    model = convert(_exported(module, example, ("x", "y"), 1))
-    folded = [node.op_type for node in model.graph.node if node.op_type == "Shape"]
-    if folded:
-        raise ExportError(f"the trunk computes {len(folded)} shapes at run time: report this model")
-    for value in (*model.graph.input, *model.graph.output):
-        if not value.type.tensor_type.shape.dim[1].HasField("dim_value"):
-            value.type.tensor_type.shape.dim[1].dim_param = "tokens"
-    del model.graph.value_info[:]
-    with writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        weights = path.with_suffix(".weights")
-        weights.unlink(missing_ok=True)  # onnx appends to an existing file
-        for tensor in model.graph.initializer:
-            if len(tensor.raw_data) >= OUTSIDE_BYTES:
-                set_external_data(tensor, weights.name)
-        write_external_data_tensors(model, str(path.parent))
-    with replacing(path) as temporary:  # last: where the graph is, its weights are whole
-        temporary.write_bytes(model.SerializeToString())
+    with _scratch(path) as folder:
+        model = _exported(module, example, ("x", "y"), 1, convert, folder)
+        folded = [node.op_type for node in model.graph.node if node.op_type == "Shape"]
+        if folded:
+            raise ExportError(f"the trunk computes {len(folded)} shapes at run time: report this model")
+        for value in (*model.graph.input, *model.graph.output):
+            if not value.type.tensor_type.shape.dim[1].HasField("dim_value"):
+                value.type.tensor_type.shape.dim[1].dim_param = "tokens"
+        del model.graph.value_info[:]
+        save_apart(model, path, path.with_suffix(".weights"), folder)
 
 
 def _exported(
-    module: nn.Module, example: Tensor, names: tuple[str, str], symbolic_axis: int | None
+    module: nn.Module,
+    example: Tensor,
+    names: tuple[str, str],
+    symbolic_axis: int | None,
+    convert: Convert | None,
+    folder: Path,
 ) -> onnx.ModelProto:
-    """torch's dynamo exporter, cleaned: opset 17, inferred shapes, no traces of the exporting machine."""
+    """torch's dynamo exporter, cleaned: opset 17, inferred shapes, no traces of the exporting machine.
+
+    Weights beyond graph.INLINE_BYTES lie in `folder`, unless `convert` needed them.
+    """
     import torch
 
     dynamic: Any = None
     if symbolic_axis is not None:
         dynamic = ({symbolic_axis: torch.export.Dim.DYNAMIC},)
-    with _quiet(), unfused(module), torch.no_grad():
-        program = torch.onnx.export(
+    with _quiet(), unfused(module), fixed_size(module), torch.no_grad():
+        program: Any = torch.onnx.export(
             module.eval(),
             (example,),
             dynamo=True,
@@ -87,26 +90,32 @@ def _exported(
             dynamic_shapes=dynamic,
             verbose=False,
         )
-    assert program is not None
-    model: onnx.ModelProto = program.model_proto
+    weights = program.model.graph.initializers.values()
+    if sum(weight.const_value.nbytes for weight in weights) > graph.INLINE_BYTES:
+        with writable(folder):
+            program.save(folder / "exported.onnx", external_data=True)
+        model = onnx.load(folder / "exported.onnx", load_external_data=False)
+    else:
+        model = program.model_proto
     lower_opset(model)
     canonical_gelu(model)
     strip_traces(model)
     if symbolic_axis is None:
-        model = shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+        infer(model)
+    if convert is not None:
+        load_external_data_for_model(model, str(folder))
+        model = convert(model)
     return model
 
 
-def _save(model: onnx.ModelProto, path: Path) -> None:
-    size = sum(_bytes_of(tensor) for tensor in model.graph.initializer)
-    if size > INLINE_BYTES:
-        raise ExportError(f"{size / 2**30:.1f} GiB of weights do not fit into one ONNX file: use a smaller model")
-    with replacing(path) as temporary:
-        temporary.write_bytes(model.SerializeToString())
-
-
-def _bytes_of(tensor: TensorProto) -> int:
-    return len(tensor.raw_data) or tensor.ByteSize()
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A folder beside `path` for the time of its export. Raises OutputError."""
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    with folder as name:
+        yield Path(name)
 
 
 @contextmanager
@@ -124,6 +133,19 @@ def unfused(module: nn.Module) -> Iterator[None]:
     finally:
         for attention in attentions:
             attention.fused_attn = True
+
+
+@contextmanager
+def fixed_size(module: nn.Module) -> Iterator[None]:
+    """Models of any image size at their own for the time of an export: timm would resample positions to it."""
+    sizeless: list[Any] = [m for m in module.modules() if getattr(m, "dynamic_img_size", False)]
+    for model in sizeless:
+        model.dynamic_img_size, model.patch_embed.flatten = False, True
+    try:
+        yield
+    finally:
+        for model in sizeless:
+            model.dynamic_img_size, model.patch_embed.flatten = True, False
 
 
 @contextmanager

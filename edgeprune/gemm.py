@@ -10,8 +10,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeprune.graph import OPSET
 from edgeprune.measure import Open, warm_up
+from edgeprune.passes import OPSET
 from edgeprune.records import Setup, write_bytes
 from edgeprune.runtimes import Runtime
 

@@ -1,4 +1,4 @@
-"""ONNX graphs, without torch: loaded, fixed to a token count, cleaned after export, checked.
+"""ONNX graphs, without torch: loaded, saved, fixed to a token count, checked.
 
 Promises that a graph is held to: opset 17 (TensorRT 8.6 reads no later one), every dimension a number,
 attention of blocks without a cut in the form that TensorRT fuses (scale before the first product, one
@@ -7,32 +7,31 @@ consumer of the softmax).
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from collections import Counter
-from itertools import permutations
 from pathlib import Path
 
 import onnx
 import onnx.helper
-import onnx.numpy_helper
-from onnx import shape_inference
+from onnx import TensorProto, shape_inference
+from onnx.external_data_helper import ExternalDataInfo
 
 from edgeprune.errors import ExportError, InputError
 from edgeprune.records import Card, decode, encode, replacing
 
-OPSET = 17
-REDUCTIONS = {
-    f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
-}
-CHANGED_IN_18 = {"Split", "Pad", "Resize", "ScatterElements", "ScatterND", "GroupNormalization"}
 CARD = "edgeprune"  # key of the card in an ONNX file's metadata
-INLINE_BYTES = 1 << 30  # weights above this go to a file beside the ONNX: protobuf ends at 2 GiB
+PROTOBUF_BYTES = 2 << 30  # where protobuf ends
+INLINE_BYTES = 1 << 30  # weights above this lie in a file beside the ONNX
+OUTSIDE_BYTES = 1024  # of a tensor that moves to such a file
+ALIGNED_BYTES = 4096  # where a tensor begins in it, so that it can be mapped (onnx/docs/ExternalData.md)
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
     """An ONNX file without its external weights. Raises InputError."""
     try:
-        if path.stat().st_size > 4 * INLINE_BYTES:
-            raise InputError(f"{path}: too large for an ONNX file")
+        if path.stat().st_size > PROTOBUF_BYTES:
+            raise ValueError("too large")
         model = onnx.load(path, load_external_data=False)
         if not model.graph.node:  # protobuf reads an empty file as an empty model
             raise ValueError("no graph")
@@ -41,6 +40,105 @@ def load_graph(path: Path) -> onnx.ModelProto:
         raise InputError(f"{path}: cannot be read ({error.strerror}): check the path") from None
     except Exception as error:  # protobuf raises its own DecodeError, which onnx does not re-export
         raise InputError(f"{path}: not an ONNX file ({type(error).__name__}): export it again") from None
+
+
+def save_graph(model: onnx.ModelProto, path: Path, folder: Path | None = None) -> None:
+    """Write a model atomically; weights of more than INLINE_BYTES lie in `<name>-<hash>.weights` beside it.
+
+    The hash is theirs, so the bytes of the ONNX file, and every key made of them, depend on the weights. `folder`
+    holds weights that already lie outside `model`. Raises OutputError.
+    """
+    tensors = model.graph.initializer
+    if sum(map(_bytes_of, tensors)) > INLINE_BYTES or any(map(_is_outside, tensors)):
+        digest = hashlib.sha256()
+        for tensor in filter(_is_large, tensors):
+            digest.update(_content(tensor, folder))
+        save_apart(model, path, path.with_name(f"{path.stem}-{digest.hexdigest()[:16]}.weights"), folder)
+        return
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.SerializeToString())
+
+
+def save_apart(model: onnx.ModelProto, path: Path, weights: Path, folder: Path | None = None) -> None:
+    """Write the large tensors of a model to the file `weights` beside `path`, then the rest: the names come last."""
+    outline = _outline(model)
+    with replacing(weights) as temporary, open(temporary, "wb") as file:
+        for tensor, empty in zip(model.graph.initializer, outline.graph.initializer, strict=True):
+            if not _is_large(tensor):
+                continue
+            file.write(b"\0" * (-file.tell() % ALIGNED_BYTES))
+            content, empty.data_location = _content(tensor, folder), TensorProto.EXTERNAL
+            for key, value in (("location", weights.name), ("offset", file.tell()), ("length", len(content))):
+                empty.external_data.add(key=key, value=str(value))
+            file.write(content)
+    with replacing(path) as temporary:
+        temporary.write_bytes(outline.SerializeToString())
+
+
+def weights_of(path: Path) -> tuple[Path, ...]:
+    """The files that hold an ONNX file's weights beside it; none where it holds them itself. Raises InputError."""
+    tensors = load_graph(path).graph.initializer
+    names = {ExternalDataInfo(tensor).location for tensor in tensors if _is_outside(tensor)}
+    return tuple(path.with_name(Path(name).name) for name in sorted(names))
+
+
+def copy_graph(path: Path, out: Path) -> None:
+    """Copy an ONNX file, after its weights, which keep their name. Raises InputError, OutputError."""
+    for source, place in (*((file, out.with_name(file.name)) for file in weights_of(path)), (path, out)):
+        with replacing(place) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+def infer(model: onnx.ModelProto) -> None:
+    """Infer all shapes, in place. onnx is shown the graph without its weights: it takes no more than 2 GiB.
+
+    Raises onnx's InferenceError for a graph that contradicts itself.
+    """
+    known = shape_inference.infer_shapes(_outline(model), strict_mode=True, data_prop=True).graph
+    for name in ("value_info", "output"):
+        del getattr(model.graph, name)[:]
+        getattr(model.graph, name).extend(getattr(known, name))
+
+
+def _outline(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a model in which large tensors are empty."""
+    graph = model.graph
+    outline = onnx.ModelProto(
+        ir_version=model.ir_version,
+        producer_name=model.producer_name,
+        opset_import=model.opset_import,
+        metadata_props=model.metadata_props,
+    )
+    outline.graph.name = graph.name
+    for name in ("node", "input", "output", "value_info"):
+        getattr(outline.graph, name).extend(getattr(graph, name))
+    for tensor in graph.initializer:
+        empty = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+        outline.graph.initializer.append(empty if _is_large(tensor) else tensor)
+    return outline
+
+
+def _is_large(tensor: TensorProto) -> bool:
+    return _is_outside(tensor) or len(tensor.raw_data) >= OUTSIDE_BYTES
+
+
+def _is_outside(tensor: TensorProto) -> bool:
+    return bool(tensor.data_location == TensorProto.EXTERNAL)
+
+
+def _bytes_of(tensor: TensorProto) -> int:
+    return ExternalDataInfo(tensor).length or 0 if _is_outside(tensor) else len(tensor.raw_data) or tensor.ByteSize()
+
+
+def _content(tensor: TensorProto, folder: Path | None) -> bytes:
+    """A large tensor's bytes: its own, or those in a file of `folder`."""
+    if not _is_outside(tensor):
+        return bytes(tensor.raw_data)
+    assert folder is not None, f"{tensor.name} lies outside the model"
+    place = ExternalDataInfo(tensor)
+    with open(folder / place.location, "rb") as file:
+        file.seek(place.offset or 0)
+        return file.read(place.length or -1)
 
 
 def precision_of(model: onnx.ModelProto) -> str:
@@ -81,62 +179,14 @@ def fix_tokens(trunk: Path, tokens: int, out: Path) -> None:
             raise InputError(f"{trunk}: {value.name} is not (batch, tokens, width): export it with edgeprune")
         if not dims[1].HasField("dim_value"):  # the last block's output is the prefix, whatever enters it
             dims[1].dim_value = tokens
-    model = shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    try:
+        infer(model)
+    except (shape_inference.InferenceError, ValueError) as error:
+        detail = " ".join(str(error).split())[:160]
+        raise InputError(f"{trunk}: its shapes contradict themselves ({detail}): export it with edgeprune") from None
     static_or_raise(model)
     with replacing(out) as temporary:
         temporary.write_bytes(model.SerializeToString())
-
-
-def lower_opset(model: onnx.ModelProto) -> None:
-    """Opset 18 to 17: the one difference a ViT meets is that reductions take their axes as an attribute.
-
-    Raises ExportError, naming the operator, for any other operator that changed in opset 18.
-    """
-    constants = {t.name: t for t in model.graph.initializer}
-    for node in model.graph.node:
-        if node.op_type in REDUCTIONS and len(node.input) == 2:
-            axes = onnx.numpy_helper.to_array(constants[node.input.pop()])
-            kept = [a for a in node.attribute if a.name == "keepdims"]
-            del node.attribute[:]
-            node.attribute.extend([*kept, onnx.helper.make_attribute("axes", axes.tolist())])
-        elif node.op_type in CHANGED_IN_18:
-            raise ExportError(f"{node.op_type} has no opset-{OPSET} form here: report this model")
-    for opset in model.opset_import:
-        if opset.domain in ("", "ai.onnx"):
-            opset.version = OPSET
-    used = {name for node in model.graph.node for name in node.input}
-    weights = [t for t in model.graph.initializer if t.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(weights)
-    model.ir_version = 8  # the ONNX IR of opset 17
-
-
-def canonical_gelu(model: onnx.ModelProto) -> None:
-    """x * (0.5 * (1 + erf)), as torch exports GELU, to (x * (1 + erf)) * 0.5, which runtimes fuse; exact.
-
-    Source of the pattern: ONNX Runtime's GeluFusion. Unfused it is five operators over the widest tensor.
-    """
-    made = {output: node for node in model.graph.node for output in node.output}
-    erf = {output for output, node in made.items() if node.op_type == "Erf"}
-    plus_one = {output for output, node in made.items() if node.op_type == "Add" and erf & set(node.input)}
-    for outer in (node for node in model.graph.node if node.op_type == "Mul"):
-        for x, product in permutations(list(outer.input)):
-            inner = made.get(product)
-            if inner is None or inner.op_type != "Mul" or not plus_one & set(inner.input):
-                continue
-            plus, half = sorted(inner.input, key=lambda name: name not in plus_one)
-            inner.input[:] = [x, plus]
-            outer.input[:] = [product, half]
-
-
-def strip_traces(model: onnx.ModelProto) -> None:
-    """Remove stack traces and source paths that the exporter leaves: a file must not depend on its maker."""
-    graph = model.graph
-    model.producer_name, model.producer_version, model.doc_string = "edgeprune", "", ""
-    for item in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
-        item.ClearField("doc_string")
-        item.ClearField("metadata_props")
-    model.ClearField("metadata_props")
 
 
 def static_or_raise(model: onnx.ModelProto) -> None:

@@ -14,7 +14,6 @@ from edgeprune import export
 from edgeprune.bundle import check_out
 from edgeprune.compiling import bundle_from_onnx, example_of
 from edgeprune.errors import EdgepruneError, InputError
-from edgeprune.graph import attach
 from edgeprune.images import ImageSet, batches, load_pixels, normalise
 from edgeprune.job import Job, Options
 from edgeprune.planning import check_policy, solve, weighed
@@ -142,17 +141,14 @@ def export_model(
         raise InputError("INT8 ranges come from pictures: pass --images DIR|CSV")
     card = card_for(model, found, pictures.class_names if pictures else None)
 
-    def convert(graph: onnx.ModelProto) -> onnx.ModelProto:
-        if precision == "int8" and pictures is not None:
-            pixels = load_pixels(pictures.part(CALIBRATION_IMAGES).paths, how)
-            ranges = calibrated(graph, [images for images, _ in batches(pixels, how, batch)], progress)
-            graph = int8(graph, ranges.ranges, ranges.kept)
-        else:
-            graph = CONVERSIONS[precision](graph)
-        attach(card, graph)
-        return graph
+    def quantised(graph: onnx.ModelProto) -> onnx.ModelProto:
+        assert pictures is not None
+        pixels = load_pixels(pictures.part(CALIBRATION_IMAGES).paths, how)
+        ranges = calibrated(graph, [images for images, _ in batches(pixels, how, batch)], progress)
+        return int8(graph, ranges.ranges, ranges.kept)
 
     example = torch.zeros(batch, 3, vit.image_px, vit.image_px)
     module = pruned_module(model, found.method, found.tokens, found.prefix_last)
-    export.onnx_from_module(module, example, out, convert=convert)
+    convert = quantised if precision == "int8" else CONVERSIONS.get(precision)
+    export.onnx_from_module(module, example, out, convert=convert, card=card)
     return out

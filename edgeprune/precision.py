@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 import onnx.helper
-from onnx import shape_inference
 
 from edgeprune.errors import MissingError
+from edgeprune.graph import infer, save_graph
 from edgeprune.measure import kl_divergence
 from edgeprune.records import Int8Ranges, Progress, silent
 
@@ -37,9 +40,11 @@ def fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     Raises MissingError without onnxruntime, whose converter this is.
     """
     convert, blocked = _float16()
-    model = shape_inference.infer_shapes(model, data_prop=True)  # the converter goes by the types it finds
+    half = onnx.ModelProto()
+    half.CopyFrom(model)
+    infer(half)  # the converter goes by the types it finds
     out: onnx.ModelProto = convert(
-        model,
+        half,
         keep_io_types=True,
         disable_shape_infer=True,
         op_block_list=[*blocked, *ISLAND_OPS],
@@ -198,8 +203,11 @@ def _runner(model: onnx.ModelProto) -> Callable[[Sequence[str], NDArray[np.float
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    data = model.SerializeToString()
-    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    with tempfile.TemporaryDirectory() as folder:
+        save_graph(model, Path(folder) / "model.onnx")
+        session = onnxruntime.InferenceSession(
+            os.path.join(folder, "model.onnx"), options, providers=["CPUExecutionProvider"]
+        )
     name = session.get_inputs()[0].name
     return lambda outputs, images: session.run(list(outputs), {name: images})
 
@@ -225,7 +233,8 @@ def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     OnnxModel(model).topological_sort()
-    return shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    infer(model)
+    return model
 
 
 def _float16() -> tuple[Any, list[str]]:
@@ -243,8 +252,4 @@ def _silent() -> Iterator[None]:
         yield
 
 
-CONVERSIONS: dict[str, Callable[[onnx.ModelProto], onnx.ModelProto]] = {
-    "fp32": lambda model: model,
-    "fp16": fp16,
-    "int8": int8,
-}
+CONVERSIONS: dict[str, Callable[[onnx.ModelProto], onnx.ModelProto]] = {"fp16": fp16, "int8": int8}  # of fp32

@@ -53,7 +53,7 @@ def export_probes(model: Model, methods: Sequence[str], batch: int, folder: Path
     stream = torch.zeros(batch, vit.tokens, vit.width)
     images = torch.zeros(batch, 3, vit.image_px, vit.image_px)
     dense = PrunedViT(module, family, vit, (vit.tokens,) * vit.depth, None)
-    convert = CONVERSIONS[precision]
+    convert = CONVERSIONS.get(precision)
 
     def missing(name: str, write: Callable[[Path], None]) -> None:
         if not (folder / name).exists():

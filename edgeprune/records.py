@@ -402,7 +402,7 @@ def decode(data: bytes, kind: type[T], source: str) -> T:
     """JSON bytes to a record. Raises RecordError naming the bad field and an unknown schema."""
     try:
         record = msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise RecordError(f"{source}: not a valid {kind.__name__.lower()} file: {error}") from None
     schema = getattr(record, "schema", SCHEMA)
     if schema != SCHEMA:

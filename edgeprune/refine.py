@@ -14,7 +14,7 @@ import onnx as onnx_graph
 from edgeprune import export, fusion, measure
 from edgeprune.errors import ExportError, PrecisionError
 from edgeprune.export import Convert
-from edgeprune.graph import static_or_raise
+from edgeprune.graph import save_graph, static_or_raise
 from edgeprune.images import normalise
 from edgeprune.job import Job
 from edgeprune.measure import Samples
@@ -244,7 +244,7 @@ def _converted(job: Job, onnx: Path, convert: Convert, how: object) -> Path:
     def make(path: Path) -> None:
         model = convert(onnx_graph.load(onnx))
         static_or_raise(model)
-        write_bytes(path, model.SerializeToString())
+        save_graph(model, path)
 
     parts = (sha256_file(onnx), job.target.onnx_precision, how)
     return job.target.step("precise", ".onnx", parts, make)

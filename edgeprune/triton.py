@@ -10,7 +10,7 @@ from pathlib import Path
 
 from edgeprune.bundle import ONNX, load_bundle
 from edgeprune.errors import InputError
-from edgeprune.graph import load_graph
+from edgeprune.graph import load_graph, weights_of
 from edgeprune.records import writable
 
 # Triton Inference Server, "Model Configuration": backend names and the file that each loads by default.
@@ -47,6 +47,8 @@ def triton_entry(bundle: Path, repository: Path, name: str | None = None) -> Pat
         try:
             (fresh / "1").mkdir()
             shutil.copyfile(engine, fresh / "1" / file)
+            for weights in weights_of(bundle / ONNX) if engine.suffix == ".onnx" else ():
+                shutil.copyfile(weights, fresh / "1" / weights.name)
             (fresh / "config.pbtxt").write_text(config)
             (fresh / "labels.txt").write_text(labels)
             os.chmod(fresh, 0o755)

@@ -51,6 +51,7 @@ KINDS: dict[str, dict[str, Any]] = {  # by what sets them apart; 16 body tokens 
     "packed-mlp": {"mlp": "SwiGLUPacked"},
     "norms": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "pre_norm": True},
     "gated-attention": {"gated": True},
+    "any-size": {"dynamic_img_size": True},
 }
 
 

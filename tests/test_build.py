@@ -24,6 +24,7 @@ from PIL import Image
 
 from edgeprune import cli, devices, zoo
 from edgeprune.bundle import load_bundle
+from edgeprune.errors import InputError
 
 QUICK = ("--search-images", "4", "--rounds", "5")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "EDGEPRUNE_THREADS": "1"}  # on a busy machine a second one only waits
@@ -339,6 +340,34 @@ def simulate(shared: Shared, tmp_path_factory: pytest.TempPathFactory, few: Path
         return row_of(capsys, "build", *common, *images, *options)
 
     return run
+
+
+def test_weights_outside_the_onnx_travel_in_the_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a model too large for one ONNX file: probes, engine and bundle, which needs no work folder."""
+    from edgeprune import graph
+    from edgeprune.job import Options
+    from edgeprune.pipeline import build
+    from edgeprune.schedule import Goal
+
+    monkeypatch.setattr(graph, "INLINE_BYTES", 0)
+    monkeypatch.setattr("edgeprune.profiling.ROUNDS", 3)
+    options = Options(
+        method="topk", policy="paper", goal=Goal(speedup=1.05), rounds=5, search_images=4,
+        work=tmp_path / "work", out=tmp_path / "bundle",
+    )  # fmt: skip
+    built = build(options)
+    assert next((tmp_path / "work").glob("probes-*/dense-*.weights")).stat().st_size > 1 << 20
+    shutil.rmtree(tmp_path / "work")
+    manifest = load_bundle(built.path)
+    (weights,) = (built.path / name for name in manifest.files if name.endswith(".weights"))
+    model = built.path / "model.onnx"
+    assert manifest.engine.size_bytes == model.stat().st_size + weights.stat().st_size > 1 << 20
+    session = onnxruntime.InferenceSession(os.fspath(model), providers=["CPUExecutionProvider"])
+    golden = [np.load(built.path / f"golden_{name}.npy") for name in ("input", "output")]
+    np.testing.assert_allclose(session.run(None, {"images": golden[0]})[0], golden[1], atol=1e-4)
+    weights.write_bytes(bytes(weights.stat().st_size))
+    with pytest.raises(InputError, match=f"{weights.name} has sha256"):
+        load_bundle(built.path)
 
 
 def test_none_is_the_unpruned_model(

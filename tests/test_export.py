@@ -17,10 +17,12 @@ import onnxruntime as ort
 import pytest
 import torch
 from numpy.typing import NDArray
+from onnx import numpy_helper
 
-from edgeprune import export
+from edgeprune import export, graph
 from edgeprune.errors import InputError
 from edgeprune.graph import attention_forms, fix_tokens, load_graph
+from edgeprune.precision import CONVERSIONS
 from edgeprune.prune import LastBlock, PrunedViT, Trunk
 from edgeprune.reducers import REDUCERS, reducer_named
 
@@ -91,7 +93,7 @@ def test_pruned_export(method: str, batch: int, exported: Export) -> None:
         np.testing.assert_allclose(run(path, feed), wanted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("kind", ["registers", "post-norm", "gap"])
+@pytest.mark.parametrize("kind", ["registers", "post-norm", "gap", "any-size"])
 def test_other_kinds_export(kind: str, exported: Export, tiny: Callable[..., Any]) -> None:
     full = tiny(kind).vit.tokens
     path, module = exported("pomt", 2, (full, full - 4, full - 6), kind)
@@ -150,6 +152,20 @@ def test_fixed_trunk(tokens: int, trunk: tuple[Path, Trunk]) -> None:
     x = torch.randn(2, tokens, 48, generator=torch.Generator().manual_seed(tokens))
     with torch.inference_mode():
         np.testing.assert_allclose(run(fixed, x.numpy()), module(x).numpy(), atol=1e-5, rtol=1e-5)
+
+
+def test_trunk_above_the_limit_is_the_same(
+    trunk: tuple[Path, Trunk], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, module = trunk
+    monkeypatch.setattr(graph, "INLINE_BYTES", 1 << 16)
+    export.trunk_from_module(module, torch.zeros(2, 17, 48), tmp_path / "trunk.onnx")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["trunk.onnx", "trunk.weights"]
+    found, wanted = onnx.load(tmp_path / "trunk.onnx").graph, onnx.load(path).graph
+    assert (found.node, found.input, found.output) == (wanted.node, wanted.input, wanted.output)
+    weights, known = ({t.name: numpy_helper.to_array(t) for t in each.initializer} for each in (found, wanted))
+    assert weights.keys() == known.keys()
+    assert all(np.array_equal(weights[name], known[name]) for name in known)
 
 
 def test_trunk_is_exported_beside_another_one(
@@ -221,6 +237,37 @@ def test_export_leaves_the_module_as_it_was(exported: Export, tiny: Callable[...
         assert not any(block.attn.fused_attn for block in model.module.blocks)
         raise RuntimeError("stop")
     assert [block.attn.fused_attn for block in model.module.blocks] == before and all(before)
+
+
+def test_a_model_of_any_image_size_is_exported_at_its_own(exported: Export) -> None:
+    """timm resamples position embeddings in every export of it, to the size that they have."""
+    path, module = exported("pomt", 2, (17, 13, 11), "any-size")
+    assert "Resize" not in {node.op_type for node in onnx.load(path).graph.node}
+    model: Any = module.model
+    with pytest.raises(RuntimeError, match="stop"), export.fixed_size(module):
+        assert not model.dynamic_img_size and model.patch_embed.flatten
+        raise RuntimeError("stop")
+    assert model.dynamic_img_size and not model.patch_embed.flatten
+
+
+@pytest.mark.parametrize("method", ["fp32", "fp16"])
+def test_weights_above_the_limit_lie_outside(
+    method: str, exported: Export, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very graph that is written whole below the limit, from an exporter that never holds it whole."""
+    path, module = exported("fold", 1, CUT, "cls", True)
+    convert = CONVERSIONS.get(method)
+    whole = convert(onnx.load(path)) if convert else onnx.load(path)
+    monkeypatch.setattr(graph, "INLINE_BYTES", 1 << 16)
+    out = tmp_path / "model.onnx"
+    export.onnx_from_module(module, torch.zeros(1, 3, 16, 16), out, convert=convert)
+    (weights,) = graph.weights_of(out)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [weights.name, "model.onnx"]
+    assert out.stat().st_size < weights.stat().st_size
+    assert onnx.load(out).graph.node == whole.graph.node
+    with torch.inference_mode():
+        wanted = module(torch.from_numpy(images(1))).numpy()
+    np.testing.assert_allclose(run(out, images(1)), wanted, atol=1e-4 if method == "fp32" else 0.05, rtol=0)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])

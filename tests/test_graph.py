@@ -1,8 +1,9 @@
-"""Graphs by hand: which attention counts as fusable, what is refused, and GELU in the form that runtimes fuse."""
+"""Graphs by hand: which attention counts as fusable, what is refused, GELU as runtimes fuse it, weights outside."""
 
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edgeprune import graph as graphs
 from edgeprune.errors import ExportError
-from edgeprune.graph import attention_forms, canonical_gelu, lower_opset, static_or_raise
+from edgeprune.graph import ALIGNED_BYTES, attention_forms, copy_graph, infer, save_graph, static_or_raise, weights_of
+from edgeprune.passes import canonical_gelu, lower_opset
 
 
 def attention(*changes: str) -> onnx.ModelProto:
@@ -131,3 +134,102 @@ def test_a_product_that_is_no_gelu_stays() -> None:
     before = model.SerializeToString()
     canonical_gelu(model)
     assert model.SerializeToString() == before
+
+
+def two_layers(seed: int = 0) -> onnx.ModelProto:
+    """Two linear layers and a small bias, the first matrix of an odd size."""
+    rng = np.random.default_rng(seed)
+    weights = {"first": (8, 333), "bias": (333,), "second": (333, 40)}
+    tensors = [numpy_helper.from_array(rng.standard_normal(s, dtype=np.float32), k) for k, s in weights.items()]
+    node = helper.make_node
+    nodes = [node("MatMul", ["x", "first"], ["wide"]), node("Add", ["wide", "bias"], ["moved"])]
+    nodes.append(node("MatMul", ["moved", "second"], ["y"]))
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, s) for n, s in (("x", [2, 8]), ("y", [2, 40]))]
+    made = helper.make_graph(nodes, "layers", ends[:1], ends[1:], tensors)
+    return helper.make_model(made, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def outputs(path: Path) -> Any:
+    session = ort.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": np.ones((2, 8), np.float32)})[0]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_weights_lie_outside_above_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, path = two_layers(), tmp_path / "one" / "layers.onnx"
+    total = sum(len(t.raw_data) for t in model.graph.initializer)
+    monkeypatch.setattr(graphs, "INLINE_BYTES", total)
+    save_graph(model, path)
+    wanted = outputs(path)
+    assert names(path.parent) == ["layers.onnx"] and weights_of(path) == ()
+    monkeypatch.setattr(graphs, "INLINE_BYTES", total - 1)
+    before = model.SerializeToString()
+    save_graph(model, path)
+    assert model.SerializeToString() == before
+    (weights,) = weights_of(path)
+    assert names(path.parent) == sorted(["layers.onnx", weights.name]) and weights.name.startswith("layers-")
+    assert path.stat().st_size < 1024 < weights.stat().st_size
+    light = onnx.load(path, load_external_data=False)
+    assert [len(t.raw_data) for t in light.graph.initializer] == [0, 0, 0]
+    for tensor in light.graph.initializer:
+        offset = next(int(e.value) for e in tensor.external_data if e.key == "offset")
+        assert offset % ALIGNED_BYTES == 0
+    onnx.checker.check_model(os.fspath(path), full_check=True)
+    np.testing.assert_array_equal(outputs(path), wanted)
+
+
+def test_bytes_of_an_onnx_file_depend_on_weights_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that whatever is kept under the hash of the file is never that of other weights."""
+    monkeypatch.setattr(graphs, "INLINE_BYTES", 0)
+    contents = []
+    for folder, seed in (("a", 0), ("b", 0), ("c", 1)):
+        save_graph(two_layers(seed), tmp_path / folder / "layers.onnx")
+        contents.append((tmp_path / folder / "layers.onnx").read_bytes())
+    assert contents[0] == contents[1] != contents[2]
+
+
+def test_interrupted_save_leaves_the_earlier_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "INLINE_BYTES", 0)
+    path = tmp_path / "layers.onnx"
+    save_graph(two_layers(), path)
+    wanted, before = outputs(path), names(tmp_path)
+    replacing = graphs.replacing
+
+    def full(place: Path) -> Any:
+        if place == path:
+            raise OSError("no space left")
+        return replacing(place)
+
+    monkeypatch.setattr(graphs, "replacing", full)
+    with pytest.raises(OSError, match="no space left"):
+        save_graph(two_layers(1), path)
+    assert set(names(tmp_path)) > set(before), "the new weights are there, under a name of their own"
+    np.testing.assert_array_equal(outputs(path), wanted)
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30])
+def test_copy_takes_the_weights_along(limit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(graphs, "INLINE_BYTES", limit)
+    path, out = tmp_path / "from" / "layers.onnx", tmp_path / "to" / "other.onnx"
+    save_graph(two_layers(), path)
+    wanted = outputs(path)
+    copy_graph(path, out)
+    for file in path.parent.iterdir():
+        file.unlink()
+    assert len(weights_of(out)) == (0 if limit else 1)
+    np.testing.assert_array_equal(outputs(out), wanted)
+
+
+def test_shapes_are_inferred_without_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    real = onnx.shape_inference.infer_shapes
+    monkeypatch.setattr(
+        graphs.shape_inference, "infer_shapes", lambda m, **k: seen.append(m.ByteSize()) or real(m, **k)
+    )
+    model, known = two_layers(), real(two_layers(), strict_mode=True, data_prop=True)
+    infer(model)
+    assert model == known and seen[0] < 1024 < model.ByteSize()
+    static_or_raise(model)

@@ -30,7 +30,7 @@ LAYERS = (
     ("reducers.common", "zoo", "families", "reducers", "measure"),
     ("images", "tokens", "worker", "runtimes.ort", "runtimes.remote", "runtimes.simulated", "runtimes.trt"),
     ("runtimes.trt_builder", "runtimes.cuda_graph"),
-    ("board", "graph", "products", "resources", "ssh", "wire"),
+    ("board", "graph", "passes", "products", "resources", "ssh", "wire"),
     ("devices", "runtimes"),
     ("records",),
     ("errors",),

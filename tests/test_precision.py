@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper, shape_inference
 
-from edgeprune import export, precision, refine
+from edgeprune import export, graph, precision, refine
 from edgeprune.errors import PrecisionError
 from edgeprune.graph import attention_forms, fix_tokens, precision_of, static_or_raise
 from edgeprune.prune import PrunedViT, Trunk
@@ -212,6 +212,26 @@ def test_gate_lets_pass_what_is_faster_and_as_good() -> None:
 def test_gate_refuses_with_the_figures(labels: Any, goal: Goal, samples: Any, count: int, told: str) -> None:
     with pytest.raises(PrecisionError, match=f"int8 is refused: .*{told}"):
         refine.gate(job(labels, goal), samples, wrong(count), EXACT)
+
+
+@pytest.mark.parametrize("kind", ["fp16", "int8"])
+def test_what_never_fits_into_one_file_is_converted_alike(
+    kind: str, model: Callable[[str], onnx.ModelProto], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Ranges, conversion and what runs in between, with all weights outside."""
+
+    def converted(full: onnx.ModelProto) -> onnx.ModelProto:
+        if kind == "fp16":
+            return precision.fp16(full)
+        found = precision.calibrated(full, [images()])
+        return precision.int8(full, found.ranges, found.kept)
+
+    wanted = converted(model("topk"))
+    monkeypatch.setattr(graph, "INLINE_BYTES", 0)
+    graph.save_graph(model("topk"), tmp_path / "full.onnx")
+    assert graph.weights_of(tmp_path / "full.onnx")
+    graph.save_graph(converted(onnx.load(tmp_path / "full.onnx")), tmp_path / "converted.onnx")
+    np.testing.assert_array_equal(run(onnx.load(tmp_path / "converted.onnx"), images()), run(wanted, images()))
 
 
 def test_build_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 
 from edgeprune.devices import check_is_here, this_machine
 from edgeprune.errors import EngineError, MissingError
-from edgeprune.records import Device, Engine, Progress, Setup, replacing, sha256_file, silent, writable
+from edgeprune.graph import copy_graph
+from edgeprune.records import Device, Engine, Progress, Setup, sha256_file, silent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -56,9 +57,8 @@ class OrtRuntime:
         )
 
     def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> Engine:
-        """Copy the ONNX, which is the engine. Raises OutputError."""
-        with replacing(out) as temporary, writable(out):
-            temporary.write_bytes(onnx.read_bytes())
+        """Copy the ONNX, which is the engine. Raises InputError, OutputError."""
+        copy_graph(onnx, out)
         digest = sha256_file(out)
         return Engine(path=out.name, sha256=digest, onnx_sha256=digest, size_bytes=out.stat().st_size, setup=setup)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from edgeprune import __version__, errors, wire
 from edgeprune.errors import EngineError, HostError
-from edgeprune.graph import load_graph
+from edgeprune.graph import weights_of
 from edgeprune.records import Device, Engine, Progress, Setup, replacing, sha256_file, silent, writable, write_bytes
 from edgeprune.ssh import Channel, Host
 
@@ -108,7 +108,7 @@ class RemoteRuntime:
 
     def _sent(self, path: Path) -> dict[str, str]:
         """Name and sha256 of a file and of the weights that lie beside it; what the device lacks is sent."""
-        paths = [path, *(_weights_of(path) if path.suffix == ".onnx" else ())]
+        paths = [path, *(weights_of(path) if path.suffix == ".onnx" else ())]
         files = {_hash(p, p.stat().st_mtime_ns, p.stat().st_size): p for p in paths}
         for sha256 in self.ask(wire.Missing(tuple(files)), wire.Names).sha256:
             with open(files[sha256], "rb") as file:
@@ -163,9 +163,3 @@ class RemoteSession:
 @lru_cache(maxsize=256)
 def _hash(path: Path, mtime_ns: int, size: int) -> str:
     return sha256_file(path)
-
-
-def _weights_of(onnx: Path) -> list[Path]:
-    """Files beside an ONNX that hold its weights."""
-    names = {e.value for t in load_graph(onnx).graph.initializer for e in t.external_data if e.key == "location"}
-    return [onnx.parent / name for name in sorted(names)]

@@ -1,0 +1,69 @@
+"""What torch exports as runtimes want it: opset 17, GELU in the form they fuse, no traces of its maker."""
+
+from __future__ import annotations
+
+from itertools import permutations
+
+import onnx
+import onnx.helper
+import onnx.numpy_helper
+
+from edgeprune.errors import ExportError
+
+OPSET = 17
+REDUCTIONS = {
+    f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
+}
+CHANGED_IN_18 = {"Split", "Pad", "Resize", "ScatterElements", "ScatterND", "GroupNormalization"}
+
+
+def lower_opset(model: onnx.ModelProto) -> None:
+    """Opset 18 to 17: the one difference a ViT meets is that reductions take their axes as an attribute.
+
+    Raises ExportError, naming the operator, for any other operator that changed in opset 18.
+    """
+    constants = {t.name: t for t in model.graph.initializer}
+    for node in model.graph.node:
+        if node.op_type in REDUCTIONS and len(node.input) == 2:
+            axes = onnx.numpy_helper.to_array(constants[node.input.pop()])
+            kept = [a for a in node.attribute if a.name == "keepdims"]
+            del node.attribute[:]
+            node.attribute.extend([*kept, onnx.helper.make_attribute("axes", axes.tolist())])
+        elif node.op_type in CHANGED_IN_18:
+            raise ExportError(f"{node.op_type} has no opset-{OPSET} form here: report this model")
+    for opset in model.opset_import:
+        if opset.domain in ("", "ai.onnx"):
+            opset.version = OPSET
+    used = {name for node in model.graph.node for name in node.input}
+    weights = [t for t in model.graph.initializer if t.name in used]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(weights)
+    model.ir_version = 8  # the ONNX IR of opset 17
+
+
+def canonical_gelu(model: onnx.ModelProto) -> None:
+    """x * (0.5 * (1 + erf)), as torch exports GELU, to (x * (1 + erf)) * 0.5, which runtimes fuse; exact.
+
+    Source of the pattern: ONNX Runtime's GeluFusion. Unfused it is five operators over the widest tensor.
+    """
+    made = {output: node for node in model.graph.node for output in node.output}
+    erf = {output for output, node in made.items() if node.op_type == "Erf"}
+    plus_one = {output for output, node in made.items() if node.op_type == "Add" and erf & set(node.input)}
+    for outer in (node for node in model.graph.node if node.op_type == "Mul"):
+        for x, product in permutations(list(outer.input)):
+            inner = made.get(product)
+            if inner is None or inner.op_type != "Mul" or not plus_one & set(inner.input):
+                continue
+            plus, half = sorted(inner.input, key=lambda name: name not in plus_one)
+            inner.input[:] = [x, plus]
+            outer.input[:] = [product, half]
+
+
+def strip_traces(model: onnx.ModelProto) -> None:
+    """Remove stack traces and source paths that the exporter leaves: a file must not depend on its maker."""
+    graph = model.graph
+    model.producer_name, model.producer_version, model.doc_string = "edgeprune", "", ""
+    for item in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        item.ClearField("doc_string")
+        item.ClearField("metadata_props")
+    model.ClearField("metadata_props")
