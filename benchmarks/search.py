@@ -19,7 +19,7 @@ from edgeprune import console
 from edgeprune.fidelity import Evaluator, logits_of_schedule
 from edgeprune.job import Job, Options
 from edgeprune.measure import agreement, kl_divergence
-from edgeprune.schedule import Candidate
+from edgeprune.records import Candidate
 from edgeprune.search import Search, Tokens
 
 STRIDES = (1, 2)  # treads that one move may go down

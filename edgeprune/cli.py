@@ -503,6 +503,24 @@ def compare(
 
 
 @app.command()
+def report(
+    bundle: Annotated[Path, typer.Argument(help="folder that `edgeprune build` wrote")],
+    out: Annotated[Path | None, typer.Option(help="where the page goes; default: the one in the bundle")] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="show it in the browser")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the page of a bundle again from what the bundle holds, and say where it is."""
+    from edgeprune.page import page_of_bundle
+
+    path = page_of_bundle(bundle, out)
+    console.tell(f"report: {path}", as_json)
+    if as_json:
+        console.json_line({"path": str(path)})
+    if open_it:
+        console.open_in_browser(path)
+
+
+@app.command()
 def devices(as_json: AsJson = False) -> None:
     """List the devices that edgeprune knows."""
     from edgeprune.report import device_rows, device_table

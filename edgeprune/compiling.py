@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,8 @@ from edgeprune.bundle import (
     GOLDEN,
     MANIFEST,
     ONNX,
+    PAGE,
+    STORY,
     TOLERANCE,
     check_out,
     load_bundle,
@@ -27,6 +30,7 @@ from edgeprune.graph import card_of, input_shape, load_graph, weights_of
 from edgeprune.images import load_images, load_pixels, normalise
 from edgeprune.job import ENGINES
 from edgeprune.measure import Open
+from edgeprune.page import page_html
 from edgeprune.plots import staircase_svg
 from edgeprune.records import (
     Card,
@@ -35,6 +39,7 @@ from edgeprune.records import (
     Manifest,
     Report,
     Staircase,
+    Story,
     encode,
     load,
     load_array,
@@ -160,10 +165,12 @@ def bundle_from_onnx(
     example: NDArray[np.float32],
     staircase: Staircase | None,
     expected: NDArray[np.float32] | None = None,
+    story: Callable[[], Story] = Story,
 ) -> Manifest:
     """Compile, run `example` (one normalised batch) as the golden input, write; the very same bundle stays.
 
-    Raises EngineError where the outputs are not finite, or in fp32 not those `expected`.
+    `story` is called only where a bundle is written. Raises EngineError where the outputs are not finite, or in
+    fp32 not those `expected`.
     """
     engine_file, weights = target.engine(onnx), {file.name: file for file in weights_of(onnx)}
     parts = (engine_file, *(weights.values() if engine_file == onnx else ()))
@@ -190,6 +197,8 @@ def bundle_from_onnx(
     if old and (old.edgeprune, old.engine, old.schedule, old.report) == (__version__, engine, card.schedule, report):
         log.info("bundle: reused %s", out)
         return old
+    told = story()
+    page = page_html(engine, card.schedule, report, card.preprocessing, staircase, told)
     build_log = engine_file.with_suffix(".log")
     return write_bundle(
         out,
@@ -203,7 +212,8 @@ def bundle_from_onnx(
         preprocessing=card.preprocessing,
         labels=card.labels,
         golden=(example, golden),
-        extra={DEVICE: encode(target.device)} | (staircase_svg(staircase, card.schedule) if staircase else {}),
+        extra={DEVICE: encode(target.device), STORY: encode(told), PAGE: page.encode()}
+        | (staircase_svg(staircase, card.schedule) if staircase else {}),
     )
 
 

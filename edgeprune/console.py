@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from edgeprune.errors import InputError
+from edgeprune.errors import InputError, MissingError
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, a Jetson (see `edgeprune devices`), or your own .toml")]
 Model = Annotated[str, typer.Option(help="a timm VisionTransformer by name; default: the embedded one")]
@@ -136,3 +136,11 @@ def tell(line: str, as_json: bool) -> None:
 
 def json_line(row: dict[str, Any]) -> None:
     typer.echo(json.dumps(row, allow_nan=False))
+
+
+def open_in_browser(path: Path) -> None:
+    """Raise MissingError where there is none."""
+    import webbrowser
+
+    if not webbrowser.open(path.resolve().as_uri()):
+        raise MissingError(f"no browser is found here: open {path} in one")

@@ -11,8 +11,19 @@ import msgspec
 
 from edgeprune.errors import InputError
 from edgeprune.job import Job, Options
-from edgeprune.records import Progress, Schedule, Staircase, encode, load, read_bytes, save, silent, write_bytes
-from edgeprune.schedule import Candidate, Goal, choose, finished, paper_schedule
+from edgeprune.records import (
+    Candidate,
+    Progress,
+    Schedule,
+    Staircase,
+    encode,
+    load,
+    read_bytes,
+    save,
+    silent,
+    write_bytes,
+)
+from edgeprune.schedule import Goal, choose, finished, paper_schedule, pareto
 from edgeprune.search import Search, Tokens
 
 if TYPE_CHECKING:
@@ -53,13 +64,26 @@ def solve(job: Job, goal: Goal) -> Schedule:
 
 def _searched(job: Job, goal: Goal) -> Candidate:
     """What the goal picks from the front."""
-    scores = Scores(job)
-    search = Search(job.staircase, job.options.method, scores.of, job.prefix_last, job.progress)
+    return choose(pareto(weighed(job, goal)), job.staircase, job.options.method, goal, job.drop)
+
+
+def weighed(job: Job, goal: Goal) -> tuple[Candidate, ...]:
+    """All schedules that the search evaluates for a goal; none where nothing is searched."""
+    if job.options.policy != "search" or job.options.method == "none":
+        return ()
     limit = goal.limit_ms(job.staircase.dense.median_ms)
-    try:
-        return choose(search.front(limit), job.staircase, job.options.method, goal, job.drop)
-    finally:
-        scores.save()
+
+    def make(path: Path) -> None:
+        scores = Scores(job)
+        search = Search(job.staircase, job.options.method, scores.of, job.prefix_last, job.progress)
+        try:
+            search.front(limit)
+        finally:
+            scores.save()
+        write_bytes(path, msgspec.json.encode(list(search.found.values())))
+
+    path = job.target.step("weighed", ".json", (encode(job.staircase), limit, *_scored_on(job)), make)
+    return msgspec.json.decode(read_bytes(path), type=tuple[Candidate, ...])
 
 
 def _scored_on(job: Job) -> tuple[object, ...]:

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from math import isqrt
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -329,6 +330,48 @@ class Card(Record, frozen=True, kw_only=True):
     schedule: Schedule
     preprocessing: Preprocessing
     labels: tuple[str, ...]
+
+
+class Candidate(Record, frozen=True):
+    """A schedule with its predicted latency (ms) and its fidelity on the search pictures."""
+
+    tokens: tuple[int, ...]
+    predicted_ms: float
+    kl: float
+    agreement: float
+    top1: float | None
+
+
+class Trial(Record, frozen=True, kw_only=True):
+    """A schedule that was built: what was predicted of it, and what was measured."""
+
+    tokens: tuple[int, ...]
+    predicted_ms: float
+    latency: Latency
+
+
+class Sample(Record, frozen=True, kw_only=True):
+    """A picture of the evaluation set and what each cut makes of its patches, row by row."""
+
+    picture: bytes  # a PNG or JPEG file
+    label: str | None
+    unpruned: str  # class that the unpruned model sees
+    pruned: str
+    groups: tuple[tuple[int, ...], ...]  # by cut and patch: the token that holds the patch, -1 where none does
+
+    def __post_init__(self) -> None:
+        if any(len(cut) != len(self.groups[0]) or isqrt(len(cut)) ** 2 != len(cut) for cut in self.groups):
+            raise ValueError("groups need the same square number of patches after every cut")
+
+
+class Story(Record, frozen=True, kw_only=True):
+    """How a build came to its schedule: what it weighed, what it tried, and what that does to pictures."""
+
+    schema: int = SCHEMA
+    asked: str = ""
+    candidates: tuple[Candidate, ...] = ()  # empty where nothing was searched
+    trials: tuple[Trial, ...] = ()
+    samples: tuple[Sample, ...] = ()  # empty without pictures, or where nothing is cut
 
 
 class Manifest(Record, frozen=True, kw_only=True):

@@ -7,7 +7,7 @@ from math import ceil
 from typing import NamedTuple, Protocol
 
 from edgeprune.errors import ScheduleError
-from edgeprune.records import Progress, Schedule, Staircase, Vit, encode, sha256_bytes, silent
+from edgeprune.records import Candidate, Progress, Schedule, Staircase, Vit, encode, sha256_bytes, silent
 from edgeprune.staircase import predict_ms, treads, trunk_ms
 
 PAPER_BLOCK = 3  # the paper prunes in block 3 (sec. 4)
@@ -24,16 +24,6 @@ class Score(Protocol):
     def top1(self) -> float | None: ...
 
 
-class Candidate(NamedTuple):
-    """A schedule with its predicted latency (ms) and its fidelity on the calibration images."""
-
-    tokens: tuple[int, ...]
-    predicted_ms: float
-    kl: float
-    agreement: float
-    top1: float | None
-
-
 class Goal(NamedTuple):
     """What is asked for; exactly one field is set. max_drop is in points of top-1."""
 
@@ -41,6 +31,15 @@ class Goal(NamedTuple):
     speedup: float | None = None
     budget_ms: float | None = None
     max_drop: float | None = None
+
+    def __str__(self) -> str:
+        if self.speedup is not None:
+            return f"{self.speedup:g} times faster or more"
+        if self.budget_ms is not None:
+            return f"{self.budget_ms:g} ms or less"
+        if self.max_drop is not None:
+            return f"at most {self.max_drop:g} points of top-1 lost"
+        return f"the best trade-off at alpha {0.5 if self.alpha is None else self.alpha:g}"
 
     def limit_ms(self, dense_ms: float) -> float | None:
         """The latency this goal allows, ms; None where it limits something else."""

@@ -8,8 +8,8 @@ from heapq import nsmallest
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.records import Progress, Staircase, silent
-from edgeprune.schedule import Candidate, Score, pareto, single_cut
+from edgeprune.records import Candidate, Progress, Staircase, silent
+from edgeprune.schedule import Score, pareto, single_cut
 from edgeprune.staircase import block_ms, predict_ms, treads, unit
 
 SAMPLED = 8  # treads at which a block's single cut is evaluated; between them its loss is interpolated

@@ -62,6 +62,7 @@ def test_onnx_of_a_bundle_is_rebuilt(shared: Shared, tmp_path: Path, capsys: pyt
     for name in ("golden_input.npy", "golden_output.npy"):
         np.testing.assert_allclose(np.load(out / name), np.load(shared.bundle / name), atol=1e-4)
     assert load_bundle(out).schedule == load_bundle(shared.bundle).schedule
+    assert row_of(capsys, "report", out) == {"path": str(out / "report.html")}
 
 
 def test_an_engine_with_other_logits_is_refused(

@@ -22,10 +22,10 @@ LAYERS = (
     ("console", "report", "summary"),
     ("pipeline", "compare"),
     ("planning", "refine", "compiling", "bench", "doctor", "infer", "verify"),
-    ("job",),
+    ("job", "page"),
     ("local", "ship", "triton"),
-    ("profiling", "fidelity", "bundle", "plots", "search", "zoo.train_digits"),
-    ("target", "models", "schedule", "fusion", "baseline"),
+    ("profiling", "fidelity", "explain", "bundle", "plots", "search", "zoo.train_digits"),
+    ("target", "models", "schedule", "fusion", "baseline", "charts", "gallery"),
     ("export", "prune", "precision", "gemm", "staircase", "families.vit", "reducers.*"),
     ("reducers.common", "zoo", "families", "reducers", "measure"),
     ("images", "tokens", "worker", "runtimes.ort", "runtimes.remote", "runtimes.simulated", "runtimes.trt"),
@@ -49,7 +49,7 @@ HEAVY = {
     "onnxscript",
 }
 # These run only where a model is built from timm; all others must import where torch is not installed.
-BUILD_HALF = {"families.vit", "prune", "fidelity", "zoo.train_digits"}
+BUILD_HALF = {"families.vit", "prune", "fidelity", "explain", "zoo.train_digits"}
 LONG = {
     "cli": "one command after the other, each little more than its options",
     "records": "the schema, on one page: what any file of edgeprune holds",

@@ -113,7 +113,9 @@ def test_wheel_carries_its_data(wheel: Path) -> None:
         metadata = archive.read(f"edgeprune-{__version__}.dist-info/METADATA").decode()
     source = CHECKOUT / "edgeprune"
     wanted = {
-        f"edgeprune/{p.relative_to(source)}" for p in source.rglob("*") if p.suffix in (".py", ".toml", ".json")
+        f"edgeprune/{p.relative_to(source)}"
+        for p in source.rglob("*")
+        if p.suffix in (".py", ".toml", ".json", ".css")
     }
     assert wanted <= names
     assert {f"edgeprune/devices/{name}.toml" for name in ("cpu", "cuda", "orin-nano", "jetson-tx2")} <= names

@@ -9,8 +9,7 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
-from edgeprune.records import CutCost, LastShare, Staircase, check_tokens
-from edgeprune.schedule import Candidate
+from edgeprune.records import Candidate, CutCost, LastShare, Staircase, check_tokens
 from edgeprune.search import Search, Tokens
 from edgeprune.staircase import predict_ms
 

@@ -1,0 +1,211 @@
+"""Charts as inline SVG, a few kilobytes each, coloured by the classes of the page around them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from itertools import pairwise
+from math import ceil, floor, log10
+from typing import NamedTuple
+
+from edgeprune.records import Candidate, Latency, Schedule, Staircase, Trial
+from edgeprune.staircase import treads, trunk_ms
+
+WIDTH, HEIGHT = 440, 280  # user units; text of 12 is then readable on a phone and not huge on a desk
+LEFT, RIGHT, TOP, BOTTOM = 40, 18, 30, 40
+SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+LEAST_KL = 1e-5  # nats: what rounding makes of zero; less is drawn there
+
+
+class Axis(NamedTuple):
+    """Values from `low` to `high` laid from `start` to `end`, user units."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool = False
+
+    def __call__(self, value: float) -> float:
+        low, high, value = (log10(v) if self.log else v for v in (self.low, self.high, value))
+        return self.start + (value - low) / (high - low) * (self.end - self.start)
+
+    def ticks(self, most: int = 6) -> list[tuple[float, str]]:
+        """Round values within and their text; powers of ten on a logarithmic axis."""
+        if self.log:
+            exponents = range(ceil(log10(self.low) - 1e-9), floor(log10(self.high) + 1e-9) + 1)
+            return [(10.0**k, f"10{str(k).translate(SUPERSCRIPT)}") for k in exponents]
+        rough = (self.high - self.low) / most
+        power = 10.0 ** floor(log10(rough))
+        step = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * 0.999)
+        places = range(ceil(self.low / step - 1e-9), floor(self.high / step + 1e-9) + 1)
+        return [(step * k, f"{step * k:g}") for k in places]
+
+
+def across(low: float, high: float) -> Axis:
+    """A horizontal axis over the width of a chart; room is made where all values are one."""
+    room = 0 if high > low else 0.05 * abs(high) or 1
+    return Axis(low - room, high + room, LEFT, WIDTH - RIGHT)
+
+
+class Chart:
+    """One SVG: grid and axes first, then whatever is added, in order."""
+
+    def __init__(
+        self, name: str, x: Axis, y: Axis, labels: tuple[str, str], height: float = HEIGHT, numbered: str = "xy"
+    ) -> None:
+        self.name, self.x, self.y, self.height, self.parts = name, x, y, height, list[str]()
+        bottom = height - BOTTOM
+        for tick, text in x.ticks() if "x" in numbered else ():
+            self.text(text, x(tick), bottom + 16)
+        for tick, text in y.ticks() if "y" in numbered else ():
+            self.line([(LEFT, y(tick)), (WIDTH - RIGHT, y(tick))], "grid")
+            self.text(text, LEFT - 6, y(tick) + 4, "end")
+        self.line([(LEFT, bottom), (WIDTH - RIGHT, bottom)], "axis")
+        self.text(labels[0], WIDTH - RIGHT, height - 6, "end", "label")
+        if labels[1]:
+            self.text(labels[1], 0, 12, "start", "label")
+
+    def text(self, text: str, x: float, y: float, anchor: str = "middle", kind: str = "tick") -> None:
+        """A line of text with its foot at (x, y)."""
+        self.parts.append(
+            f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+        )
+
+    def line(self, points: Sequence[tuple[float, float]], kind: str) -> None:
+        """A path through points."""
+        self.parts.append(f'<path class="{kind}" d="M{_places(points)}"/>')
+
+    def dot(self, x: float, y: float, kind: str, says: str, radius: float = 3) -> None:
+        """A circle that says what it is where one points at it."""
+        title = f"<title>{escape(says)}</title>"
+        self.parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">{title}</circle>')
+
+    def bar(self, x: float, y: float, width: float, height: float, kind: str, says: str) -> None:
+        """A rectangle that says what it is where one points at it."""
+        box = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
+        self.parts.append(f'<rect class="{kind}" {box}><title>{escape(says)}</title></rect>')
+
+    def __str__(self) -> str:
+        head = (
+            f'<svg class="chart" viewBox="0 0 {WIDTH} {self.height:g}" role="img" aria-label="{escape(self.name)}">'
+        )
+        return head + "".join(self.parts) + "</svg>"
+
+
+def _places(points: Sequence[tuple[float, float]]) -> str:
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+
+
+def staircase_chart(staircase: Staircase, schedule: Schedule) -> str:
+    """Latency over tokens: every probe with its interval, the treads, and the counts that were chosen."""
+    points, ends = staircase.points, treads(staircase)
+    x = across(points[0].tokens, points[-1].tokens)
+    y = Axis(0, 1.06 * max(p.latency.interval_ms[1] for p in points), HEIGHT - BOTTOM, TOP)
+    chart = Chart("Staircase: latency over tokens", x, y, ("tokens in every block", "latency of all blocks, ms"))
+    outline = [(p, bound) for bound, run in ((1, points), (0, points[::-1])) for p in run]
+    chart.line([(x(p.tokens), y(p.latency.interval_ms[bound])) for p, bound in outline], "band")
+    steps = []
+    for start, end in pairwise((points[0].tokens, *ends)):
+        level = y(trunk_ms(staircase, end))
+        steps += [(x(start), level), (x(end), level)]
+    chart.line(steps, "tread")
+    for count in sorted(set(schedule.tokens)):
+        chart.line([(x(count), y(trunk_ms(staircase, count))), (x(count), y(0))], "drop")
+    for point in points:
+        kind = "tread-end" if point.tokens in ends else "probe"
+        chart.dot(x(point.tokens), y(point.latency.median_ms), kind, _says(point.tokens, point.latency), 2.2)
+    free = float("inf")
+    for count in sorted(set(schedule.tokens), reverse=True):
+        ms = trunk_ms(staircase, count)
+        chart.dot(x(count), y(ms), "chosen", f"{count} tokens, chosen: {ms:.3f} ms", 4.5)
+        if x(count) < free - 24:  # room for three digits beside the last
+            chart.text(str(count), max(x(count), LEFT + 12), y(ms) - 10, kind="strong")
+            free = x(count)
+    return str(chart)
+
+
+def _says(tokens: int, latency: Latency) -> str:
+    low, high = latency.interval_ms
+    return f"{tokens} tokens: {latency.median_ms:.3f} ms ({low:.3f} to {high:.3f})"
+
+
+def tokens_chart(schedule: Schedule) -> str:
+    """A bar a block, as high as the tokens it hands on."""
+    vit, tokens = schedule.vit, schedule.tokens
+    x, y = across(0, vit.depth), Axis(0, 1.1 * vit.tokens, HEIGHT - BOTTOM, TOP)
+    chart = Chart("Tokens that each block hands on", x, y, ("block", "tokens leaving the block"), numbered="y")
+    chart.line([(LEFT, y(vit.tokens)), (WIDTH - RIGHT, y(vit.tokens))], "dense")
+    wide = x(1) - x(0)
+    for block, count in enumerate(tokens):
+        alone = schedule.prefix_last and block == vit.depth - 1
+        kind = "bar alone" if alone else "bar cut" if block in schedule.cuts else "bar"
+        says = f"block {block}: {count} tokens" + (", computed for the prefix alone" if alone else "")
+        chart.bar(x(block) + 0.12 * wide, y(count), 0.76 * wide, y(0) - y(count), kind, says)
+        if wide > 24 or block in schedule.cuts or block == 0:
+            chart.text(
+                str(count), x(block + 0.5), y(count) - 5, "middle", "strong" if block in schedule.cuts else "tick"
+            )
+        if wide > 18 or block % 4 == 0:
+            chart.text(str(block), x(block + 0.5), y(0) + 16)
+    return str(chart)
+
+
+def front_chart(front: Sequence[Candidate], others: Sequence[Candidate], schedule: Schedule, dense_ms: float) -> str:
+    """KL over predicted latency: the Pareto front (fastest first), what it beats, and the schedule chosen."""
+    seen = (*others, *front)
+    ms = [c.predicted_ms for c in seen] + [dense_ms]
+    room = 0.04 * (max(ms) - min(ms))
+    x = across(min(ms) - room, max(ms) + room)
+    exponents = [floor(log10(max(c.kl, LEAST_KL))) for c in seen]
+    y = Axis(10.0 ** min(exponents), 10.0 ** (max(exponents) + 1), HEIGHT - BOTTOM, TOP, log=True)
+    labels = "predicted latency, ms", "KL to the unpruned model, nats"
+    chart = Chart("Pareto front: KL over predicted latency", x, y, labels)
+    chart.line([(x(dense_ms), y(y.low)), (x(dense_ms), y(y.high))], "dense")
+    chart.text("unpruned", x(dense_ms) - 4, TOP + 10, "end")
+
+    def place(candidate: Candidate) -> tuple[float, float]:
+        return x(candidate.predicted_ms), y(max(candidate.kl, LEAST_KL))
+
+    for candidate in others:
+        chart.dot(*place(candidate), "probe", _weighs(candidate, dense_ms), 2)
+    chart.line([place(c) for c in front], "front")
+    for candidate in front:
+        chart.dot(*place(candidate), "on-front", _weighs(candidate, dense_ms), 3)
+    for candidate in seen:
+        if candidate.tokens == schedule.tokens:
+            across_px, down_px = place(candidate)
+            chart.dot(across_px, down_px, "chosen", f"chosen: {_weighs(candidate, dense_ms)}", 5)
+            chart.text("chosen", across_px + 9, down_px - 7, "start", "strong")
+    return str(chart)
+
+
+def _weighs(candidate: Candidate, dense_ms: float) -> str:
+    tokens = ", ".join(map(str, candidate.tokens))
+    faster = dense_ms / candidate.predicted_ms
+    return f"{candidate.predicted_ms:.3f} ms ({faster:.2f}×), KL {candidate.kl:.4f}, tokens {tokens}"
+
+
+def trials_chart(trials: Sequence[Trial], schedule: Schedule) -> str:
+    """A row a schedule that was built: where its latency was predicted, and where it was measured."""
+    values = [v for t in trials for v in (t.predicted_ms, t.latency.median_ms, *t.latency.interval_ms)]
+    room = 0.08 * (max(values) - min(values))
+    x, row = across(min(values) - room, max(values) + room), 46
+    height = row * len(trials) + BOTTOM
+    name, labels = "Predicted against measured latency", ("latency, ms", "")
+    chart = Chart(name, x, Axis(0, 1, 0, 1), labels, height, numbered="x")
+    for index, trial in enumerate(trials):
+        middle = row * index + 32
+        ms, (low, high) = trial.latency.median_ms, trial.latency.interval_ms
+        chosen = trial.tokens == schedule.tokens
+        off = 100 * (trial.predicted_ms / ms - 1)
+        digits = 1 if abs(off) < 10 else 0
+        name = f"{index + 1}{', chosen' if chosen else ''}"
+        text = f"{name}: predicted {trial.predicted_ms:.4g}, measured {ms:.4g} ms ({off:+.{digits}f} %)"
+        chart.text(text, 0, middle - 13, "start", "ink" if chosen else "tick")
+        chart.line([(LEFT, middle), (WIDTH - RIGHT, middle)], "grid")
+        chart.line([(x(trial.predicted_ms), middle), (x(ms), middle)], "gap")
+        chart.line([(x(low), middle), (x(high), middle)], "interval")
+        chart.dot(x(trial.predicted_ms), middle, "predicted", f"predicted {trial.predicted_ms:.3f} ms", 5)
+        chart.dot(x(ms), middle, "chosen" if chosen else "measured", f"measured {ms:.3f} ms", 5)
+    return str(chart)

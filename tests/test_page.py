@@ -1,0 +1,314 @@
+"""The page of a bundle: what it says for each outcome, what it escapes, and where `report` puts it."""
+
+from __future__ import annotations
+
+import html.parser
+import io
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from PIL import Image
+from test_build import Shared, call, row_of, shared  # noqa: F401
+
+from edgeprune.errors import InputError
+from edgeprune.page import page_html, page_of_bundle
+from edgeprune.records import (
+    Candidate,
+    Engine,
+    Latency,
+    Point,
+    Preprocessing,
+    Report,
+    Sample,
+    Schedule,
+    Setup,
+    Staircase,
+    Story,
+    Trial,
+    Vit,
+)
+
+HOSTILE = "\"'><img src=x onerror=document.title='broken'><script>document.title='broken'</script>&amp;"
+VIT = Vit(
+    name="toy",
+    weights_sha256="0" * 64,
+    family="vit",
+    image_px=16,
+    patch_px=4,
+    depth=4,
+    width=8,
+    heads=2,
+    head_dim=4,
+    mlp_width=16,
+    prefix=1,
+    tokens=17,
+    classes=2,
+    prefix_pooled=True,
+)
+TOKENS = (17, 12, 6, 6)
+
+
+def around(ms: float) -> Latency:
+    """Samples with this median."""
+    return Latency(samples_ms=tuple(ms * (1 + 0.01 * k) for k in range(-5, 6)))
+
+
+def picture() -> bytes:
+    """A small PNG."""
+    file = io.BytesIO()
+    Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)).save(file, "PNG")
+    return file.getvalue()
+
+
+def records(name: str = "toy", simulated: bool = False, method: str = "fold", **figures: Any) -> dict[str, Any]:
+    """What page_html takes, for a schedule with two cuts; `name` stands wherever a string is not ours."""
+    vit = msgspec.structs.replace(VIT, name=name)
+    setup = Setup(
+        device=name,
+        machine=name,
+        runtime="simulated" if simulated else name,
+        runtime_version=name,
+        precision="fp32",
+        batch=1,
+        power_mode=name,
+    )
+    report = {"top1": 81.9, "dense_top1": 82.8, "agreement": 95.25, "kl": 0.031, "images": 650, "probes": 9}
+    singles = ((12, 9.0, 0.01), (6, 7.0, 0.2))
+    candidates = [Candidate((17, n, n, n), ms, kl, 90.0, None) for n, ms, kl in singles]
+    return {
+        "engine": Engine(path="model.onnx", sha256="1" * 64, onnx_sha256="2" * 64, size_bytes=9, setup=setup),
+        "schedule": Schedule(vit=vit, method=method, policy="search", tokens=TOKENS, prefix_last=True),
+        "report": Report(
+            latency=around(8),
+            dense_latency=around(12),
+            speedup=1.5,
+            speedup_interval=(1.4, 1.6),
+            **report | figures,
+        ),
+        "staircase": Staircase(
+            vit=vit,
+            setup=setup,
+            fixed=around(1),
+            dense=around(12),
+            points=tuple(Point(tokens=n, latency=around(1 + n / 2)) for n in (4, 6, 12, 17)),
+        ),
+        "preprocessing": Preprocessing(
+            image_px=16, resize_px=16, interpolation="bicubic", crop_mode="center", mean=(0.5,) * 3, std=(0.5,) * 3
+        ),
+        "story": Story(
+            asked=name,
+            candidates=(
+                *candidates,
+                Candidate(TOKENS, 8.1, 0.03, 95.0, None),
+                Candidate((17,) * 4, 11.9, 0, 100, None),
+            ),
+            trials=(
+                Trial(tokens=(17, 12, 12, 12), predicted_ms=9.0, latency=around(9.2)),
+                Trial(tokens=TOKENS, predicted_ms=8.1, latency=around(8)),
+            ),
+            samples=tuple(
+                Sample(
+                    picture=picture(),
+                    label=name,
+                    unpruned=name,
+                    pruned=name,
+                    groups=(
+                        tuple(1 + k % 11 for k in range(16)),
+                        tuple(1 + k // 4 if k > 3 else -1 for k in range(16)),
+                    ),
+                )
+                for _ in range(2)
+            ),
+        ),
+    }
+
+
+def hostile_page() -> str:
+    """A page whose every foreign string tries to break out of the markup."""
+    return page_html(**records(HOSTILE))
+
+
+class Tags(html.parser.HTMLParser):
+    """Tags with their attributes, and the text outside of them."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag, f"{tag} is closed, another is open"
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.text += data
+
+
+@pytest.mark.parametrize(
+    ("figures", "line"),
+    [
+        ({}, "1.50× faster, 0.9 points of top-1 lost"),
+        ({"top1": 83.1}, "1.50× faster, 0.3 points of top-1 gained"),
+        ({"top1": 82.79}, "1.50× faster, no top-1 lost"),
+        ({"top1": None, "dense_top1": None}, "1.50× faster, 95.2 % of answers unchanged"),
+        (dict.fromkeys(("top1", "dense_top1", "agreement", "kl")), "1.50× faster, accuracy not measured"),
+    ],
+)
+def test_first_line_says_what_was_gained(figures: dict[str, Any], line: str) -> None:
+    assert f"<h1>{line}</h1>" in page_html(**records(**figures))
+
+
+def test_a_slower_engine_is_not_called_faster() -> None:
+    given = records()
+    given["report"] = msgspec.structs.replace(given["report"], speedup=0.97)
+    assert "<h1>0.97× as fast, " in page_html(**given)
+
+
+@pytest.mark.parametrize("name", ["toy", HOSTILE])
+def test_markup_is_whole_and_loads_nothing(name: str) -> None:
+    found = Tags(page_html(**records(name)))
+    assert not found.open
+    assert not {"script", "img", "iframe", "object", "embed", "form", "base"} & {tag for tag, _ in found.tags}
+    links = [v or "" for _, attributes in found.tags for k, v in attributes.items() if k in ("href", "src")]
+    assert links and all(link.startswith(("data:", "#")) for link in links)
+    assert not [k for _, attributes in found.tags for k in attributes if k.startswith("on")]
+    assert name in found.text
+    assert "url(" not in page_html(**records(name)) and "@import" not in page_html(**records(name))
+
+
+def test_same_records_same_text() -> None:
+    assert page_html(**records()) == page_html(**records())
+
+
+def test_figures_are_those_of_the_records() -> None:
+    text = Tags(page_html(**records())).text
+    for figure in ("8.000", "12.000", "1.500 (1.400 to 1.600)", "82.80", "81.90", "95.25", "0.0310", "17, 12, 6, 6"):
+        assert figure in text
+    assert "2, chosen: predicted 8.1, measured 8 ms (+1.2 %)" in text
+    assert "650 pictures" in text and "4 schedules weighed" in text
+
+
+def test_simulated_latency_says_so() -> None:
+    simulated, measured = (Tags(page_html(**records(simulated=s))).text for s in (True, False))
+    assert simulated.count("SIMULATED") == 6  # in the first line and below it, at each chart of latency, in the setup
+    assert "1.50× faster (SIMULATED), 0.9 points" in simulated
+    assert "SIMULATED" not in measured
+
+
+def test_what_is_unknown_is_left_out_or_said() -> None:
+    given = records()
+    figures = dict.fromkeys(("dense_latency", "speedup", "speedup_interval", "dense_top1", "agreement", "kl"))
+    bare = msgspec.structs.replace(given["report"], **figures)
+    text = Tags(page_html(**given | {"report": bare, "staircase": None, "story": Story()})).text
+    assert text.startswith("\n") and "8.00 ms, 81.9 % top-1" in text and "None" not in text
+    for missing in ("This bundle holds none", "No schedules were weighed", "Nothing was predicted"):
+        assert missing in text
+    assert "asked for" not in text and "Every probe" not in text
+    predicted = msgspec.structs.replace(bare, predicted_ms=8.4)
+    page = page_html(**given | {"report": predicted, "story": Story()})
+    assert "1, chosen: predicted 8.4, measured 8 ms (+5.0 %)" in page
+
+
+def test_nothing_weighed_nothing_cut() -> None:
+    given = records(method="none")
+    given["schedule"] = msgspec.structs.replace(given["schedule"], tokens=(17,) * 4)
+    given["story"] = msgspec.structs.replace(given["story"], candidates=(), samples=())
+    text = Tags(page_html(**given)).text
+    assert "No schedules were weighed" in text and "Tokens kept" not in text
+
+
+def test_patches_without_a_token_are_dimmed_and_explained() -> None:
+    page = page_html(**records())
+    assert 'class="gone" d="M0 0h1v1h-1zM1 0h1v1h-1zM2 0h1v1h-1zM3 0h1v1h-1z"' in page
+    assert "dark patches have none" in page
+
+
+def test_chosen_counts_stand_on_the_staircase() -> None:
+    titles = re.findall(r"<title>(\d+) tokens, chosen: ([\d.]+) ms</title>", page_html(**records()))
+    assert sorted(titles) == [("12", "7.000"), ("17", "9.500"), ("6", "4.000")]
+
+
+# --- in a bundle, and the command that draws it again ---
+
+
+def test_bundle_holds_its_page(shared: Shared, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+    assert row_of(capsys, "report", shared.bundle) == {"path": str(shared.bundle / "report.html")}
+    story = json.loads((shared.bundle / "story.json").read_text())
+    row = shared.row
+    assert row["tokens"] in [trial["tokens"] for trial in story["trials"]]
+    assert row["tokens"] in [candidate["tokens"] for candidate in story["candidates"]]
+    cuts = sum(a > b for a, b in zip([197, *row["tokens"]], row["tokens"], strict=False))
+    assert [len(sample["groups"]) for sample in story["samples"]] == [cuts] * 4
+    assert {len(groups) for sample in story["samples"] for groups in sample["groups"]} == {196}
+
+
+def copied(bundle: Path, folder: Path, change: Callable[[Path, dict[str, Any]], None]) -> Path:
+    """A copy of a bundle with a changed manifest."""
+    copy = folder / "bundle"
+    shutil.copytree(bundle, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    change(copy, manifest)
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
+
+
+def test_a_page_of_another_version_is_left_alone(shared: Shared, tmp_path: Path) -> None:  # noqa: F811
+    def without_page(copy: Path, manifest: dict[str, Any]) -> None:
+        (copy / "report.html").unlink()
+        del manifest["files"]["report.html"]
+
+    copy = copied(shared.bundle, tmp_path, without_page)
+    before = sorted(copy.iterdir())
+    path = page_of_bundle(copy)
+    assert path == tmp_path / "bundle.html"
+    assert path.read_bytes() == (shared.bundle / "report.html").read_bytes()
+    assert sorted(copy.iterdir()) == before
+
+
+def test_out_and_open(
+    shared: Shared,  # noqa: F811
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr("webbrowser.open", lambda url: opened.append(url) or len(opened) == 1)
+    out = tmp_path / "deep" / "a page.html"
+    code, said, _ = call(capsys, "report", shared.bundle, "--out", out, "--open")
+    assert (code, said) == (0, f"report: {out}\n")
+    assert opened == [out.as_uri()] and out.read_bytes() == (shared.bundle / "report.html").read_bytes()
+    code, said, err = call(capsys, "report", shared.bundle, "--open")
+    assert code == 1 and said and "no browser" in err
+
+
+def test_what_report_refuses(shared: Shared, tmp_path: Path) -> None:  # noqa: F811
+    with pytest.raises(InputError, match="no bundle"):
+        page_of_bundle(tmp_path)
+
+    def without_story(copy: Path, manifest: dict[str, Any]) -> None:
+        del manifest["files"]["story.json"]
+
+    with pytest.raises(InputError, match=r"story\.json is missing: build the bundle again"):
+        page_of_bundle(copied(shared.bundle, tmp_path, without_story))
+
+
+def test_groups_of_a_sample_are_square() -> None:
+    with pytest.raises(ValueError, match="square"):
+        Sample(picture=b"", label=None, unpruned="", pruned="", groups=((1, 2, 3),))
