@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edgeprune import export, graph, zoo
+from edgeprune.adaptive import FEW, probe
 from edgeprune.errors import InputError
 from edgeprune.measure import Open, Samples
 from edgeprune.precision import CONVERSIONS
 from edgeprune.records import Staircase, Vit, load, read_bytes, save, write_bytes
 from edgeprune.reducers import check_method
-from edgeprune.staircase import probe
 from edgeprune.target import Target
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROUNDS = 25
+ROUNDS = 3 * FEW
 
 
 def cut_pairs(vit: Vit) -> tuple[tuple[int, int], ...]:

@@ -24,7 +24,7 @@ LAYERS = (
     ("planning", "refine", "bench", "doctor"),
     ("job",),
     ("profiling", "fidelity", "bundle", "plots", "search", "zoo.train_digits"),
-    ("target", "models", "schedule"),
+    ("target", "models", "schedule", "adaptive"),
     ("export", "prune", "precision", "staircase", "families.vit", "reducers.*"),
     ("reducers.common", "zoo", "families", "reducers", "measure"),
     ("images", "tokens", "runtimes.ort", "runtimes.simulated", "runtimes.trt"),
