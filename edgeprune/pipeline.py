@@ -15,7 +15,7 @@ from edgeprune.errors import EdgepruneError, InputError
 from edgeprune.graph import attention_forms, load_graph
 from edgeprune.images import normalise
 from edgeprune.job import Job, Options
-from edgeprune.planning import POLICIES, solve
+from edgeprune.planning import POLICIES, on_exact_edges, solve
 from edgeprune.plots import staircase_svg
 from edgeprune.precision import CONVERSIONS
 from edgeprune.records import (
@@ -57,25 +57,25 @@ def build(options: Options, progress: Progress = silent) -> Built:
     goal = options.goal
     attempts: list[Attempt] = []
     for attempt in range(CORRECTIONS + 1):
-        schedule = solve(job, goal)
+        schedule = on_exact_edges(job, solve(job, goal))
         onnx, report = realise(job, schedule)
-        attempts.append(Attempt(schedule, onnx, report))
+        attempts.append(Attempt(job.staircase, schedule, onnx, report))
         corrected = correction(job, options.goal, goal, report)
         if corrected is None or attempt == CORRECTIONS:
             break
         log.info("measured %.3fx, correcting the goal by it", report.speedup)
         try:
-            if solve(job, corrected).tokens == schedule.tokens:
+            if on_exact_edges(job, solve(job, corrected)).tokens == schedule.tokens:
                 break
         except EdgepruneError:  # the corrected goal is beyond what the model can give: keep what was built
             log.info("no schedule is faster: keeping the one that was measured")
             break
         goal = corrected
-    schedule, onnx, report = best_of(attempts, options.goal)
-    return Built(options.folder(), _bundle(job, schedule, onnx, report), job.staircase)
+    best = best_of(attempts, options.goal)
+    return Built(options.folder(), _bundle(job, *best), best.staircase)
 
 
-def _bundle(job: Job, schedule: Schedule, onnx: Path, report: Report) -> Manifest:
+def _bundle(job: Job, staircase: Staircase, schedule: Schedule, onnx: Path, report: Report) -> Manifest:
     """Write the bundle, unless the very same one is already there."""
     from edgeprune.models import class_labels
 
@@ -112,12 +112,12 @@ def _bundle(job: Job, schedule: Schedule, onnx: Path, report: Report) -> Manifes
         files={engine.path: engine_file, ONNX: onnx},
         engine=engine,
         schedule=schedule,
-        staircase=job.staircase,
+        staircase=staircase,
         report=report,
         preprocessing=model.preprocessing,
         labels=class_labels(model.vit, job.pictures.class_names if job.pictures else None),
         golden=(batch, golden),
-        extra={DEVICE: encode(job.target.device), **staircase_svg(job.staircase, schedule)},
+        extra={DEVICE: encode(job.target.device), **staircase_svg(staircase, schedule)},
     )
 
 

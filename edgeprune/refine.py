@@ -25,6 +25,7 @@ from edgeprune.records import (
     Latency,
     Report,
     Schedule,
+    Staircase,
     key_of,
     load,
     replacing,
@@ -49,8 +50,9 @@ MOST_CHANGED = 5.0  # points of agreement, where there are no labels
 
 
 class Attempt(NamedTuple):
-    """A schedule that was built and measured."""
+    """A schedule that was built and measured, and the staircase it rests on."""
 
+    staircase: Staircase
     schedule: Schedule
     onnx: Path
     report: Report
