@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.measure import Open, Samples, interleave
-from edgeprune.records import Latency, Progress, Setup, Staircase, Vit, silent
+from edgeprune.records import Point, Progress, Setup, Staircase, Vit, silent
 from edgeprune.staircase import exceeds, staircase_from_samples, treads
 
 log = logging.getLogger(__name__)
@@ -94,8 +94,8 @@ def probe(
     cost of cuts "block n" and "cut METHOD a>b"; all are timed in the same rounds. Each stage takes FEW rounds
     of a few counts, the unpruned one among them (`questions` says which), until no question is left or SHARE of
     the samples of exhaustive probing is spent. `interest` is what counts are chosen by, if it is known. With
-    `used` only the edges of these counts are sought. A count is timed `rounds` times at most, the unpruned one
-    in every stage; `rounds` = 1 says that there is no noise. `samples` of an interrupted run are taken up.
+    `used` only the edges of these counts are sought. A count is timed again until it has `rounds` samples, or beside
+    a new one; `rounds` = 1 says that there is no noise. `samples` of an interrupted run are taken up.
     Returns the staircase and all samples (ms), those of stage k > 0 under "name @k".
     """
     samples = {} if samples is None else samples
@@ -114,7 +114,7 @@ def probe(
         interleave(candidates, few, samples, save, progress, keep_open, f"{len(counts)} token counts")
         whole = joined(samples)
         staircase = staircase_from_samples(vit, setup, whole)
-        asked = edges_of(staircase, used) if used else questions(staircase, interest, rounds)
+        asked = edges_of(staircase, used, rounds) if used else questions(staircase, interest, rounds)
         room = (limit - staircase.probes) // few
         counts = [] if exhaustive else _together(vit, asked, room, rounds)
         if asked and not counts:
@@ -187,11 +187,9 @@ def questions(staircase: Staircase, interest: Interest, rounds: int) -> list[Que
             continue
         worth = float(gain[matters].max())
         if not exceeds(b.latency, a.latency):
-            asked.append(Question(worth, _short((a.tokens, a.latency), (b.tokens, b.latency), rounds=rounds)))
+            asked.append(Question(worth, _short(rounds, a, b)))
         elif b.tokens - a.tokens > 1:
-            middle = split(a.tokens, b.tokens, staircase.setup.batch)
-            again = _short((a.tokens, a.latency), (b.tokens, b.latency), rounds=rounds)
-            asked.append(Question(worth, (middle, *again)))
+            asked.append(_halved(worth, a.tokens, b.tokens, staircase.setup.batch, rounds))
     low, high = np.array([p.latency.interval_ms for p in points]).T / top
     rows = np.arange(len(winner))
     gains = interest.utility(tokens, low) - interest.utility(tokens, high)[rows, winner][:, None]
@@ -199,23 +197,28 @@ def questions(staircase: Staircase, interest: Interest, rounds: int) -> list[Que
         row = int(gains[:, index].argmax())
         rival = points[winner[row]]
         if point is not rival and gains[row, index] > TOLERANCE:
-            both = (point.tokens, point.latency), (rival.tokens, rival.latency)
-            asked.append(Question(float(gains[row, index]), _short(*both, rounds=rounds)))
+            asked.append(Question(float(gains[row, index]), _short(rounds, point, rival)))
     return [question for question in asked if question.counts]
 
 
-def _short(*points: tuple[int, Latency], rounds: int) -> tuple[int, ...]:
+def _short(rounds: int, *points: Point) -> tuple[int, ...]:
     """Those of the counts that can still be timed again."""
-    return tuple(n for n, latency in points if len(latency.samples_ms) < rounds)
+    return tuple(p.tokens for p in points if len(p.latency.samples_ms) < rounds)
 
 
-def edges_of(staircase: Staircase, used: Collection[int]) -> list[Question]:
+def _halved(worth: float, low: int, high: int, batch: int, rounds: int) -> Question:
+    """A gap to be split; its ends are timed again beside the new count, or drift since then would look like a step."""
+    middle = split(low, high, batch)
+    return Question(worth, (middle,) if rounds == 1 else (middle, low, high))
+
+
+def edges_of(staircase: Staircase, used: Collection[int], rounds: int) -> list[Question]:
     """Where the treads of used counts end: the gaps to their right, the narrowest first."""
     tokens = [p.tokens for p in staircase.points]
     asked = []
     for end in {edge(staircase, n) for n in used} - {*settled(staircase)}:
         after = tokens[tokens.index(end) + 1]
-        asked.append(Question(1 / (after - end), (split(end, after, staircase.setup.batch), end, after)))
+        asked.append(_halved(1 / (after - end), end, after, staircase.setup.batch, rounds))
     return asked
 
 
