@@ -13,6 +13,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -20,10 +21,10 @@ import numpy as np
 from edgeprune import devices
 from edgeprune.adaptive import FEW, all_counts, on_edges, probe, settled
 from edgeprune.measure import WARMUP, Open
-from edgeprune.records import Latency, Setup, Staircase, Vit, load
+from edgeprune.records import Setup, Staircase, Vit, load
 from edgeprune.runtimes.simulated import latency_ms, products_of_trunk
 from edgeprune.schedule import Goal, paper_schedule
-from edgeprune.staircase import exceeds, treads
+from edgeprune.staircase import treads
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 ROUNDS = 3 * FEW
@@ -63,11 +64,11 @@ class Machine:
 
     def __init__(self, noise: str | None = None, seed: int = 0) -> None:
         self.noise, self.rng = noise, np.random.default_rng(seed)
-        self.rounds, self.inferences, self.spent_ms = 0, 0, 0.0
+        self.inferences, self.spent_ms = 0, 0.0
 
     def opener(self, samples_ms: Sequence[float]) -> Open:
-        """A candidate with these samples: in order if nothing disturbs the machine, else drawn."""
-        return Candidate(self, samples_ms).open
+        """A candidate whose times are drawn from these samples."""
+        return lambda: Candidate(self, samples_ms)
 
     def disturbed(self, ms: float) -> float:
         """A time under the noise: 5 % jitter, and beside it what its name says."""
@@ -86,27 +87,15 @@ class Machine:
 
 
 class Candidate:
-    """What `interleave` opens and times: sample r in round r of the machine, as far as these are in order."""
+    """What `interleave` opens and times."""
 
     def __init__(self, machine: Machine, samples_ms: Sequence[float]) -> None:
-        self.machine, self.samples_ms, self.round, self.calls = machine, samples_ms, 0, 0
-
-    def open(self) -> Candidate:
-        """Before any candidate of its stage is timed."""
-        self.round, self.calls = self.machine.rounds, 0
-        return self
+        self.machine, self.samples_ms = machine, samples_ms
 
     def time_ms(self) -> float:
-        """The sample of this round; each timed inference follows an untimed one."""
-        if self.machine.noise == "drawn":
-            ms = float(self.machine.rng.choice(self.samples_ms))
-        else:
-            ms = self.samples_ms[self.round % len(self.samples_ms)]
-        self.calls += 1
-        if self.calls > WARMUP and (self.calls - WARMUP) % 2 == 0:
-            self.round += 1
-            self.machine.rounds = max(self.machine.rounds, self.round)
-        return self.machine.disturbed(ms)
+        """One of the known samples, under the machine's noise, ms."""
+        known = self.samples_ms
+        return self.machine.disturbed(known[0] if len(known) == 1 else float(self.machine.rng.choice(known)))
 
     def infer(self, images: object) -> None:
         """Raises AssertionError."""
@@ -128,15 +117,10 @@ class Source(NamedTuple):
     others: Mapping[str, Sequence[float]]
     recorded: Staircase | None = None
 
-    @property
-    def rounds(self) -> int:
-        """Samples of a count in exhaustive probing: one where there is no noise."""
-        return 1 if self.recorded is None else ROUNDS
-
     def utility(self, alpha: float, accuracy: Accuracy, tokens: int) -> float:
         """The paper's, with the true latencies."""
-        ms, most = np.median(self.trunk[tokens]), np.median(self.trunk[self.vit.tokens])
-        return float(alpha * (1 - ms / most) + (1 - alpha) * accuracy(tokens) / accuracy(self.vit.tokens))
+        ms, most = median(self.trunk[tokens]), median(self.trunk[self.vit.tokens])
+        return alpha * (1 - ms / most) + (1 - alpha) * accuracy(tokens) / accuracy(self.vit.tokens)
 
     def best(self, alpha: float, accuracy: Accuracy) -> int:
         """What probing every count chooses: the highest utility; of a recording that of its treads."""
@@ -144,14 +128,9 @@ class Source(NamedTuple):
         return max(counts, key=lambda n: (self.utility(alpha, accuracy, n), n))
 
     def is_edge(self, tokens: int) -> bool:
-        """Does one token more cost more? In a recording: as far as it can tell the next tread from this count."""
-        if tokens == self.vit.tokens:
-            return True
-        if self.recorded is None:
-            return self.trunk[tokens + 1][0] > self.trunk[tokens][0]
-        following = min(n for n in treads(self.recorded) if n > tokens)
-        after, here = (Latency(samples_ms=tuple(self.trunk[n])) for n in (following, tokens))
-        return exceeds(after, here)
+        """Does one token more cost more? Of a recording, whose noise hides that, what was probed decides."""
+        known = self.recorded is not None or tokens == self.vit.tokens
+        return known or self.trunk[tokens + 1][0] > self.trunk[tokens][0]
 
 
 class Outcome(NamedTuple):
@@ -166,10 +145,9 @@ class Outcome(NamedTuple):
 
 
 def outcomes(
-    source: Source, goals: Sequence[tuple[float, Accuracy]], machine: Machine, rounds: int | None = None
+    source: Source, goals: Sequence[tuple[float, Accuracy]], machine: Machine, rounds: int = 1
 ) -> list[Outcome]:
-    """Probe; then for each goal choose by the paper's utility and probe the edge of what was chosen, as `build` does."""
-    rounds = rounds or source.rounds
+    """Probe; then for each goal choose by the paper's utility and probe the edge of the choice, as `build` does."""
     trunks = {n: machine.opener(ms) for n, ms in source.trunk.items()}
     others = {name: machine.opener(ms) for name, ms in source.others.items()}
     how = (source.vit, source.setup, trunks.__getitem__, others, rounds)
@@ -229,7 +207,7 @@ def accuracy_of(source: Source) -> Accuracy:
 
 def exhaustive_s(source: Source, rounds: int) -> float:
     """Inference that probing every count takes, s: warm-up, and an untimed one for each that is timed."""
-    each = sum(float(np.median(ms)) for ms in (*source.trunk.values(), *source.others.values()))
+    each = sum(median(ms) for ms in (*source.trunk.values(), *source.others.values()))
     return each * (WARMUP + 2 * rounds) / 1e3
 
 
@@ -247,8 +225,8 @@ def quiet_row(source: Source) -> dict[str, object]:
     setup = source.setup
     row: dict[str, object] = {
         "device": setup.device, "model": source.vit.name, "batch": setup.batch, "precision": setup.precision,
-        "probes": most.probes, "all_probes": source.rounds * len(all_counts(source.vit)), "share": most.share,
-        "counts": most.counts, "seconds": most.seconds, "all_seconds": exhaustive_s(source, source.rounds),
+        "probes": most.probes, "all_probes": len(all_counts(source.vit)), "share": most.share,
+        "counts": most.counts, "seconds": most.seconds, "all_seconds": exhaustive_s(source, 1),
         "regret": max(o.regret for o in found), "exact": sum(o.exact for o in found), "runs": len(found),
     }  # fmt: skip
     print(
@@ -297,10 +275,10 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=100, help="seeded runs for each kind of noise")
     args = parser.parse_args()
     print(HEAD)
-    quiet = [quiet_row(source) for source in (*all_simulated(), *recordings())]
+    quiet = [quiet_row(source) for source in all_simulated()]
     print(NOISE_HEAD)
     noisy = [noisy_row(source, noise, args.runs) for source, noise in product(noisy_sources(), NOISES)]
-    noisy += [noisy_row(source, "drawn", args.runs) for source in recordings()]
+    noisy += [noisy_row(source, "recorded", args.runs) for source in recordings()]
     print(json.dumps({"quiet": quiet, "noisy": noisy}))
 
 

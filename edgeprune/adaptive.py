@@ -207,7 +207,7 @@ def _short(rounds: int, *points: Point) -> tuple[int, ...]:
 
 
 def _halved(worth: float, low: int, high: int, batch: int, rounds: int) -> Question:
-    """A gap to be split; its ends are timed again beside the new count, or drift since then would look like a step."""
+    """A gap to be split; its ends are timed beside the new count, or drift since then would look like a step."""
     middle = split(low, high, batch)
     return Question(worth, (middle,) if rounds == 1 else (middle, low, high))
 
