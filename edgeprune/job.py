@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune import measure, zoo
-from edgeprune.adaptive import on_edges, settled
+from edgeprune.adaptive import edge, on_edges, settled
 from edgeprune.devices import load_device
 from edgeprune.errors import InputError
 from edgeprune.images import ImageSet, load_images, load_pixels
@@ -106,7 +106,7 @@ class Job:
 
     def settle(self, tokens: Sequence[int]) -> tuple[int, ...]:
         """A schedule on exact edges: where those of its treads are not known, they are probed for the staircase."""
-        if missing := {*tokens} - {*settled(self.staircase)}:
+        if missing := {edge(self.staircase, n) for n in tokens} - {*settled(self.staircase)}:
             self._sought = (*self._sought, tuple(sorted(missing)))
             self.staircase = self._probed()
         return on_edges(self.staircase, tokens)
