@@ -17,9 +17,9 @@ from edgeprune.job import Job, Options
 from edgeprune.measure import Samples
 from edgeprune.planning import solve
 from edgeprune.profiling import staircase_of_model
+from edgeprune.realise import dense_onnx, logits_on, pruned_onnx
 from edgeprune.records import Latency, Progress, Report, Schedule, Setup, Staircase, sha256_file, silent, write_bytes
 from edgeprune.reducers import reducer_named
-from edgeprune.refine import dense_onnx, logits_on, pruned_onnx
 from edgeprune.schedule import Goal, published_schedule
 from edgeprune.target import alone
 

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune import measure, zoo
+from edgeprune.adaptive import edge, on_edges, settled
 from edgeprune.devices import load_device
 from edgeprune.errors import InputError
 from edgeprune.images import ImageSet, load_images, load_pixels
-from edgeprune.profiling import staircase_of_model
+from edgeprune.profiling import Sought, staircase_of_model
 from edgeprune.records import Progress, Staircase, replacing, silent
 from edgeprune.reducers import check_method
 from edgeprune.schedule import PAPER_BLOCK, Goal
@@ -53,6 +54,7 @@ class Options:
     whole_last: bool = False  # compute the whole last block though the head reads the prefix alone
     search_images: int = 128
     rounds: int = ROUNDS
+    neighbours: int = 3  # of the schedule that are built and measured beside it
     calib: Path = Path("calib")  # where INT8 ranges are kept
     host: Host | None = None  # the device, where it is another machine
     lock_clocks: bool = False  # on that host
@@ -72,6 +74,7 @@ class Job:
 
         check_method(options.method)
         self.options, self.progress = options, progress
+        self._sought: Sought = ()
         self.target: Target = target_for(
             options.device, options.precision, options.batch, options.simulate, options.work, progress,
             options.host, options.lock_clocks,
@@ -100,7 +103,18 @@ class Job:
     @cached_property
     def staircase(self) -> Staircase:
         """Measured, resumed or reused."""
-        return staircase_of_model(self.target, self.model, (self.options.method,), self.options.exhaustive)
+        return self._probed()
+
+    def _probed(self) -> Staircase:
+        options = self.options
+        return staircase_of_model(self.target, self.model, (options.method,), options.exhaustive, self._sought)
+
+    def settle(self, tokens: Sequence[int]) -> tuple[int, ...]:
+        """A schedule on exact edges: where those of its treads are not known, they are probed for the staircase."""
+        if missing := {edge(self.staircase, n) for n in tokens} - {*settled(self.staircase)}:
+            self._sought = (*self._sought, tuple(sorted(missing)))
+            self.staircase = self._probed()
+        return on_edges(self.staircase, tokens)
 
     @cached_property
     def pixels(self) -> NDArray[np.uint8]:

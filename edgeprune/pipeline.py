@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,14 +12,14 @@ import numpy as np
 from edgeprune import export
 from edgeprune.bundle import check_out
 from edgeprune.compiling import bundle_from_onnx, example_of
-from edgeprune.errors import EdgepruneError, InputError
+from edgeprune.errors import InputError
 from edgeprune.images import ImageSet, batches, load_pixels, normalise
 from edgeprune.job import Job, Options
-from edgeprune.planning import check_policy, solve, weighed
+from edgeprune.planning import check_policy
 from edgeprune.precision import CONVERSIONS, calibrated, int8
-from edgeprune.records import Card, Manifest, Progress, Sample, Schedule, Staircase, Story, Trial, load, silent
-from edgeprune.refine import CALIBRATION_IMAGES, CORRECTIONS, Attempt, best_of, correction, realise
-from edgeprune.schedule import Goal
+from edgeprune.realise import CALIBRATION_IMAGES, realise
+from edgeprune.records import Card, Manifest, Progress, Sample, Schedule, Staircase, Story, load, silent
+from edgeprune.refine import Refined, refine, tell_missed
 from edgeprune.target import alone
 
 if TYPE_CHECKING:
@@ -52,46 +51,24 @@ def build(options: Options, progress: Progress = silent) -> Built:
 
 def _built(options: Options, progress: Progress) -> Built:
     job = Job(options, progress)
-    goal = options.goal
-    attempts: list[Attempt] = []
-    goals: list[Goal] = []
-    for attempt in range(CORRECTIONS + 1):
-        schedule = solve(job, goal)
-        onnx, report = realise(job, schedule)
-        attempts.append(Attempt(schedule, onnx, report))
-        goals.append(goal)
-        corrected = correction(job, options.goal, goal, report)
-        if corrected is None or attempt == CORRECTIONS:
-            break
-        log.info("measured %.3fx, correcting the goal by it", report.speedup)
-        try:
-            if solve(job, corrected).tokens == schedule.tokens:
-                break
-        except EdgepruneError:  # the corrected goal is beyond what the model can give: keep what was built
-            log.info("no schedule is faster: keeping the one that was measured")
-            break
-        goal = corrected
-    return Built(options.folder(), _bundle(job, attempts, goals), job.staircase)
-
-
-def _bundle(job: Job, attempts: Sequence[Attempt], goals: Sequence[Goal]) -> Manifest:
-    """Write the bundle of the best attempt, unless the very same one is already there."""
-    options, model = job.options, job.model
-    schedule, onnx, report = best_of(attempts, options.goal)
-    card = card_for(model, schedule, job.pictures.class_names if job.pictures else None)
+    refined = refine(job)
+    onnx, report = realise(job, refined.schedule)
+    tell_missed(options.goal, report)
+    card = card_for(job.model, refined.schedule, job.pictures.class_names if job.pictures else None)
     if job.pictures is not None:
         index = np.arange(options.batch) % len(job.pixels)
-        example = normalise(job.pixels[index], model.preprocessing)
+        example = normalise(job.pixels[index], job.model.preprocessing)
     else:
         example = example_of(card, options.batch, None)
 
     def story() -> Story:
-        return _story(job, card, attempts, goals)
+        return _story(job, card, refined)
 
-    return bundle_from_onnx(job.target, options.folder(), onnx, card, report, example, job.staircase, story=story)
+    manifest = bundle_from_onnx(job.target, options.folder(), onnx, card, report, example, job.staircase, story=story)
+    return Built(options.folder(), manifest, job.staircase)
 
 
-def _story(job: Job, card: Card, attempts: Sequence[Attempt], goals: Sequence[Goal]) -> Story:
+def _story(job: Job, card: Card, refined: Refined) -> Story:
     """How a build came to its schedule: what was weighed, what was built, and what that does to pictures."""
     from edgeprune.explain import samples_of
 
@@ -100,16 +77,7 @@ def _story(job: Job, card: Card, attempts: Sequence[Attempt], goals: Sequence[Go
         shown = sorted({*np.linspace(0, len(job.pixels) - 1, SHOWN).astype(int).tolist()})
         labels = [job.pictures.labels[i] for i in shown] if job.pictures.labels else None
         samples = samples_of(job.model, card.schedule, job.pixels[shown], labels, card.labels)
-    return Story(
-        asked=str(job.options.goal),
-        candidates=tuple({c.tokens: c for goal in goals for c in weighed(job, goal)}.values()),
-        trials=tuple(
-            Trial(tokens=a.schedule.tokens, predicted_ms=a.report.predicted_ms, latency=a.report.latency)
-            for a in attempts
-            if a.report.predicted_ms is not None
-        ),
-        samples=samples,
-    )
+    return Story(asked=str(job.options.goal), candidates=refined.weighed, trials=refined.trials, samples=samples)
 
 
 def card_for(model: Model, schedule: Schedule, class_names: tuple[str, ...] | None) -> Card:

@@ -62,6 +62,12 @@ def solve(job: Job, goal: Goal) -> Schedule:
     return load(job.target.step("schedule", ".json", parts, make), Schedule)
 
 
+def on_exact_edges(job: Job, schedule: Schedule) -> Schedule:
+    """The same schedule on exact edges of treads, which are probed where they are not known."""
+    tokens = job.settle(schedule.tokens)
+    return finished(job.staircase, schedule.method, schedule.policy, tokens, schedule.prefix_last)
+
+
 def _searched(job: Job, goal: Goal) -> Candidate:
     """What the goal picks from the front."""
     return choose(pareto(weighed(job, goal)), job.staircase, job.options.method, goal, job.drop)

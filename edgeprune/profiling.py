@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edgeprune import export, graph, zoo
+from edgeprune.adaptive import FEW, probe
 from edgeprune.errors import InputError
 from edgeprune.measure import Open, Samples
 from edgeprune.precision import CONVERSIONS
 from edgeprune.records import Staircase, Vit, load, read_bytes, save, write_bytes
 from edgeprune.reducers import check_method
-from edgeprune.staircase import probe
 from edgeprune.target import Target
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ROUNDS = 25
+ROUNDS = 3 * FEW
+Sought = tuple[tuple[int, ...], ...]
 
 
 def cut_pairs(vit: Vit) -> tuple[tuple[int, int], ...]:
@@ -98,8 +99,13 @@ def probes_folder(target: Target, vit: Vit) -> Path:
     return target.path("probes", "", vit, target.setup.batch, target.onnx_precision)
 
 
-def staircase_of_model(target: Target, model: Model, methods: Sequence[str], exhaustive: bool = False) -> Staircase:
-    """The staircase of a model with the cost of these methods' cuts; reused or resumed from the work folder."""
+def staircase_of_model(
+    target: Target, model: Model, methods: Sequence[str], exhaustive: bool = False, sought: Sought = ()
+) -> Staircase:
+    """The staircase of a model with the cost of these methods' cuts; reused or resumed from the work folder.
+
+    `sought` holds the counts of the schedules so far whose edges are to be found as well, one tuple after another.
+    """
     folder = probes_folder(target, model.vit)
 
     def make() -> Path:
@@ -108,7 +114,7 @@ def staircase_of_model(target: Target, model: Model, methods: Sequence[str], exh
         target.progress("exporting probes", 1, 1)
         return folder
 
-    return _measured(target, model.vit, methods, exhaustive, make)
+    return _measured(target, model.vit, methods, exhaustive, make, sought)
 
 
 def staircase_of_folder(target: Target, trunk: Path, methods: Sequence[str], exhaustive: bool = False) -> Staircase:
@@ -153,16 +159,23 @@ def vit_of(name: str) -> Vit:
 
 
 def _measured(
-    target: Target, vit: Vit, methods: Sequence[str], exhaustive: bool, folder_made: Callable[[], Path]
+    target: Target,
+    vit: Vit,
+    methods: Sequence[str],
+    exhaustive: bool,
+    folder_made: Callable[[], Path],
+    sought: Sought = (),
 ) -> Staircase:
     rounds = 1 if target.setup.simulated else ROUNDS
     parts = (vit, target.setup, methods, exhaustive, rounds)
-    partial = target.path("samples", ".json", *parts)
+    partial = target.path("samples", ".json", *parts, sought)
 
     def make(path: Path) -> None:
         folder = folder_made()
         samples = _resumed(partial)
-        staircase, _ = probe(
+        if sought and not samples:
+            samples = _resumed(target.path("probed", ".json", *parts, sought[:-1]))
+        staircase, samples = probe(
             vit,
             target.setup,
             lambda n: _static(target, vit, folder / "trunk.onnx", n),
@@ -173,11 +186,13 @@ def _measured(
             lambda state: write_bytes(partial, msgspec.json.encode(state)),
             target.progress,
             keep_open=_fits(folder / "trunk.weights", target.runtime.free_bytes()),
+            used=sought[-1] if sought else (),
         )
+        write_bytes(target.path("probed", ".json", *parts, sought), msgspec.json.encode(samples))
         save(staircase, path)
         partial.unlink(missing_ok=True)
 
-    return load(target.step("staircase", ".json", parts, make), Staircase)
+    return load(target.step("staircase", ".json", (*parts, sought), make), Staircase)
 
 
 def _others(target: Target, vit: Vit, methods: Sequence[str], folder: Path) -> Mapping[str, Open]:

@@ -1,264 +1,202 @@
-"""Schedules built for real: compiled, measured beside the unpruned model, sought anew where a goal is missed."""
+"""A schedule refined by measurement: the goal corrected by what engines really take, then neighbours compared."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
-import msgspec
 import numpy as np
-import onnx as onnx_graph
 
-from edgeprune import export, fusion, measure
-from edgeprune.errors import ExportError, PrecisionError
-from edgeprune.export import Convert
-from edgeprune.graph import save_graph, static_or_raise
-from edgeprune.images import normalise
+from edgeprune import measure
+from edgeprune.adaptive import settled
+from edgeprune.errors import ScheduleError
 from edgeprune.job import Job
-from edgeprune.measure import Samples
-from edgeprune.precision import CONVERSIONS, calibrated, int8
-from edgeprune.profiling import export_probes, probes_folder
-from edgeprune.records import (
-    Int8Ranges,
-    Latency,
-    Report,
-    Schedule,
-    key_of,
-    load,
-    replacing,
-    save,
-    sha256_file,
-    write_bytes,
-)
-from edgeprune.schedule import Goal
+from edgeprune.planning import Scores, on_exact_edges, solve, weighed
+from edgeprune.realise import dense_onnx, nominal_onnx, pruned_onnx, timed
+from edgeprune.records import Candidate, Latency, Report, Schedule, Trial
+from edgeprune.schedule import Goal, finished
+from edgeprune.search import Tokens
 from edgeprune.staircase import predict_ms
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
 CORRECTIONS = 2  # times a schedule whose measured latency misses the goal is sought anew
 MISS = 0.02  # of the goal, beyond which it counts as missed
-PARITY_IMAGES = 8
-CALIBRATION_IMAGES = 32
-MOST_LOST = 1.5  # points of top-1 that a precision may lose against fp32
-MOST_CHANGED = 5.0  # points of agreement, where there are no labels
+OFF = 0.05  # of the prediction, beyond which the user is told
 
 
-class Attempt(NamedTuple):
-    """A schedule that was built and measured."""
+class Tried(NamedTuple):
+    """A schedule that was built and measured beside the unpruned model, its fidelity where it was searched."""
 
     schedule: Schedule
-    onnx: Path
-    report: Report
+    fidelity: Candidate | None
+    predicted_ms: float
+    latency: Latency
+    speedup: float
 
 
-def best_of(attempts: Sequence[Attempt], goal: Goal) -> Attempt:
-    """Of the attempts that meet a goal, short of MISS, the one with the least KL; else the fastest, warned of."""
-    good = [a for a in attempts if _meets(goal, a.report)]
-    if good:
-        return min(good, key=lambda a: (a.report.kl or 0.0, a.report.latency.median_ms))
-    best = max(attempts, key=lambda a: _speedup(a.report))
-    median = best.report.latency.median_ms
-    log.warning("the goal is missed: %.3fx, %.3f ms is the fastest that was measured", _speedup(best.report), median)
-    return best
+class Refined(NamedTuple):
+    """The schedule to ship, all that were built on the way, and all that the search weighed."""
+
+    schedule: Schedule
+    trials: tuple[Trial, ...]
+    weighed: tuple[Candidate, ...]
 
 
-def _speedup(report: Report) -> float:
-    assert report.speedup is not None, "a build measures the unpruned model beside"
-    return report.speedup
+def refine(job: Job) -> Refined:
+    """Solve, build, measure; correct the goal by the measurement and solve anew; then let neighbours compete.
+
+    The additive model holds latencies of single treads, not what a schedule's engines do together. Raises
+    ScheduleError where no schedule meets the goal even on paper.
+    """
+    asked = goal = job.options.goal
+    tried: list[Tried] = []
+    seen: dict[Tokens, Candidate] = {}
+    for _ in range(CORRECTIONS + 1):
+        try:
+            solved = solve(job, goal)
+        except ScheduleError:
+            if not tried:
+                raise
+            log.info("no schedule is faster: keeping the best that was measured")
+            break
+        seen |= {c.tokens: c for c in weighed(job, goal)}
+        solved = on_exact_edges(job, solved)
+        if any(t.schedule.tokens == solved.tokens for t in tried):
+            break
+        tried += measured(job, [solved])
+        corrected = correction(asked, goal, tried[-1])
+        if corrected is None:
+            break
+        goal = corrected
+    best = pick(job, tried)
+    near = nearby(job, best, tried)
+    if near:
+        together = measured(job, [best.schedule, *near])
+        best = pick(job, together)
+        tried = [t for t in tried if t.schedule.tokens != together[0].schedule.tokens] + together
+    seen |= {t.fidelity.tokens: t.fidelity for t in tried if t.fidelity is not None}
+    trials = (Trial(tokens=t.schedule.tokens, predicted_ms=t.predicted_ms, latency=t.latency) for t in tried)
+    schedule = best.schedule
+    last = finished(job.staircase, schedule.method, schedule.policy, schedule.tokens, schedule.prefix_last)
+    return Refined(last, tuple(trials), tuple(seen.values()))
 
 
-def _meets(goal: Goal, report: Report) -> bool:
-    if goal.speedup is not None:
-        return _speedup(report) >= goal.speedup * (1 - MISS)
-    return goal.budget_ms is None or report.latency.median_ms <= goal.budget_ms * (1 + MISS)
+def measured(job: Job, schedules: Sequence[Schedule]) -> list[Tried]:
+    """Schedules built and timed in the same rounds as the unpruned model, predictions scaled by its drift."""
+    fp32 = job.target.onnx_precision == "fp32"
+    exact = {"dense": dense_onnx(job)} | {str(i): pruned_onnx(job, s) for i, s in enumerate(schedules)}
+    files = exact if fp32 else {name: nominal_onnx(job, file) for name, file in exact.items()}
+    samples = timed(job, files, "schedules against the unpruned model")
+    drift = float(np.median(samples["dense"])) / job.staircase.dense.median_ms
+    found = []
+    for index, schedule in enumerate(schedules):
+        mine = samples[str(index)]
+        predicted = predict_ms(job.staircase, schedule.tokens, schedule.method, schedule.prefix_last) * drift
+        speedup, _ = measure.ratio(samples["dense"], mine)
+        latency = Latency(samples_ms=tuple(mine), warmup=measure.WARMUP)
+        found.append(Tried(schedule, _fidelity(job, schedule), predicted, latency, speedup))
+    off = float(np.median([t.latency.median_ms / t.predicted_ms for t in found])) - 1
+    if abs(off) > OFF:
+        log.warning("measured %+.0f %% off the prediction: corrected by the measurement", 100 * off)
+    return found
 
 
-def correction(job: Job, asked: Goal, used: Goal, report: Report) -> Goal | None:
+def _fidelity(job: Job, schedule: Schedule) -> Candidate | None:
+    """On the search pictures; None where nothing is searched."""
+    if schedule.policy != "search" or schedule.method == "none":
+        return None
+    scores = Scores(job)
+    score = scores.of(schedule.tokens, schedule.tokens)
+    scores.save()
+    predicted = predict_ms(job.staircase, schedule.tokens, schedule.method, schedule.prefix_last)
+    return Candidate(schedule.tokens, predicted, score.kl, score.agreement, score.top1)
+
+
+def correction(asked: Goal, used: Goal, last: Tried) -> Goal | None:
     """The goal to give the additive model so that the measurement meets `asked`; None where it does."""
     if asked.speedup is not None and used.speedup is not None:
-        error = _speedup(report) / asked.speedup
-        return Goal(speedup=used.speedup / error) if abs(error - 1) > MISS else None
+        error = last.speedup / asked.speedup
+        return Goal(speedup=max(used.speedup / error, 1.0)) if abs(error - 1) > MISS else None
     if asked.budget_ms is not None and used.budget_ms is not None:
-        error = asked.budget_ms / report.latency.median_ms
+        error = asked.budget_ms / last.latency.median_ms
         return Goal(budget_ms=used.budget_ms * error) if abs(error - 1) > MISS else None
     return None
 
 
-def dense_onnx(job: Job) -> Path:
-    """The unpruned model's fp32 ONNX, among the probes where those are fp32."""
-    if job.target.onnx_precision != "fp32":
-        dense = (job.model.vit.tokens,) * job.model.vit.depth
-        return _exported(job, "none", dense, False)
-    folder = probes_folder(job.target, job.model.vit)
-    export_probes(job.model, (), job.options.batch, folder)
-    return folder / "dense.onnx"
+def meets(goal: Goal, speedup: float, median_ms: float) -> bool:
+    """Is a latency goal met, short of MISS? True for a goal that limits no latency."""
+    if goal.speedup is not None:
+        return speedup >= goal.speedup * (1 - MISS)
+    return goal.budget_ms is None or median_ms <= goal.budget_ms * (1 + MISS)
 
 
-def pruned_onnx(job: Job, schedule: Schedule) -> Path:
-    """The pruned model's fp32 ONNX. Raises ExportError."""
-    if not schedule.cuts and not schedule.prefix_last:
-        return dense_onnx(job)
-    return _exported(job, schedule.method, schedule.tokens, schedule.prefix_last)
+def pick(job: Job, tried: Sequence[Tried]) -> Tried:
+    """The best by measurement: what the goal asks for of those that meet it; else the fastest."""
+    goal = job.options.goal
+    if goal.max_drop is not None:
+        fastest = sorted(tried[1:], key=lambda t: t.latency.median_ms)
+        faster = (t for t in fastest if t.latency.median_ms < tried[0].latency.median_ms)
+        return next((t for t in faster if job.drop(t.schedule.tokens) <= goal.max_drop), tried[0])
+    if goal.speedup is None and goal.budget_ms is None:
+        alpha = 0.5 if goal.alpha is None else goal.alpha
+        return max(tried, key=lambda t: alpha * (1 - 1 / t.speedup) + (1 - alpha) * _agreement(t) / 100)
+    good = [t for t in tried if meets(goal, t.speedup, t.latency.median_ms)]
+    if good:
+        return min(good, key=lambda t: (t.fidelity.kl if t.fidelity else 0.0, t.latency.median_ms))
+    return max(tried, key=lambda t: t.speedup)
 
 
-def _exported(job: Job, method: str, tokens: tuple[int, ...], prefix_last: bool) -> Path:
-    def make(path: Path) -> None:
-        import torch
-
-        from edgeprune.fidelity import pruned_module
-
-        vit = job.model.vit
-        example = torch.zeros(job.options.batch, 3, vit.image_px, vit.image_px)
-        job.progress("exporting ONNX", 0, 1)
-        module = pruned_module(job.model, method, tokens, prefix_last)
-        export.onnx_from_module(module, example, path)
-        job.progress("exporting ONNX", 1, 1)
-
-    parts = (job.model.vit, method, tokens, prefix_last, job.options.batch)
-    return job.target.step("model", ".onnx", parts, make)
+def _agreement(tried: Tried) -> float:
+    return tried.fidelity.agreement if tried.fidelity else 100.0
 
 
-def check_parity(job: Job, schedule: Schedule, logits: NDArray[np.float32]) -> float:
-    """Largest difference of the engine's logits to PyTorch's over a few real images. Raises ExportError."""
-    from edgeprune.fidelity import logits_of_schedule
-
-    count = min(PARITY_IMAGES, len(logits))
-    pixels = job.pixels[:count]
-    wanted = logits_of_schedule(job.model, schedule.method, schedule.tokens, pixels, schedule.prefix_last)
-    worst = float(np.abs(wanted - logits[:count]).max())
-    most = job.target.runtime.parity
-    if not worst <= most:  # NaN is worse than any number
-        raise ExportError(f"the engine's logits differ from PyTorch's by {worst:.2g}, above {most}: report this")
-    return worst
-
-
-def realise(job: Job, schedule: Schedule) -> tuple[Path, Report]:
-    """A schedule's ONNX and its report: compiled, measured beside the unpruned model, their outputs compared.
-
-    In fp16 and INT8 the unpruned model is measured in that precision too, outputs are compared with the fp32
-    one's, and the pruned model in fp32 is the measure of what the precision gains and loses (`gate`).
-    """
-    target, options = job.target, job.options
-    reference, exact = dense_onnx(job), pruned_onnx(job, schedule)
-    files = {"dense": reference, "pruned": exact}
-    if target.onnx_precision != "fp32":
-        files = {"dense": nominal_onnx(job, reference), "pruned": precise_onnx(job, exact), "fp32": exact}
-    fusable = fusion.foretold(files["pruned"], schedule, target.setup)
-    hashes = [sha256_file(file) for file in files.values()]
-    rounds = 1 if target.setup.simulated else options.rounds
-
-    def time_all(path: Path) -> None:
-        candidates = {name: target.opener(file) for name, file in files.items()}
-        samples = measure.interleave(candidates, rounds, progress=job.progress, what="unpruned against pruned")
-        write_bytes(path, msgspec.json.encode(samples))
-
-    latency = target.step("latency", ".json", (hashes, target.setup, rounds), time_all)
-    samples = msgspec.json.decode(latency.read_bytes(), type=Samples)
-    speedup, interval = measure.ratio(samples["dense"], samples["pruned"])
-    dense = Latency(samples_ms=tuple(samples["dense"]), warmup=measure.WARMUP)
-    drift = dense.median_ms / job.staircase.dense.median_ms
-    report = Report(
-        latency=Latency(samples_ms=tuple(samples["pruned"]), warmup=measure.WARMUP),
-        dense_latency=dense,
-        speedup=speedup,
-        speedup_interval=interval,
-        probes=job.staircase.probes,
-        fusable_attention=fusable,
-        predicted_ms=predict_ms(job.staircase, schedule.tokens, schedule.method, schedule.prefix_last) * drift,
-    )
-    if job.pictures is not None:
-        unpruned, pruned, whole = (logits_on(job, file) for file in (reference, files["pruned"], exact))
-        check_parity(job, schedule, whole)
-        if "fp32" in files:
-            gate(job, samples, pruned, whole)
-        labels = job.pictures.labels
-        report = msgspec.structs.replace(
-            report,
-            agreement=measure.agreement(unpruned, pruned),
-            kl=measure.kl_divergence(unpruned, pruned),
-            top1=measure.top1(pruned, labels) if labels else None,
-            dense_top1=measure.top1(unpruned, labels) if labels else None,
-            images=len(job.pictures),
-        )
-    return files["pruned"], report
+def nearby(job: Job, best: Tried, tried: Sequence[Tried]) -> list[Schedule]:
+    """The most promising neighbours of a searched schedule, by the model corrected with what was measured of it."""
+    schedule, goal = best.schedule, job.options.goal
+    if best.fidelity is None or not job.options.neighbours:
+        return []
+    known = {t.schedule.tokens for t in tried}
+    last = schedule.vit.depth - (2 if schedule.prefix_last else 1)
+    scale = best.latency.median_ms / best.fidelity.predicted_ms
+    dense_ms = best.speedup * best.latency.median_ms
+    ranked: list[tuple[float, Schedule]] = []
+    for tokens in neighbours(schedule.tokens, settled(job.staircase), last):
+        if tokens in known:
+            continue
+        other = finished(job.staircase, schedule.method, schedule.policy, tokens, schedule.prefix_last)
+        assert other.predicted_ms is not None
+        ms, score = other.predicted_ms * scale, _fidelity(job, other)
+        assert score is not None
+        if goal.max_drop is not None or goal.limit_ms(dense_ms) is None:
+            alpha = 0.5 if goal.alpha is None else goal.alpha
+            ranked.append((alpha * ms / dense_ms - (1 - alpha) * score.agreement / 100, other))
+        elif meets(goal, dense_ms / ms, ms):
+            ranked.append((score.kl, other))
+    ranked.sort(key=lambda entry: (entry[0], entry[1].tokens))
+    return [other for _, other in ranked[: job.options.neighbours]]
 
 
-def gate(job: Job, samples: Samples, logits: NDArray[np.float32], exact: NDArray[np.float32]) -> None:
-    """Raise PrecisionError where a precision is slower than fp32, or loses more than allowed.
-
-    Allowed are the goal's --max-drop or MOST_LOST points of top-1; without labels MOST_CHANGED of agreement.
-    """
-    precision, labels = job.target.setup.precision, job.pictures.labels if job.pictures else None
-    gain, _ = measure.ratio(samples["fp32"], samples["pruned"])
-    if gain < 1:
-        slow, fast = (float(np.median(samples[name])) for name in ("pruned", "fp32"))
-        raise PrecisionError(f"{precision} is refused: {slow:.3g} ms against {fast:.3g} ms in fp32: build fp32")
-    if labels:
-        lost, most, what = measure.top1(exact, labels) - measure.top1(logits, labels), MOST_LOST, "top-1"
-        most = most if job.options.goal.max_drop is None else job.options.goal.max_drop
-    else:
-        lost, most, what = 100 - measure.agreement(exact, logits), MOST_CHANGED, "agreement"
-    if lost > most:
-        raise PrecisionError(
-            f"{precision} is refused: it loses {lost:.2f} points of {what} against fp32, {most} are allowed, "
-            f"for {gain:.2f}x: build fp32, or more --search-images"
-        )
-    log.info("%s: %.2fx against fp32, %.2f points of %s lost", precision, gain, lost, what)
+def neighbours(tokens: Tokens, levels: Sequence[int], last: int) -> Iterator[Tokens]:
+    """Schedules that differ in one cut by one tread of `levels` (ascending), or by one block; cuts end at `last`."""
+    before = (levels[-1], *tokens)
+    cuts = [block for block in range(len(tokens)) if tokens[block] < before[block]]
+    for index, cut in enumerate(cuts):
+        end = cuts[index + 1] if index + 1 < len(cuts) else len(tokens)
+        count, upper, lower = tokens[cut], before[cut], tokens[end] if end < len(tokens) else 0
+        less, more = [n for n in levels if n < count], [n for n in levels if n > count]
+        for other in (*less[-1:], *more[:1]):
+            if lower <= other <= upper:
+                yield (*tokens[:cut], *((other,) * (end - cut)), *tokens[end:])
+        if cut + 1 < end and cut + 1 <= last:
+            yield (*tokens[:cut], upper, *tokens[cut + 1 :])
+        if cut > (cuts[index - 1] + 1 if index else 0):
+            yield (*tokens[: cut - 1], count, *tokens[cut:])
 
 
-def nominal_onnx(job: Job, onnx: Path) -> Path:
-    """An fp32 ONNX in the target's precision, INT8 with nominal ranges: for its latency alone."""
-    return _converted(job, onnx, CONVERSIONS[job.target.onnx_precision], "nominal")
-
-
-def precise_onnx(job: Job, onnx: Path) -> Path:
-    """An fp32 ONNX in the target's precision; INT8 ranges come from the search pictures and stay in calib/."""
-    if job.target.onnx_precision != "int8":
-        return nominal_onnx(job, onnx)
-    found = int8_ranges(job, onnx)
-    return _converted(job, onnx, lambda model: int8(model, found.ranges, found.kept), found)
-
-
-def int8_ranges(job: Job, onnx: Path) -> Int8Ranges:
-    """Ranges for one ONNX file, kept by the hash of it and of the pictures."""
-    images = job.chosen[:CALIBRATION_IMAGES]
-    key = key_of(sha256_file(onnx), job.pictures_key, job.model.preprocessing, images.tolist())
-    path = job.options.calib / f"int8-{key}.json"
-    if path.exists():
-        log.info("int8 ranges: reused %s", path)
-        return load(path, Int8Ranges)
-    batch = job.options.batch
-    pixels = job.pixels[np.resize(images, -(-len(images) // batch) * batch)]
-    batches = [normalise(pixels[i : i + batch], job.model.preprocessing) for i in range(0, len(pixels), batch)]
-    found = calibrated(onnx_graph.load(onnx), batches, job.progress)
-    save(found, path)
-    return found
-
-
-def _converted(job: Job, onnx: Path, convert: Convert, how: object) -> Path:
-    def make(path: Path) -> None:
-        model = convert(onnx_graph.load(onnx))
-        static_or_raise(model)
-        save_graph(model, path)
-
-    parts = (sha256_file(onnx), job.target.onnx_precision, how)
-    return job.target.step("precise", ".onnx", parts, make)
-
-
-def logits_on(job: Job, onnx: Path) -> NDArray[np.float32]:
-    """Outputs of an ONNX file's engine over all pictures, (images, classes)."""
-
-    def make(path: Path) -> None:
-        with job.target.opener(onnx)() as session:
-            array = measure.logits_of(session, job.pixels, job.model.preprocessing, job.options.batch, job.progress)
-        with replacing(path) as temporary, open(temporary, "wb") as file:
-            np.save(file, array, allow_pickle=False)
-
-    parts = (sha256_file(onnx), job.target.setup, job.pictures_key, job.model.preprocessing)
-    logits: NDArray[np.float32] = np.load(job.target.step("logits", ".npy", parts, make), allow_pickle=False)
-    return logits
+def tell_missed(goal: Goal, report: Report) -> None:
+    """Warn where the bundle's own measurement misses the goal."""
+    if report.speedup is not None and not meets(goal, report.speedup, report.latency.median_ms):
+        ms = report.latency.median_ms
+        log.warning("the goal is missed: %.3fx, %.3f ms is the best that was measured", report.speedup, ms)

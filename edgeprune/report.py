@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgeprune.adaptive import settled
 from edgeprune.records import Latency, Manifest, Report, Schedule, Setup, Staircase
-from edgeprune.staircase import treads
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -65,7 +65,7 @@ def profile_row(staircase: Staircase, path: Path) -> dict[str, Any]:
         "batch": staircase.setup.batch,
         "probes": staircase.probes,
         "points": points,
-        "treads": list(treads(staircase)),
+        "treads": list(settled(staircase)),
         "fixed_ms": staircase.fixed.median_ms,
         "dense_ms": staircase.dense.median_ms,
         "path": str(path),
@@ -132,7 +132,7 @@ def profile_table(staircase: Staircase) -> Table:
     table = Table(title=f"{staircase.vit.name} on {staircase.setup.device}{simulated}: treads")
     for column in ("tokens", "trunk, ms (95 % interval)", "of unpruned"):
         table.add_column(column, justify="right")
-    ends = set(treads(staircase))
+    ends = set(settled(staircase))
     most = staircase.points[-1].latency.median_ms
     for point in reversed(staircase.points):
         if point.tokens in ends:

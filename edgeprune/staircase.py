@@ -1,78 +1,28 @@
-"""Latency over token counts: which counts to probe, where the treads are, what a schedule will cost."""
+"""Latency over token counts: where the treads are, and what a schedule will cost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.measure import Open, Samples, interleave
+from edgeprune.measure import Samples
 from edgeprune.records import (
     CutCost,
     LastShare,
     Latency,
     Point,
-    Progress,
     Setup,
     Staircase,
     Vit,
-    silent,
 )
 
-GRID = 8  # tokens between coarse probes; GPU tiles are multiples of it
-SMALLEST_SHARE = 0.1  # the lowest count probed, as a share of the unpruned count
 MANY = 2.6  # z of one comparison among some thirty: a flat curve then shows a step in one of twenty cases
-STEEP = 1.5  # a gap this many times steeper than the whole curve hides a step
 
 
-def coarse_counts(vit: Vit) -> list[int]:
-    """Multiples of the grid from a tenth of the tokens up, and the unpruned count."""
-    grid = max(GRID, round(vit.tokens / 25 / GRID) * GRID)
-    lowest = max(vit.prefix + 2, round(SMALLEST_SHARE * vit.tokens))
-    counts = {n for n in range(grid, vit.tokens, grid) if n >= lowest}
-    return sorted(counts | {vit.tokens}) if counts else all_counts(vit)
-
-
-def all_counts(vit: Vit) -> list[int]:
-    """Every count that a schedule can use, within the probed range."""
-    lowest = max(vit.prefix + 2, round(SMALLEST_SHARE * vit.tokens))
-    return list(range(min(lowest, vit.tokens), vit.tokens + 1))
-
-
-def probe(
-    vit: Vit,
-    setup: Setup,
-    open_trunk: Callable[[int], Open],
-    others: Mapping[str, Open],
-    rounds: int,
-    exhaustive: bool = False,
-    samples: Samples | None = None,
-    save: Callable[[Samples], None] = lambda _: None,
-    progress: Progress = silent,
-    keep_open: bool = True,
-) -> tuple[Staircase, Samples]:
-    """Measure a staircase in interleaved rounds.
-
-    `others` holds the candidates "fixed" (embedding and head) and "dense" (the whole model), and for the
-    cost of cuts "block n" and "cut METHOD a>b"; all are timed in the same rounds. After a coarse grid,
-    gaps that are steeper than the curve as a whole and wider than their noise are halved until the step
-    is found. `samples` of an interrupted run are taken up. Returns the staircase and all samples (ms).
-    """
-    samples = {} if samples is None else samples
-    begun = {int(name.split()[1]) for name in samples if name.startswith("trunk ")}
-    counts = sorted({*(all_counts(vit) if exhaustive else coarse_counts(vit)), *begun})
-    while True:
-        candidates = {f"trunk {n}": open_trunk(n) for n in counts} | dict(others)
-        interleave(candidates, rounds, samples, save, progress, keep_open, f"{len(counts)} token counts")
-        staircase = _staircase(vit, setup, samples)
-        counts = [] if exhaustive else _halves_of_steps(staircase)
-        if not counts:
-            return staircase, samples
-
-
-def _staircase(vit: Vit, setup: Setup, samples: Samples) -> Staircase:
+def staircase_from_samples(vit: Vit, setup: Setup, samples: Samples) -> Staircase:
+    """The record of what was timed: "trunk N", "fixed", "dense", "block N", "last N", "cut METHOD a>b"; ms."""
     latency = {name: Latency(samples_ms=tuple(v)) for name, v in samples.items() if v}
     counts = sorted(int(name.split()[1]) for name in latency if name.startswith("trunk "))
     return Staircase(
@@ -113,32 +63,19 @@ def _cut_costs(vit: Vit, samples: Samples) -> dict[str, tuple[CutCost, ...]]:
     return costs
 
 
-def _halves_of_steps(staircase: Staircase) -> list[int]:
-    """The middles of gaps that hide a step."""
-    points = staircase.points
-    whole = points[-1].latency.median_ms - points[0].latency.median_ms
-    slope = whole / max(points[-1].tokens - points[0].tokens, 1)
-    middles = []
-    for a, b in pairwise(points):
-        gap = b.tokens - a.tokens
-        rise = b.latency.median_ms - a.latency.median_ms
-        if gap > 1 and rise > STEEP * slope * gap and exceeds(b.latency, a.latency):
-            middles.append((a.tokens + b.tokens) // 2)
-    return middles
-
-
 def exceeds(high: Latency, low: Latency) -> bool:
     """Is `high` slower than `low` beyond what their noise explains?
 
     Of equally many samples, taken in the same rounds, the differences per round must lie above zero by
-    Wilcoxon's signed-rank test (one that is nowhere else needs no test); of others, the intervals of the
-    medians must not touch.
+    Wilcoxon's signed-rank test (where they are all the same, there is no noise to test against); of others,
+    the intervals of the medians must not touch.
     """
     a, b = np.array(high.samples_ms), np.array(low.samples_ms)
     if len(a) != len(b):
         return high.interval_ms[0] > low.interval_ms[1]
     differences = a - b
-    return bool(differences.min() > 0 or signed_rank(differences) > MANY)
+    constant = differences.min() == differences.max() > 0
+    return bool(constant or signed_rank(differences) > MANY)
 
 
 def signed_rank(differences: NDArray[np.float64]) -> float:

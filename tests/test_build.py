@@ -26,7 +26,7 @@ from edgeprune import cli, devices, zoo
 from edgeprune.bundle import load_bundle
 from edgeprune.errors import InputError
 
-QUICK = ("--search-images", "4", "--rounds", "5")
+QUICK = ("--search-images", "4", "--rounds", "5", "--neighbours", "1")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "EDGEPRUNE_THREADS": "1"}  # on a busy machine a second one only waits
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
 DENSE = (197,) * 12

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper, shape_inference
 
-from edgeprune import export, graph, precision, refine
+from edgeprune import export, graph, precision, realise
 from edgeprune.errors import PrecisionError
 from edgeprune.graph import attention_forms, fix_tokens, precision_of, static_or_raise
 from edgeprune.prune import PrunedViT, Trunk
@@ -195,9 +195,9 @@ FASTER = {"fp32": [2.0, 2.1, 2.0], "pruned": [1.0, 1.1, 1.0]}
 
 
 def test_gate_lets_pass_what_is_faster_and_as_good() -> None:
-    refine.gate(job(LABELS, Goal()), FASTER, wrong(1), EXACT)
-    refine.gate(job(LABELS, Goal(max_drop=5)), FASTER, wrong(4), EXACT)
-    refine.gate(job(None, Goal()), FASTER, wrong(4), EXACT)
+    realise.gate(job(LABELS, Goal()), FASTER, wrong(1), EXACT)
+    realise.gate(job(LABELS, Goal(max_drop=5)), FASTER, wrong(4), EXACT)
+    realise.gate(job(None, Goal()), FASTER, wrong(4), EXACT)
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_gate_lets_pass_what_is_faster_and_as_good() -> None:
 )
 def test_gate_refuses_with_the_figures(labels: Any, goal: Goal, samples: Any, count: int, told: str) -> None:
     with pytest.raises(PrecisionError, match=f"int8 is refused: .*{told}"):
-        refine.gate(job(labels, goal), samples, wrong(count), EXACT)
+        realise.gate(job(labels, goal), samples, wrong(count), EXACT)
 
 
 @pytest.mark.parametrize("kind", ["fp16", "int8"])
@@ -241,8 +241,8 @@ def test_build_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgeprune.pipeline import build
 
     asked: list[set[str]] = []
-    monkeypatch.setattr(refine, "gate", lambda job, samples, logits, exact: asked.append(set(samples)))
-    monkeypatch.setattr(refine, "CALIBRATION_IMAGES", 4)
+    monkeypatch.setattr(realise, "gate", lambda job, samples, logits, exact: asked.append(set(samples)))
+    monkeypatch.setattr(realise, "CALIBRATION_IMAGES", 4)
     monkeypatch.setattr("edgeprune.profiling.ROUNDS", 3)
     options = Options(
         method="topk", policy="paper", goal=Goal(speedup=1.05), precision="int8", rounds=5, search_images=16,
