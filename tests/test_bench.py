@@ -84,7 +84,7 @@ def toy_bundle(out: Path, operator: str = "MatMul", **setup: Any) -> Path:
         out, vit=vit, files={name: file, "model.onnx": file}, engine=engine,
         schedule=Schedule(vit=vit, method="topk", policy="search", tokens=(5, 3)), staircase=None,
         report=Report(latency=latency, dense_latency=latency, speedup=1.0, speedup_interval=(1.0, 1.0)),
-        preprocessing=how, labels=(), golden=(np.zeros(SHAPE, np.float32), np.zeros((2, CLASSES), np.float32)),
+        preprocessing=how, labels=tuple("abcdefg"), golden=(np.zeros(SHAPE, np.float32), np.zeros((2, CLASSES), np.float32)),
     )  # fmt: skip
     return out
 
@@ -550,9 +550,9 @@ def test_clocks_are_locked_while_the_setup_is_read_and_bundles_run(
         yield
         events.append("unlock")
 
-    real_candidate, real_interleave = bench._candidate, bench.interleave
+    real_candidate, real_interleave = bench.local, bench.interleave
     monkeypatch.setattr(bench, "locked_clocks", locked)
-    monkeypatch.setattr(bench, "_candidate", lambda *a: events.append("setup") or real_candidate(*a))
+    monkeypatch.setattr(bench, "local", lambda *a: events.append("setup") or real_candidate(*a))
     monkeypatch.setattr(bench, "interleave", lambda *a, **k: events.append("measure") or real_interleave(*a, **k))
     bundles = [toy_bundle(tmp_path / name) for name in "ab"]
     bench_bundles(bundles, 5, lock_clocks=True)
