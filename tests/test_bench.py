@@ -84,7 +84,8 @@ def toy_bundle(out: Path, operator: str = "MatMul", **setup: Any) -> Path:
         out, vit=vit, files={name: file, "model.onnx": file}, engine=engine,
         schedule=Schedule(vit=vit, method="topk", policy="search", tokens=(5, 3)), staircase=None,
         report=Report(latency=latency, dense_latency=latency, speedup=1.0, speedup_interval=(1.0, 1.0)),
-        preprocessing=how, labels=tuple("abcdefg"), golden=(np.zeros(SHAPE, np.float32), np.zeros((2, CLASSES), np.float32)),
+        preprocessing=how, labels=tuple("abcdefg"),
+        golden=(np.zeros(SHAPE, np.float32), np.zeros((2, CLASSES), np.float32)),
     )  # fmt: skip
     return out
 
