@@ -69,8 +69,9 @@ def compare(
         reducer_named(method)
     if options.precision != "fp32" and not options.simulate:
         raise InputError(f"compare measures fp32, not {options.precision}: leave out --precision, or --simulate")
+    job = Job(options, progress)
     with alone(options.work):
-        return _compared(Job(options, progress), methods, targets)
+        return _compared(job, methods, targets)
 
 
 def _compared(job: Job, methods: Sequence[str], targets: Sequence[float]) -> Comparison:

@@ -44,13 +44,14 @@ class Built:
 def build(options: Options, progress: Progress = silent) -> Built:
     """Model to bundle. Raises any EdgepruneError; nothing half-written is left."""
     check_policy(options.policy)
+    job = Job(options, progress)
     check_out(options.folder())
     with alone(options.work):
-        return _built(options, progress)
+        return _built(job)
 
 
-def _built(options: Options, progress: Progress) -> Built:
-    job = Job(options, progress)
+def _built(job: Job) -> Built:
+    options = job.options
     refined = refine(job)
     onnx, report = realise(job, refined.schedule)
     tell_missed(options.goal, report)
