@@ -92,6 +92,15 @@ def tiny() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The one measured build of all tests, made by the first process that needs it."""
+    from test_build import shared_build
+
+    base = tmp_path_factory.getbasetemp()
+    return shared_build(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+
+
+@pytest.fixture(scope="session")
 def make_vit() -> Callable[..., Vit]:
     """make_vit(**fields) is a Vit record: 12 blocks, 197 tokens, prefix 1, unless given otherwise."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import fcntl
 import functools
 import hashlib
 import json
@@ -101,21 +102,21 @@ def row_of(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
     return row
 
 
-@functools.cache
 def shared_build(base: Path) -> Shared:
-    """Build the embedded model once below `base`, in a process of its own."""
-    bundle, work = base / "shared" / "bundle", base / "shared" / "work"
-    goal = ("--method", "pomt", "--speedup", "1.25")
-    command = ("build", "--device", "cpu", *goal, *QUICK, "--work", str(work), "--out", str(bundle), "--json")
-    done = start(*command)
-    assert done.returncode == 0, done.stderr
-    return Shared(bundle, work, command, done.stdout, done.stderr)
-
-
-@pytest.fixture(scope="session")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    """The one measured build."""
-    return shared_build(tmp_path_factory.getbasetemp())
+    """Build the embedded model once below `base`, in a process of its own; other test processes wait for it."""
+    base = base / "shared"
+    base.mkdir(exist_ok=True)
+    with open(base / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        goal = ("--method", "pomt", "--speedup", "1.25")
+        places = ("--work", str(base / "work"), "--out", str(base / "bundle"))
+        command = ("build", "--device", "cpu", *goal, *QUICK, *places, "--json")
+        said = base / "said.json"
+        if not said.exists():
+            done = start(*command)
+            assert done.returncode == 0, done.stderr
+            said.write_text(json.dumps([done.stdout, done.stderr]))
+        return Shared(base / "bundle", base / "work", command, *json.loads(said.read_text()))
 
 
 @pytest.fixture(scope="session")

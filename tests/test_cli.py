@@ -31,7 +31,6 @@ from test_build import (
     normalised_tokens,
     program,
     row_of,
-    shared_build,
     start,
 )
 
@@ -52,12 +51,6 @@ sys.meta_path.insert(0, Blocker())
 from edgeprune.cli import main
 main()
 """
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    """The one measured build of the session."""
-    return shared_build(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

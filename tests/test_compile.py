@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from test_build import CONTRACT, Shared, call, few_digits, row_of, shared_build
+from test_build import CONTRACT, Shared, call, few_digits, row_of
 from test_cli import without_torch
 
 from edgeprune.bundle import load_bundle
@@ -18,12 +18,6 @@ from edgeprune.graph import attach, card_of
 from edgeprune.records import Schedule, Staircase, load
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    """The one measured build of the session."""
-    return shared_build(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(scope="module")

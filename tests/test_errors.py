@@ -15,19 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_build import ONE_THREAD, Shared, call, few_digits, program, shared_build, start
+from test_build import ONE_THREAD, Shared, call, few_digits, program, start
 
 from edgeprune import zoo
 from edgeprune.devices import this_machine
 
 VIT_TINY = "vit_tiny_patch16_224"
 STEP = ": done", ": reused "  # how the lines end or go on that tell of finished steps
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    """The one measured build of the session."""
-    return shared_build(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture(autouse=True)

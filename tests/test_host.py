@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 from loopback import Server, server
-from test_build import CONTRACT, QUICK, Shared, call, few_digits, program, row_of, shared_build
+from test_build import CONTRACT, QUICK, Shared, call, few_digits, program, row_of
 
 from edgeprune import __version__, wire
 from edgeprune.bundle import load_bundle
@@ -38,12 +38,6 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def ssh(there: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's own ssh configuration."""
     monkeypatch.setenv("EDGEPRUNE_SSH", there.ssh)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    """The one measured build of the session."""
-    return shared_build(tmp_path_factory.getbasetemp())
 
 
 def test_build_on_a_host(there: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ import msgspec
 import numpy as np
 import pytest
 from PIL import Image
-from test_build import Shared, call, row_of, shared  # noqa: F401
+from test_build import Shared, call, row_of
 
 from edgeprune.errors import InputError
 from edgeprune.page import page_html, page_of_bundle
@@ -248,7 +248,7 @@ def test_chosen_counts_stand_on_the_staircase() -> None:
 # --- in a bundle, and the command that draws it again ---
 
 
-def test_bundle_holds_its_page(shared: Shared, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_bundle_holds_its_page(shared: Shared, capsys: pytest.CaptureFixture[str]) -> None:
     assert row_of(capsys, "report", shared.bundle) == {"path": str(shared.bundle / "report.html")}
     story = json.loads((shared.bundle / "story.json").read_text())
     row = shared.row
@@ -269,7 +269,7 @@ def copied(bundle: Path, folder: Path, change: Callable[[Path, dict[str, Any]], 
     return copy
 
 
-def test_a_page_of_another_version_is_left_alone(shared: Shared, tmp_path: Path) -> None:  # noqa: F811
+def test_a_page_of_another_version_is_left_alone(shared: Shared, tmp_path: Path) -> None:
     def without_page(copy: Path, manifest: dict[str, Any]) -> None:
         (copy / "report.html").unlink()
         del manifest["files"]["report.html"]
@@ -283,7 +283,7 @@ def test_a_page_of_another_version_is_left_alone(shared: Shared, tmp_path: Path)
 
 
 def test_out_and_open(
-    shared: Shared,  # noqa: F811
+    shared: Shared,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -298,7 +298,7 @@ def test_out_and_open(
     assert code == 1 and said and "no browser" in err
 
 
-def test_what_report_refuses(shared: Shared, tmp_path: Path) -> None:  # noqa: F811
+def test_what_report_refuses(shared: Shared, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no bundle"):
         page_of_bundle(tmp_path)
 

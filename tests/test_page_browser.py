@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_build import Shared, shared_build
+from test_build import Shared
 from test_page import HOSTILE, hostile_page
 
 from edgeprune.page import page_of_bundle
@@ -109,9 +109,8 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def built(shared: Shared) -> Path:
     """The page of the measured build that test_build makes."""
-    shared: Shared = shared_build(tmp_path_factory.getbasetemp())
     return page_of_bundle(shared.bundle)
 
 

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from test_build import ONE_THREAD, Shared, call, few_digits, program, shared_build, start
+from test_build import ONE_THREAD, Shared, call, few_digits, program, start
 
 from edgeprune.bundle import _take_place, check_out, load_bundle
 from edgeprune.errors import EdgepruneError
@@ -29,12 +29,6 @@ from edgeprune.records import Staircase, decode, load
 from edgeprune.schedule import Goal
 
 KILLS = 20
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    """The one measured build of the session."""
-    return shared_build(tmp_path_factory.getbasetemp())
 
 
 def forked(work: Callable[[], object]) -> int:

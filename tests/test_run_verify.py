@@ -16,18 +16,12 @@ import numpy as np
 import onnxruntime
 import pytest
 from PIL import Image
-from test_build import Shared, call, row_of, shared_build
+from test_build import Shared, call, row_of
 from test_cli import without_torch
 
 from edgeprune import zoo
 from edgeprune.records import sha256_file
 from edgeprune.triton import triton_entry
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    """The one measured build of the session."""
-    return shared_build(tmp_path_factory.getbasetemp())
 
 
 def labelled() -> list[tuple[Path, int]]:

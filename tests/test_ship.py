@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from loopback import Server, server
-from test_build import Shared, call, row_of, shared_build
+from test_build import Shared, call, row_of
 
 from edgeprune.errors import HostError, InputError, RecordError
 from edgeprune.records import sha256_file
@@ -30,12 +30,6 @@ def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def ssh(there: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     """The user's own ssh configuration."""
     monkeypatch.setenv("EDGEPRUNE_SSH", there.ssh)
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    """The one measured build of the session."""
-    return shared_build(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
-from test_build import ONE_THREAD, QUICK, Shared, shared_build
+from test_build import ONE_THREAD, QUICK, Shared
 
 from edgeprune import cli
 from edgeprune.devices import load_device, names
@@ -110,12 +110,6 @@ def test_hosted_machines_run_what_a_contributor_runs() -> None:
 
 
 # --- the Jetson job, executed ---
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
-    """The one measured build of the session."""
-    return shared_build(tmp_path_factory.getbasetemp())
 
 
 def environment(folder: Path, **changes: str) -> dict[str, str]:
