@@ -116,11 +116,7 @@ def ship(bundle: Path, to: Destination, progress: Progress = silent) -> Shipped:
             return Shipped(where, "current", name)
         sent = 0
         if far.run(f"test -d {far.quoted(name)} && echo there || true").strip() != "there":
-            far.run(f"mkdir -p {far.incoming}")
-            whole = sum((bundle / file).stat().st_size for file in files)
-            for file, wanted in files.items():
-                progress(f"sending {file}", sent, whole)
-                sent += far.send(bundle / file, wanted)
+            sent = far.fill(bundle, files, progress)
             far.verify(f".{name}.part")
             far.run(f"mv {far.incoming} {far.quoted(name)}")
         else:
@@ -177,33 +173,47 @@ class _Far:
             raise channel.trouble()
         return channel
 
-    def send(self, file: Path, wanted: str) -> int:
-        """Send what is missing of a file and compare hashes there; returns the bytes that were sent."""
-        place, size = f"{self.incoming}/{shlex.quote(file.name)}", file.stat().st_size
-        had = self.run(f"test -f {place} && wc -c < {place} || echo 0").strip()
-        start = int(had) if had.isdecimal() and int(had) <= size else 0
-        if start and self._hash(place) != _hash_of_start(file, start):
-            start = 0  # something else was there
-        sent = size - start
-        if sent or not size:
-            with Channel(self.host, self._inside(f"cat {'>>' if start else '>'} {place}")) as channel:
-                with open(file, "rb") as data:
-                    data.seek(start)
-                    while piece := data.read(PIECE_BYTES):
-                        try:
-                            channel.stdin.write(piece)
-                        except OSError:
-                            raise channel.trouble() from None
-                if channel.end():
-                    raise channel.trouble()
-        found = self._hash(place)
-        if found != wanted:
-            self.run(f"rm -f {place}")
-            raise HostError(f"{file.name} arrived as {found[:12]}…, not {wanted[:12]}…: run it again")
+    def fill(self, bundle: Path, files: dict[str, str], progress: Progress) -> int:
+        """Send what is missing of all files (name -> sha256) and compare hashes there; how many bytes that took."""
+        there, sent = self._files(), 0
+        whole = sum((bundle / name).stat().st_size for name in files)
+        for name in files:
+            progress(f"sending {name}", sent, whole)
+            file, (size, digest) = bundle / name, there.get(name, (0, ""))
+            start = size if 0 < size <= file.stat().st_size and digest == _hash_of_start(file, size) else 0
+            if start < file.stat().st_size or size == 0:
+                sent += self._send(file, start)
+        there = self._files()
+        for name, wanted in files.items():
+            found = there.get(name, (0, ""))[1]
+            if found != wanted:
+                self.run(f"rm -f {self.incoming}/{shlex.quote(name)}")
+                raise HostError(f"{name} arrived as {found[:12]}…, not {wanted[:12]}…: run it again")
         return sent
 
-    def _hash(self, place: str) -> str:
-        return self.run(f"sha256sum < {place}").split(" ")[0]
+    def _files(self) -> dict[str, tuple[int, str]]:
+        """Size and sha256 of what has arrived, by name."""
+        script = 'for f in *; do if [ -f "$f" ]; then echo "$(wc -c < "$f") $(sha256sum < "$f") $f"; fi; done'
+        lines = self.run(f"mkdir -p {self.incoming}; cd {self.incoming}; {script}").splitlines()
+        rows = (line.split(None, 3) for line in lines)  # sha256sum writes "hash  -"
+        return {name: (int(size), digest) for size, digest, _, name in rows}
+
+    def _send(self, file: Path, start: int) -> int:
+        """Append a file from `start` on; how many bytes."""
+        place = f"{self.incoming}/{shlex.quote(file.name)}"
+        with (
+            Channel(self.host, self._inside(f"cat {'>>' if start else '>'} {place}")) as channel,
+            open(file, "rb") as data,
+        ):
+            data.seek(start)
+            while piece := data.read(PIECE_BYTES):
+                try:
+                    channel.stdin.write(piece)
+                except OSError:
+                    raise channel.trouble() from None
+            if channel.end():
+                raise channel.trouble()
+        return file.stat().st_size - start
 
     def verify(self, name: str) -> None:
         """Run `edgeprune verify` there. Raises HostError with the line that it ends with."""

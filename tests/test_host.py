@@ -58,9 +58,8 @@ def test_build_on_a_host(there: Server, tmp_path: Path, capsys: pytest.CaptureFi
     assert code == 0, err
 
 
-def test_profile_on_a_host(there: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    probes = tmp_path / "probes"
-    row_of(capsys, "export", "--trunk", "--out", probes)
+def test_profile_on_a_host(there: Server, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [probes] = shared.work.glob("probes-*")
     out = ("--work", tmp_path / "work", "--out", tmp_path / "s.json")
     row = row_of(capsys, "profile", *there.options, "--trunk", probes / "trunk.onnx", *out)
     assert row["simulated"] is False and row["points"][-1]["tokens"] == 197
