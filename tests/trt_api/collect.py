@@ -1,4 +1,4 @@
-"""Every TensorRT or pycuda name that our source uses, with the conditions it is used under, found by reading the source."""
+"""Every TensorRT or pycuda name that our source uses, and the conditions it is used under, read from the source."""
 
 from __future__ import annotations
 

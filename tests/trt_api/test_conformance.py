@@ -111,7 +111,7 @@ def test_nothing_escapes_the_collection() -> None:
 
 
 def test_pycuda_is_used_as_it_was_read() -> None:
-    """pycuda has no wheels to check against: a new use is to be looked up in its source. tests/gpu asks the real one."""
+    """pycuda has no wheels to check against: a new use must be looked up in its source; tests/gpu asks a real one."""
     names = {use.name for use in uses(SOURCES, PYCUDA)}
     others = {"Context.pop", "Device", "Error", "Event", "Stream", "Stream.handle"}
     assert names == {*PYCUDA.returns, *others}
