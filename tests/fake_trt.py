@@ -36,6 +36,7 @@ class Fake:
         self.fail_build: list[str] = []  # lines that the builder logs as errors before it gives None
         self.layers: list[Any] = [{"Name": "a", "TacticName": "_gemm_mha_v2"}, {"Name": "b", "TacticName": "x"}]
         self.launches = 0
+        self.contexts = 0  # pushed and not popped: pycuda aborts a process that ends so
         self.trt, self.driver = tensorrt_module(self), driver_module(self)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> Fake:
@@ -141,6 +142,7 @@ def tensorrt_module(fake: Fake) -> Any:  # noqa: C901 - a module's worth of smal
                     if not monitor.step_complete("tactics", step):
                         return None
                 monitor.phase_finish("tactics")
+            self.logger.log(severity.VERBOSE, "Skipping tactic 1: insufficient memory")
             for line in fake.fail_build:
                 self.logger.log(severity.ERROR, line)
             if fake.fail_build:
@@ -276,11 +278,17 @@ def driver_module(fake: Fake) -> Any:
     def to_host(array: Any, memory: Memory, stream: Stream) -> None:
         array[...] = fake.memory[memory.address]
 
-    context = types.SimpleNamespace(push=lambda: None)
+    class Context:
+        def push(self) -> None:
+            fake.contexts += 1
+
+        def pop(self) -> None:
+            fake.contexts -= 1
+
     cuda.Error, cuda.Stream, cuda.Event, cuda.mem_alloc = Error, Stream, Event, Memory
     cuda.init = lambda: None
     cuda.Device = lambda index: types.SimpleNamespace(
-        retain_primary_context=lambda: context, compute_capability=lambda: (8, 7)
+        retain_primary_context=Context, compute_capability=lambda: (8, 7)
     )
     cuda.mem_get_info = lambda: (fake.free_bytes, 2 * fake.free_bytes)
     cuda.pagelocked_empty = lambda shape, dtype: np.empty(shape, dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import json
 import logging
@@ -191,6 +192,18 @@ def test_foreign_and_broken_plans_are_refused_by_name(
     Fake("10.9.0").install(monkeypatch)
     with pytest.raises(EngineError, match=r"10\.9\.0 refuses it: it was built for another TensorRT version"):
         runtime().open(plan, SETUP)
+
+
+def test_the_context_is_popped_at_exit(fake: Fake, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pycuda's `~context_stack` aborts the process otherwise: every command would end with SIGABRT."""
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    for name in ("a", "b"):
+        runtime().compile(model, SETUP, model.with_name(f"{name}.engine"))
+    assert fake.contexts == 1
+    [leave] = at_exit
+    leave()
+    assert fake.contexts == 0
 
 
 def test_without_tensorrt_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import re
 from functools import lru_cache
@@ -254,7 +255,10 @@ def _memory(engine: Any) -> int:
 
 @lru_cache(maxsize=1)
 def _driver() -> Any:
-    """pycuda's driver with the primary context of GPU 0, which TensorRT shares, current. Raises MissingError."""
+    """pycuda's driver with the primary context of GPU 0, which TensorRT shares, current until the process ends.
+
+    pycuda aborts a process that ends with a context on its stack. Raises MissingError, DeviceError.
+    """
     try:
         import pycuda.driver as cuda
     except ImportError as error:
@@ -263,9 +267,11 @@ def _driver() -> Any:
         ) from None
     try:
         cuda.init()
-        cuda.Device(0).retain_primary_context().push()
+        primary = cuda.Device(0).retain_primary_context()
+        primary.push()
     except cuda.Error as error:
         raise DeviceError(f"no CUDA device answers ({error}): check the driver with nvidia-smi") from None
+    atexit.register(primary.pop)
     return cuda
 
 

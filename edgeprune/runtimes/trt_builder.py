@@ -46,7 +46,9 @@ def tensorrt() -> Any:
 
 
 def make_logger(trt: Any) -> Any:
-    """A TensorRT logger that keeps its lines (`lines`: severity name, text) and passes warnings on."""
+    """A TensorRT logger that keeps its lines (`lines`: severity name, text), but not VERBOSE ones: a build gives
+    thousands of those, and tactics that were skipped for want of memory are no reason of a failure.
+    """
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -54,7 +56,8 @@ def make_logger(trt: Any) -> Any:
             self.lines: list[tuple[str, str]] = []
 
         def log(self, severity: Any, message: str) -> None:
-            self.lines.append((severity.name, message))
+            if severity.name != "VERBOSE":
+                self.lines.append((severity.name, message))
 
     return Logger()
 

@@ -1,4 +1,4 @@
-"""Every TensorRT name that our source uses, with the conditions it is used under, found by reading the source."""
+"""Every TensorRT or pycuda name that our source uses, and the conditions it is used under, read from the source."""
 
 from __future__ import annotations
 
@@ -50,18 +50,48 @@ HOLDS = {
     "self._engine": "ICudaEngine",
     "self._context": "IExecutionContext",
 }
-Condition = tuple[str, bool]  # a dotted name below tensorrt, and whether it is there
+Condition = tuple[str, bool]  # a dotted name below the module, and whether it is there
+
+
+class Library(NamedTuple):
+    """A module that is followed: what its calls give, and what our source's names hold."""
+
+    returns: dict[str, str]
+    holds: dict[str, str]
+
+
+TENSORRT = Library(RETURNS, HOLDS)
+# pycuda.driver; read in src/wrapper/wrap_cudadrv.cpp of pycuda 2022.2, the oldest that pyproject.toml takes.
+PYCUDA = Library(
+    returns={
+        "init": "",
+        "mem_get_info": "",
+        "mem_alloc": "DeviceAllocation",
+        "pagelocked_empty": "",
+        "memcpy_htod_async": "",
+        "memcpy_dtoh_async": "",
+        "Device.compute_capability": "",
+        "Device.retain_primary_context": "Context",
+        "Context.push": "",
+        "Stream.synchronize": "",
+        "Event.record": "",
+        "Event.synchronize": "",
+        "Event.time_since": "",
+        "DeviceAllocation.free": "",
+    },
+    holds={"cuda": "", "self._cuda": "", "_driver()": "", "_gpu()": "Device", "memory": "DeviceAllocation"},
+)
 
 
 class Use(NamedTuple):
-    """One name below the tensorrt module, where it is used, and what holds there."""
+    """One name below the module, where it is used, and what holds there."""
 
     name: str
     place: str
     conditions: tuple[Condition, ...]
 
 
-def uses(paths: Sequence[Path]) -> list[Use]:
+def uses(paths: Sequence[Path], library: Library = TENSORRT) -> list[Use]:
     """All uses in some source files. Raises ValueError for a call whose result is not in RETURNS."""
     trees = {path: ast.parse(path.read_text()) for path in paths}
     helpers: dict[str, tuple[Condition, ...]] = {}
@@ -69,23 +99,23 @@ def uses(paths: Sequence[Path]) -> list[Use]:
         for function in (n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)):
             last = function.body[-1]
             if isinstance(last, ast.Return) and last.value is not None:
-                found = Reader(Path("."), helpers).when(last.value, True)
+                found = Reader(Path("."), helpers, library).when(last.value, True)
                 if found:
                     helpers[function.name] = found
     collected: list[Use] = []
     for path, tree in trees.items():
-        reader = Reader(path, helpers)
+        reader = Reader(path, helpers, library)
         reader.body(tree.body, ())
         collected += reader.found
     return collected
 
 
 class Reader:
-    """Follows TensorRT objects through one file, statement by statement."""
+    """Follows a library's objects through one file, statement by statement."""
 
-    def __init__(self, path: Path, helpers: dict[str, tuple[Condition, ...]]) -> None:
-        self.path, self.helpers = path, helpers
-        self.names = dict(HOLDS)
+    def __init__(self, path: Path, helpers: dict[str, tuple[Condition, ...]], library: Library) -> None:
+        self.path, self.helpers, self.returns = path, helpers, library.returns
+        self.names = dict(library.holds)
         self.found: list[Use] = []
 
     def body(self, statements: Sequence[ast.stmt], conditions: tuple[Condition, ...]) -> None:
@@ -110,6 +140,8 @@ class Reader:
         for block in ("body", "orelse", "finalbody"):
             self.body(getattr(node, block, []), conditions)
         for handler in getattr(node, "handlers", []):
+            if handler.type is not None:
+                self.expression(handler.type, conditions)
             self.body(handler.body, conditions)
 
     def derived(self, node: ast.ClassDef, conditions: tuple[Condition, ...]) -> None:
@@ -163,13 +195,13 @@ class Reader:
             called = self.holder(node.func)
             if called is None or called.startswith("_") or called == "":
                 return None
-            if "." not in called:  # a class: the object it makes
+            if "." not in called and called not in self.returns:  # a class: the object it makes
                 return called
             if called.endswith(".__init__"):
                 return None
-            if called not in RETURNS:
+            if called not in self.returns:
                 raise ValueError(f"{self.path.name}, line {node.lineno}: say in RETURNS what {called}() gives")
-            return RETURNS[called] or None
+            return self.returns[called] or None
         return self.holder(node) if isinstance(node, ast.Attribute) else None
 
     def when(self, test: ast.expr, holds: bool) -> tuple[Condition, ...]:

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 sys.path.insert(0, os.path.dirname(__file__))
-from collect import RETURNS, uses
+from collect import PYCUDA, RETURNS, uses
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -108,6 +108,13 @@ def test_nothing_escapes_the_collection() -> None:
     assert set(RETURNS) <= names | {"Builder", "Runtime"}, "RETURNS tells of a call that is gone"
     [old] = [use for use in found if use.name == "ICudaEngine.device_memory_size"]
     assert old.conditions == (("ICudaEngine.device_memory_size_v2", False),)
+
+
+def test_pycuda_is_used_as_it_was_read() -> None:
+    """pycuda has no wheels to check against: a new use must be looked up in its source; tests/gpu asks a real one."""
+    names = {use.name for use in uses(SOURCES, PYCUDA)}
+    others = {"Context.pop", "Device", "Error", "Event", "Stream", "Stream.handle"}
+    assert names == {*PYCUDA.returns, *others}
 
 
 @pytest.mark.parametrize(
