@@ -81,7 +81,8 @@ def test_killed_at_twenty_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     def options(where: Path) -> Options:
         return Options(
-            device="orin-nano", simulate=True, images=few, method="topk", goal=Goal(speedup=1.3), search_images=4, neighbours=0,
+            device="orin-nano", simulate=True, images=few, method="topk", goal=Goal(speedup=1.3), search_images=4,
+            neighbours=0,
             work=where / "work", out=where / "bundle",
         )  # fmt: skip
 
