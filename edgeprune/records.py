@@ -11,7 +11,7 @@ import hashlib
 import math
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from math import isqrt
@@ -27,6 +27,7 @@ from edgeprune.errors import OutputError, RecordError
 SCHEMA = 1
 MAX_RECORD_BYTES = 64 << 20
 # What no real model or picture exceeds: files are untrusted, and sizes in them are allocated.
+MOST = 1e12  # of any figure
 MOST_PX, MOST_UNITS, MOST_BLOCKS, MOST_CLASSES = 1 << 13, 1 << 17, 1 << 10, 1 << 20
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
 CROP_MODES = ("center", "squash")
@@ -150,6 +151,13 @@ class Setup(Record, frozen=True, kw_only=True):
         return self.runtime == "simulated"
 
 
+def check_figures(values: Iterable[float | None], least: float = 1e-9) -> None:
+    """Raise ValueError unless all that are known lie between `least` and MOST: files are untrusted."""
+    for value in values:
+        if value is not None and not least <= value <= MOST:
+            raise ValueError(f"{value} is not within {least:g} to {MOST:g}")
+
+
 class Latency(Record, frozen=True, kw_only=True):
     """Milliseconds of single inferences; statistics are computed, never stored."""
 
@@ -157,8 +165,9 @@ class Latency(Record, frozen=True, kw_only=True):
     warmup: int = 0
 
     def __post_init__(self) -> None:
-        if not self.samples_ms or not all(np.isfinite(s) and s >= 0 for s in self.samples_ms):
-            raise ValueError("samples_ms needs at least one finite, non-negative value")
+        if not self.samples_ms:
+            raise ValueError("samples_ms needs at least one value")
+        check_figures(self.samples_ms)
 
     @property
     def median_ms(self) -> float:
@@ -321,6 +330,10 @@ class Report(Record, frozen=True, kw_only=True):
     fusable_attention: int | None = None  # attention layers in the form that TensorRT fuses
     fused_attention: int | None = None  # those that the engine runs as one kernel, where it tells
 
+    def __post_init__(self) -> None:
+        check_figures([self.speedup, *(self.speedup_interval or ()), self.predicted_ms])
+        check_figures([self.agreement, self.kl, self.top1, self.dense_top1, self.images, self.probes], -1.0)
+
 
 class Card(Record, frozen=True, kw_only=True):
     """What an ONNX file is, in its metadata: all that a bundle takes besides the graph."""
@@ -341,6 +354,10 @@ class Candidate(Record, frozen=True):
     agreement: float
     top1: float | None
 
+    def __post_init__(self) -> None:
+        check_figures([self.predicted_ms])
+        check_figures([self.kl, self.agreement, self.top1], -1.0)
+
 
 class Trial(Record, frozen=True, kw_only=True):
     """A schedule that was built: what was predicted of it, and what was measured."""
@@ -348,6 +365,9 @@ class Trial(Record, frozen=True, kw_only=True):
     tokens: tuple[int, ...]
     predicted_ms: float
     latency: Latency
+
+    def __post_init__(self) -> None:
+        check_figures([self.predicted_ms])
 
 
 class Sample(Record, frozen=True, kw_only=True):

@@ -27,15 +27,20 @@ from edgeprune.errors import EdgepruneError
 from edgeprune.graph import fix_tokens, precision_of
 from edgeprune.graph import load_graph as load_onnx
 from edgeprune.images import load_images, read_image
+from edgeprune.page import page_html
 from edgeprune.records import (
+    Candidate,
     Device,
     Engine,
     Latency,
     Manifest,
     Preprocessing,
     Report,
+    Sample,
     Schedule,
     Staircase,
+    Story,
+    Trial,
     decode,
     encode,
     load_array,
@@ -192,6 +197,38 @@ def test_mutated_manifests(manifest: Manifest, tmp_path: Path) -> None:
     mutated = [json.dumps(t).encode() for t in trees(json.loads(data), 2000)] + list(noise(data, 1500))
     worked = sum(attempts(lambda d=d: use_manifest(d, tmp_path)) for d in mutated)  # type: ignore[misc]
     assert 0 < worked < len(mutated)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_mutated_pages(manifest: Manifest, staircase: Staircase) -> None:
+    """`report` on a bundle that somebody else made: whatever decodes is drawn, and as text."""
+    ms, bad = Latency(samples_ms=(1.0, 2.0)), "<script>alert(1)</script>"
+    patches = tuple(range(196))
+    story = Story(
+        asked=bad,
+        candidates=tuple(Candidate((197,) * 12, float(k), k / 10, 90.0, None) for k in range(1, 4)),
+        trials=(Trial(tokens=(197,) * 12, predicted_ms=1.5, latency=ms),),
+        samples=(Sample(picture=b"png", label=bad, unpruned=bad, pruned="b", groups=(patches, patches)),),
+    )
+    kinds = {"engine": Engine, "schedule": Schedule, "report": Report, "preprocessing": Preprocessing}
+    whole: dict[str, Any] = {name: getattr(manifest, name) for name in kinds} | {
+        "staircase": staircase,
+        "story": story,
+    }
+    kinds |= {"staircase": Staircase, "story": Story}
+
+    def use(document: dict[str, Any]) -> None:
+        records = {name: decode(json.dumps(document[name]).encode(), kind, name) for name, kind in kinds.items()}
+        text = page_html(**records)
+        assert "<script" not in text and "</html>" in text
+
+    document = {name: json.loads(encode(record)) for name, record in whole.items()}
+    assert attempts(lambda: use(document))
+    worked = 0
+    for name in kinds:
+        for part in trees(document[name], 250):
+            worked += attempts(lambda p=part, n=name: use(document | {n: p}))  # type: ignore[misc]
+    assert worked > 20
 
 
 def test_mutated_devices_and_hosts(tmp_path: Path) -> None:

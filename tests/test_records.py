@@ -93,8 +93,8 @@ def test_bad_schedules_are_refused_by_their_fault(
     [
         ({"points": []}, "points need ascending"),
         ({"vit__tokens": 198}, "points must include the unpruned count 198"),
-        ({"fixed__samples_ms": []}, "at least one finite, non-negative value"),
-        ({"dense__samples_ms": [1.0, -1.0]}, "at least one finite, non-negative value"),
+        ({"fixed__samples_ms": []}, "at least one value"),
+        ({"dense__samples_ms": [1.0, -1.0]}, "is not within"),
         ({"dense__samples_ms": [1.0, None]}, r"Expected `float`, got `null` - at `\$\.dense\.samples_ms\[1\]`"),
     ],
 )
