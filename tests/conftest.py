@@ -94,10 +94,10 @@ def tiny() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The one measured build of all tests, made by the first process that needs it."""
-    from test_build import shared_build
+    from test_build import copied, shared_build
 
     base = tmp_path_factory.getbasetemp()
-    return shared_build(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
+    return copied(shared_build(base.parent), base) if "PYTEST_XDIST_WORKER" in os.environ else shared_build(base)
 
 
 @pytest.fixture(scope="session")

@@ -119,6 +119,20 @@ def shared_build(base: Path) -> Shared:
         return Shared(base / "bundle", base / "work", command, *json.loads(said.read_text()))
 
 
+def copied(shared: Shared, base: Path) -> Shared:
+    """The build for a test process of its own: two may not work in one folder at a time."""
+    old, new = str(shared.bundle.parent), str(base / "shared")
+    shutil.copytree(old, new)
+    command = tuple(part.replace(old, new) for part in shared.command)
+    return Shared(
+        Path(new, "bundle"),
+        Path(new, "work"),
+        command,
+        shared.stdout.replace(old, new),
+        shared.stderr.replace(old, new),
+    )
+
+
 @pytest.fixture(scope="session")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CSV of 21 of the held-out digits."""

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -31,21 +31,28 @@ from edgeprune.schedule import Goal
 KILLS = 20
 
 
-def forked(work: Callable[[], object]) -> int:
-    """A child of this process, in which torch is loaded already, that does the work and ends; its pid."""
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            null = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(null, 1)
-            work()
-            code = 0
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    return pid
+FORKS = multiprocessing.get_context("forkserver")  # from a process that has loaded torch and never ran it
+FORKS.set_forkserver_preload(["torch.onnx", "onnxscript", "onnxruntime", "timm", "edgeprune.pipeline"])
+
+
+def quietly(options: Options) -> None:
+    """A build that says nothing on stdout."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    build(options)
+
+
+def started(options: Options) -> Any:
+    """A process of its own that builds."""
+    process = FORKS.Process(target=quietly, args=(options,))
+    process.start()
+    return process
+
+
+def finished(options: Options) -> bool:
+    """Build in a process of its own, to its end."""
+    process = started(options)
+    process.join()
+    return bool(process.exitcode == 0)
 
 
 def whole(folder: Path) -> None:
@@ -86,25 +93,20 @@ def test_killed_at_twenty_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             work=where / "work", out=where / "bundle",
         )  # fmt: skip
 
-    import onnxscript  # noqa: F401 loaded here, so that no fork has to
-    import torch.onnx  # noqa: F401
-
-    _, status = os.waitpid(forked(lambda: build(options(tmp_path / "alone"))), 0)
-    assert status == 0
+    assert finished(options(tmp_path / "alone"))
     rng, kills = random.Random(0), 0
     while kills < KILLS:
-        pid = forked(lambda: build(options(tmp_path / "killed")))
+        process = started(options(tmp_path / "killed"))
         time.sleep(rng.uniform(0, 3))
-        os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
+        process.kill()
+        process.join()
         whole(tmp_path / "killed") if (tmp_path / "killed").exists() else None
-        if os.WIFEXITED(status):  # it was through: once more, from the staircase on
+        if process.exitcode == 0:  # it was through: once more, from the staircase on
             shutil.rmtree(tmp_path / "killed" / "bundle")
             for path in (tmp_path / "killed" / "work").glob("staircase-*"):
                 path.unlink()
         kills += 1
-    _, status = os.waitpid(forked(lambda: build(options(tmp_path / "killed"))), 0)
-    assert status == 0
+    assert finished(options(tmp_path / "killed"))
     assert load_bundle(tmp_path / "killed" / "bundle") == load_bundle(tmp_path / "alone" / "bundle")
     assert not list((tmp_path / "killed" / "work").rglob(".*.tmp")), "what the killed left is swept up"
 
@@ -120,18 +122,17 @@ def test_no_probe_is_measured_twice(shared: Shared, tmp_path: Path, monkeypatch:
     options = Options(method="none", rounds=5, work=work, out=tmp_path / "bundle")
     before: Samples = {}
     for moment in (3, 9):  # rounds
-        pid = forked(lambda: build(options))
+        process = started(options)
         while max(map(len, samples_in(work).values()), default=0) < moment:
-            assert os.waitpid(pid, os.WNOHANG) == (0, 0), "it ended before it was killed"
+            assert process.is_alive(), "it ended before it was killed"
             time.sleep(0.01)
-        os.kill(pid, signal.SIGKILL)
-        os.waitpid(pid, 0)
+        process.kill()
+        process.join()
         now = samples_in(work)
         for name, values in before.items():
             assert now[name][: len(values)] == values
         before = now
-    _, status = os.waitpid(forked(lambda: build(options)), 0)
-    assert status == 0
+    assert finished(options)
     [path] = (p for p in work.glob("staircase-*.json") if load(p, Staircase).probes)
     points = {
         f"trunk {p.tokens}": list(p.latency.samples_ms) for p in decode(path.read_bytes(), Staircase, "").points
