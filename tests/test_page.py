@@ -255,8 +255,11 @@ def test_bundle_holds_its_page(shared: Shared, capsys: pytest.CaptureFixture[str
     assert row["tokens"] in [trial["tokens"] for trial in story["trials"]]
     assert row["tokens"] in [candidate["tokens"] for candidate in story["candidates"]]
     cuts = sum(a > b for a, b in zip([197, *row["tokens"]], row["tokens"], strict=False))
-    assert [len(sample["groups"]) for sample in story["samples"]] == [cuts] * 4
-    assert {len(groups) for sample in story["samples"] for groups in sample["groups"]} == {196}
+    if cuts:  # on a noisy machine the last block alone may pass for what was asked
+        assert [len(sample["groups"]) for sample in story["samples"]] == [cuts] * 4
+        assert {len(groups) for sample in story["samples"] for groups in sample["groups"]} == {196}
+    else:
+        assert story["samples"] == []
 
 
 def copied(bundle: Path, folder: Path, change: Callable[[Path, dict[str, Any]], None]) -> Path:
