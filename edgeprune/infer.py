@@ -11,8 +11,8 @@ import numpy as np
 from edgeprune.errors import EngineError
 from edgeprune.images import ImageSet, batches, load_images, read_image
 from edgeprune.local import local
-from edgeprune.measure import log_softmax
-from edgeprune.records import Latency, Progress, silent
+from edgeprune.measure import WARMUP, latency_of, log_softmax
+from edgeprune.records import Progress, silent
 
 TIMED = 20  # inferences whose median is told
 
@@ -40,9 +40,7 @@ def classify(bundle: Path, sources: Sequence[Path], top: int = 5, progress: Prog
                 found = [{"class": int(i), "label": manifest.labels[i], "percent": float(row[i])} for i in best]
                 rows.append({"image": str(path), "top": found})
         progress("classifying", len(paths), len(paths))
-        for _ in range(3):
-            session.time_ms()
-        latency = Latency(samples_ms=tuple(session.time_ms() for _ in range(TIMED)), warmup=3)
+        latency = latency_of(session, TIMED, WARMUP)
     return {
         "bundle": str(bundle),
         "model": manifest.vit.name,

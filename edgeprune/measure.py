@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeprune.images import batches
-from edgeprune.records import Preprocessing, Progress, median_interval, silent
+from edgeprune.records import Latency, Preprocessing, Progress, median_interval, silent
 from edgeprune.runtimes import Session
 
 if TYPE_CHECKING:
@@ -95,6 +95,13 @@ def _timed(session: Session | None, open_: Open) -> float:
         for _ in range(WARMUP):
             fresh.time_ms()
         return fresh.time_ms()
+
+
+def latency_of(session: Session, count: int, warmup: int) -> Latency:
+    """`count` timed inferences of a session that runs alone, after `warmup` untimed ones."""
+    for _ in range(warmup):
+        session.time_ms()
+    return Latency(samples_ms=tuple(session.time_ms() for _ in range(count)), warmup=warmup)
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, tuple[float, float]]:

@@ -12,7 +12,8 @@ from edgeprune import __version__
 from edgeprune.bundle import GOLDEN, load_bundle
 from edgeprune.errors import EdgepruneError
 from edgeprune.local import MUST_MATCH, Local, found, rebuild
-from edgeprune.records import Latency, load_array
+from edgeprune.measure import latency_of
+from edgeprune.records import load_array
 
 MIB = 1 << 20
 TIMED, WARMUP = 40, 10
@@ -100,9 +101,7 @@ def _run(here: Local, again: str) -> Iterator[Check]:
         what = f"within {manifest.tolerance:g} of the golden output", f"{worst:.2g} away"
         good = worst <= manifest.tolerance  # NaN is not
         yield Check("output", "ok", *what) if good else Check("output", "failed", *what, again)
-        for _ in range(WARMUP):
-            session.time_ms()
-        latency = Latency(samples_ms=tuple(session.time_ms() for _ in range(TIMED)), warmup=WARMUP)
+        latency = latency_of(session, TIMED, WARMUP)
     (low, high), (now_low, now_high) = report.latency.interval_ms, latency.interval_ms
     what = f"{low:.3f} to {high:.3f} ms", f"{now_low:.3f} to {now_high:.3f} ms"
     meets = now_low <= high and low <= now_high

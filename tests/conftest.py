@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,21 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     base = tmp_path_factory.getbasetemp()
     return copied(shared_build(base.parent), base) if "PYTEST_XDIST_WORKER" in os.environ else shared_build(base)
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A machine on loopback that answers ssh."""
+    from loopback import server
+
+    with server(tmp_path_factory.mktemp("sshd")) as made:
+        yield made
+
+
+@pytest.fixture
+def ssh(there: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The user's own ssh configuration, which knows that machine."""
+    monkeypatch.setenv("EDGEPRUNE_SSH", there.ssh)
 
 
 @pytest.fixture(scope="session")

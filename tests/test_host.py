@@ -7,14 +7,13 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-from loopback import Server, server
+from loopback import Server
 from test_build import CONTRACT, QUICK, Shared, call, few_digits, program, row_of
 
 from edgeprune import __version__, wire
@@ -26,18 +25,7 @@ from edgeprune.ssh import Host
 from edgeprune.target import target_for
 from edgeprune.worker import serve
 
-
-@pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A machine on loopback."""
-    with server(tmp_path_factory.mktemp("sshd")) as made:
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def ssh(there: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's own ssh configuration."""
-    monkeypatch.setenv("EDGEPRUNE_SSH", there.ssh)
+pytestmark = pytest.mark.usefixtures("ssh")
 
 
 def test_build_on_a_host(there: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,30 +6,19 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from loopback import Server, server
+from loopback import Server
 from test_build import Shared, call, row_of
 
 from edgeprune.errors import HostError, InputError, RecordError
 from edgeprune.records import sha256_file
 from edgeprune.ship import destination, fleet, ship
 
-
-@pytest.fixture(scope="module")
-def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A machine on loopback."""
-    with server(tmp_path_factory.mktemp("sshd")) as made:
-        yield made
-
-
-@pytest.fixture(autouse=True)
-def ssh(there: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The user's own ssh configuration."""
-    monkeypatch.setenv("EDGEPRUNE_SSH", there.ssh)
+pytestmark = pytest.mark.usefixtures("ssh")
 
 
 @pytest.fixture
