@@ -194,19 +194,19 @@ def _trials(schedule: Schedule, report: Report, story: Story, mark: str) -> str:
 
 def _figures(schedule: Schedule, report: Report) -> str:
     vit, dense, pruned = schedule.vit, report.dense_latency, report.latency
-    speedup = _number(report.speedup, 3)
+    speedup = number(report.speedup, 3)
     if report.speedup_interval is not None:
         speedup += " ({:.3f} to {:.3f})".format(*report.speedup_interval)
     rows = [
         ("tokens per block", f"{vit.tokens} × {vit.depth}", ", ".join(map(str, schedule.tokens))),
-        ("latency, median, ms", _number(dense.median_ms if dense else None, 3), f"{pruned.median_ms:.3f}"),
+        ("latency, median, ms", number(dense.median_ms if dense else None, 3), f"{pruned.median_ms:.3f}"),
         ("95 % interval, ms", _interval(dense), _interval(pruned)),
-        ("99th percentile, ms", _number(dense.p99_ms if dense else None, 3), f"{pruned.p99_ms:.3f}"),
-        ("predicted, ms", "", _number(report.predicted_ms, 3)),
+        ("99th percentile, ms", number(dense.p99_ms if dense else None, 3), f"{pruned.p99_ms:.3f}"),
+        ("predicted, ms", "", number(report.predicted_ms, 3)),
         ("speed-up (95 % interval)", "1", speedup),
-        ("top-1, %", _number(report.dense_top1), _number(report.top1)),
-        ("agreement, %", "100", _number(report.agreement)),
-        ("KL, nats", "0", _number(report.kl, 4)),
+        ("top-1, %", number(report.dense_top1), number(report.top1)),
+        ("agreement, %", "100", number(report.agreement)),
+        ("KL, nats", "0", number(report.kl, 4)),
     ]
     if report.fused_attention is not None:
         rows.append(("fused attention, layers", "", f"{report.fused_attention} of {report.fusable_attention}"))
@@ -264,5 +264,6 @@ def _interval(latency: Latency | None) -> str:
     return f"{low:.3f} to {high:.3f}"
 
 
-def _number(value: float | None, digits: int = 2) -> str:
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure for a table; a dash where it is unknown."""
     return "–" if value is None else f"{value:.{digits}f}"

@@ -10,6 +10,7 @@ import errno
 import hashlib
 import math
 import os
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ MOST_PX, MOST_UNITS, MOST_BLOCKS, MOST_CLASSES = 1 << 13, 1 << 17, 1 << 10, 1 <<
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
 CROP_MODES = ("center", "squash")
 ENGINE_FILES = ("model.engine", "model.onnx")
+FILE_NAME = r"\w[\w.-]*"  # of a file in a bundle: stays in its folder, hidden from no shell and read as no option
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -413,6 +415,9 @@ class Manifest(Record, frozen=True, kw_only=True):
             raise ValueError(f"{len(self.labels)} labels for {self.vit.classes} classes")
         if self.engine.path not in ENGINE_FILES:
             raise ValueError(f"the engine is one of {ENGINE_FILES}, not {self.engine.path!r}")
+        for name in self.files:
+            if not re.fullmatch(FILE_NAME, name):
+                raise ValueError(f"{name!r} is no name of a file in a bundle")
 
 
 T = TypeVar("T", bound=Record)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.adaptive import settled
+from edgeprune.page import number
 from edgeprune.records import Latency, Manifest, Report, Schedule, Setup, Staircase
 
 if TYPE_CHECKING:
@@ -93,9 +94,9 @@ def build_table(manifest: Manifest) -> Table:
     if report.predicted_ms is not None:
         off = 100 * (report.predicted_ms / report.latency.median_ms - 1)
         table.add_row("predicted, ms", "", f"{report.predicted_ms:.3f} ({off:+.1f} %)")
-    table.add_row("top-1, %", _number(report.dense_top1), _number(report.top1))
-    table.add_row("agreement, %", "100", _number(report.agreement))
-    table.add_row("KL, nats", "0", _number(report.kl, 4))
+    table.add_row("top-1, %", number(report.dense_top1), number(report.top1))
+    table.add_row("agreement, %", "100", number(report.agreement))
+    table.add_row("KL, nats", "0", number(report.kl, 4))
     if report.fused_attention is not None:
         table.add_row("fused attention, layers", "", f"{report.fused_attention} of {report.fusable_attention}")
     table.caption = f"{report.images} images, {len(report.latency.samples_ms)} interleaved rounds"
@@ -118,10 +119,6 @@ def _ms(latency: Latency | None) -> str:
         return "–"
     low, high = latency.interval_ms
     return f"{latency.median_ms:.3f} ({low:.3f} to {high:.3f})"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 def profile_table(staircase: Staircase) -> Table:
@@ -253,7 +250,7 @@ def compare_table(rows: list[dict[str, Any]]) -> Table:
     simulated = ", SIMULATED latency" if first.get("simulated") else ""
     table = Table(
         title=f"{first.get('model')} on {first.get('device')}{simulated}: {first.get('images')} pictures that no "
-        f"schedule was chosen on, unpruned top-1 {_number(first.get('dense_top1'))} %"
+        f"schedule was chosen on, unpruned top-1 {number(first.get('dense_top1'))} %"
     )
     for column in ("target", "method", "shape", "speed-up (95 %)", "predicted", "top-1", "agreement", "KL", "tokens"):
         table.add_column(column, justify="left" if column in ("method", "shape", "tokens") else "right")
@@ -265,9 +262,9 @@ def compare_table(rows: list[dict[str, Any]]) -> Table:
             row["policy"],
             f"{row['speedup']:.2f} ({low:.2f}–{high:.2f})",
             f"{row['dense_latency_ms']['median'] / row['predicted_ms']:.2f}",
-            _number(row["top1"]),
-            _number(row["agreement"]),
-            _number(row["kl"], 4),
+            number(row["top1"]),
+            number(row["agreement"]),
+            number(row["kl"], 4),
             runs(tuple(row["tokens"])),
         )
     return table

@@ -150,9 +150,9 @@ class _Far:
         return shlex.quote(f"./{name}")
 
     def _inside(self, script: str) -> str:
-        """`script` in the folder, whose name may begin with ~/."""
-        home, folder = self.to.dir.startswith("~/"), self.to.dir.removeprefix("~/")
-        place = f'"$HOME"/{shlex.quote(folder)}' if home else shlex.quote(folder)
+        """`script` in the folder, which may be ~ or begin with ~/."""
+        first, _, rest = self.to.dir.partition("/")
+        place = f'"$HOME"/{shlex.quote(rest)}' if first == "~" else shlex.quote(self.to.dir)
         return f"set -e; mkdir -p -- {place}; cd -- {place}; {script}"
 
     def run(self, script: str) -> str:

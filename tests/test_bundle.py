@@ -198,7 +198,9 @@ def test_damaged_file_is_named(name: str, harm: str, parts: Callable[..., dict[s
         load_bundle(out)
 
 
-@pytest.mark.parametrize("name", ["../secret", "sub/file", "/etc/hostname", "..", ".", "", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["../secret", "sub/file", "/etc/hostname", "..", ".", "", "a\0b", "a\nb", "-rf", ".hidden"]
+)
 def test_manifest_cannot_lead_out_of_the_bundle(
     name: str, parts: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -207,9 +209,11 @@ def test_manifest_cannot_lead_out_of_the_bundle(
     (tmp_path / "secret").write_bytes(b"secret")
     (out / "sub").mkdir()
     (out / "sub" / "file").write_bytes(b"secret")
+    for there in ("a\nb", "-rf", ".hidden"):
+        (out / there).write_bytes(b"secret")
     digest = hashlib.sha256(b"secret").hexdigest()
     rewrite(out, lambda m: m["files"].update({name: digest}))
-    with pytest.raises(InputError):
+    with pytest.raises(RecordError, match="is no name of a file in a bundle"):
         load_bundle(out)
 
 

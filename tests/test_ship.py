@@ -16,7 +16,7 @@ from test_build import Shared, call, row_of
 
 from edgeprune.errors import HostError, InputError, RecordError
 from edgeprune.records import sha256_file
-from edgeprune.ship import destination, fleet, ship
+from edgeprune.ship import _Far, destination, fleet, ship
 
 pytestmark = pytest.mark.usefixtures("ssh")
 
@@ -203,6 +203,13 @@ def test_destinations_and_lists_of_hosts_are_checked(tmp_path: Path) -> None:
         (tmp_path / "hosts.toml").write_text(text)
         with pytest.raises(RecordError, match=told):
             fleet(tmp_path / "hosts.toml")
+
+
+@pytest.mark.parametrize(("folder", "place"), [("~", ""), ("~/", ""), ("~/a b", "a b"), ("~a/b", "~a/b"), ("c", "c")])
+def test_a_home_is_found_at_the_far_end(folder: str, place: str, tmp_path: Path) -> None:
+    script = _Far(destination(f"nano:{folder}"), "")._inside("pwd")
+    said = subprocess.check_output(["sh", "-c", script], cwd=tmp_path, env={"HOME": str(tmp_path)}, text=True)
+    assert Path(said.rstrip("\n")) == tmp_path / place
 
 
 def test_a_damaged_bundle_is_not_sent(
