@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import permutations
 
 import onnx
@@ -14,22 +15,24 @@ OPSET = 17
 REDUCTIONS = {
     f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 }
-CHANGED_IN_18 = {"Split", "Pad", "Resize", "ScatterElements", "ScatterND", "GroupNormalization"}
+CHANGED_IN_18 = {"Pad", "Resize", "ScatterElements", "ScatterND", "GroupNormalization"}
 
 
 def lower_opset(model: onnx.ModelProto) -> None:
-    """Opset 18 to 17: the one difference a ViT meets is that reductions take their axes as an attribute.
+    """Opset 18 to 17: reductions take their axes as an attribute, and Split counts its parts by its outputs.
 
-    Raises ExportError, naming the operator, for any other operator that changed in opset 18.
+    Raises ExportError, naming the operator, for what else changed in opset 18, and for unequal parts.
     """
     constants = {t.name: t for t in model.graph.initializer}
+    shapes = {v.name: v.type.tensor_type.shape.dim for v in (*model.graph.value_info, *model.graph.input)}
     for node in model.graph.node:
         if node.op_type in REDUCTIONS and len(node.input) == 2:
             axes = onnx.numpy_helper.to_array(constants[node.input.pop()])
-            kept = [a for a in node.attribute if a.name == "keepdims"]
-            del node.attribute[:]
-            node.attribute.extend([*kept, onnx.helper.make_attribute("axes", axes.tolist())])
-        elif node.op_type in CHANGED_IN_18:
+            _keep(node, "keepdims")
+            node.attribute.append(onnx.helper.make_attribute("axes", axes.tolist()))
+        elif node.op_type == "Split" and _parts_are_known(node, shapes.get(node.input[0], ())):
+            _keep(node, "axis")
+        elif node.op_type in {*CHANGED_IN_18, "Split"}:
             raise ExportError(f"{node.op_type} has no opset-{OPSET} form here: report this model")
     for opset in model.opset_import:
         if opset.domain in ("", "ai.onnx"):
@@ -39,6 +42,20 @@ def lower_opset(model: onnx.ModelProto) -> None:
     del model.graph.initializer[:]
     model.graph.initializer.extend(weights)
     model.ir_version = 8  # the ONNX IR of opset 17
+
+
+def _keep(node: onnx.NodeProto, name: str) -> None:
+    """Leave a node no attribute but this one."""
+    kept = [a for a in node.attribute if a.name == name]
+    del node.attribute[:]
+    node.attribute.extend(kept)
+
+
+def _parts_are_known(node: onnx.NodeProto, dims: Sequence[onnx.TensorShapeProto.Dimension]) -> bool:
+    """Are the parts' sizes given, or is a tensor of these dimensions cut into equal ones?"""
+    axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
+    size = dims[axis].dim_value if -len(dims) <= axis < len(dims) else 0
+    return len(node.input) == 2 or (size > 0 and size % len(node.output) == 0)
 
 
 def canonical_gelu(model: onnx.ModelProto) -> None:

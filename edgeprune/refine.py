@@ -22,7 +22,7 @@ from edgeprune.staircase import predict_ms
 log = logging.getLogger(__name__)
 
 CORRECTIONS = 2  # times a schedule whose measured latency misses the goal is sought anew
-MISS = 0.02  # of the goal, beyond which it counts as missed
+MISS = 0.02  # of the goal, beyond which it counts as missed whatever the noise
 OFF = 0.05  # of the prediction, beyond which the user is told
 
 
@@ -34,6 +34,7 @@ class Tried(NamedTuple):
     predicted_ms: float
     latency: Latency
     speedup: float
+    speedup_interval: tuple[float, float]
 
 
 class Refined(NamedTuple):
@@ -94,9 +95,9 @@ def measured(job: Job, schedules: Sequence[Schedule]) -> list[Tried]:
     for index, schedule in enumerate(schedules):
         mine = samples[str(index)]
         predicted = predict_ms(job.staircase, schedule.tokens, schedule.method, schedule.prefix_last) * drift
-        speedup, _ = measure.ratio(samples["dense"], mine)
+        speedup, interval = measure.ratio(samples["dense"], mine)
         latency = Latency(samples_ms=tuple(mine), warmup=measure.WARMUP)
-        found.append(Tried(schedule, _fidelity(job, schedule), predicted, latency, speedup))
+        found.append(Tried(schedule, _fidelity(job, schedule), predicted, latency, speedup, interval))
     off = float(np.median([t.latency.median_ms / t.predicted_ms for t in found])) - 1
     if abs(off) > OFF:
         log.warning("measured %+.0f %% off the prediction: corrected by the measurement", 100 * off)
@@ -115,21 +116,29 @@ def _fidelity(job: Job, schedule: Schedule) -> Candidate | None:
 
 
 def correction(asked: Goal, used: Goal, last: Tried) -> Goal | None:
-    """The goal to give the additive model so that the measurement meets `asked`; None where it does."""
+    """The goal to give the additive model so that the measurement meets `asked`; None where it does, and narrowly."""
     if asked.speedup is not None and used.speedup is not None:
         error = last.speedup / asked.speedup
-        return Goal(speedup=max(used.speedup / error, 1.0)) if abs(error - 1) > MISS else None
+        off = error > 1 + MISS or not meets(asked, last)
+        return Goal(speedup=max(used.speedup / error, 1.0)) if off else None
     if asked.budget_ms is not None and used.budget_ms is not None:
         error = asked.budget_ms / last.latency.median_ms
-        return Goal(budget_ms=used.budget_ms * error) if abs(error - 1) > MISS else None
+        return Goal(budget_ms=used.budget_ms * error) if error > 1 + MISS or not meets(asked, last) else None
     return None
 
 
-def meets(goal: Goal, speedup: float, median_ms: float) -> bool:
-    """Is a latency goal met, short of MISS? True for a goal that limits no latency."""
+def meets(goal: Goal, found: Tried | Report) -> bool:
+    """Is a latency goal met, or short of it by no more than MISS and by what the 95 % interval leaves open?
+
+    True for a goal that limits no latency.
+    """
     if goal.speedup is not None:
-        return speedup >= goal.speedup * (1 - MISS)
-    return goal.budget_ms is None or median_ms <= goal.budget_ms * (1 + MISS)
+        assert found.speedup is not None and found.speedup_interval is not None
+        return found.speedup_interval[1] >= goal.speedup and found.speedup >= goal.speedup * (1 - MISS)
+    if goal.budget_ms is None:
+        return True
+    latency = found.latency
+    return latency.interval_ms[0] <= goal.budget_ms and latency.median_ms <= goal.budget_ms * (1 + MISS)
 
 
 def pick(job: Job, tried: Sequence[Tried]) -> Tried:
@@ -142,7 +151,7 @@ def pick(job: Job, tried: Sequence[Tried]) -> Tried:
     if goal.speedup is None and goal.budget_ms is None:
         alpha = 0.5 if goal.alpha is None else goal.alpha
         return max(tried, key=lambda t: alpha * (1 - 1 / t.speedup) + (1 - alpha) * _agreement(t) / 100)
-    good = [t for t in tried if meets(goal, t.speedup, t.latency.median_ms)]
+    good = [t for t in tried if meets(goal, t)]
     if good:
         return min(good, key=lambda t: (t.fidelity.kl if t.fidelity else 0.0, t.latency.median_ms))
     return max(tried, key=lambda t: t.speedup)
@@ -169,10 +178,11 @@ def nearby(job: Job, best: Tried, tried: Sequence[Tried]) -> list[Schedule]:
         assert other.predicted_ms is not None
         ms, score = other.predicted_ms * scale, _fidelity(job, other)
         assert score is not None
-        if goal.max_drop is not None or goal.limit_ms(dense_ms) is None:
+        limit_ms = goal.limit_ms(dense_ms)
+        if goal.max_drop is not None or limit_ms is None:
             alpha = 0.5 if goal.alpha is None else goal.alpha
             ranked.append((alpha * ms / dense_ms - (1 - alpha) * score.agreement / 100, other))
-        elif meets(goal, dense_ms / ms, ms):
+        elif ms <= limit_ms:
             ranked.append((score.kl, other))
     ranked.sort(key=lambda entry: (entry[0], entry[1].tokens))
     return [other for _, other in ranked[: job.options.neighbours]]
@@ -197,6 +207,6 @@ def neighbours(tokens: Tokens, levels: Sequence[int], last: int) -> Iterator[Tok
 
 def tell_missed(goal: Goal, report: Report) -> None:
     """Warn where the bundle's own measurement misses the goal."""
-    if report.speedup is not None and not meets(goal, report.speedup, report.latency.median_ms):
+    if report.speedup is not None and not meets(goal, report):
         ms = report.latency.median_ms
         log.warning("the goal is missed: %.3fx, %.3f ms is the best that was measured", report.speedup, ms)

@@ -93,6 +93,31 @@ def test_an_operator_that_opset_17_lacks_is_refused_by_name() -> None:
         lower_opset(model)
 
 
+@pytest.mark.parametrize(
+    ("width", "axis", "given"), [(8, -1, False), (8, 1, False), (9, -1, False), (None, -1, False), (8, -1, True)]
+)
+def test_a_split_counts_its_parts_by_its_outputs(width: int | None, axis: int, given: bool) -> None:
+    """SwiGLU with packed weights as torch exports it (DINOv2 giant); parts of given sizes stay as they are."""
+    how = {} if given else {"num_outputs": 2}
+    nodes = [
+        helper.make_node("Split", ["x", "sizes"] if given else ["x"], ["gate", "value"], axis=axis, **how),
+        helper.make_node("Identity", ["value"], ["out"]),
+    ]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, [3, w]) for n, w in (("x", width), ("out", None))]
+    sizes = [numpy_helper.from_array(np.array([4, 4]), "sizes")]
+    graph = helper.make_graph(nodes, "split", values[:1], values[1:], sizes)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)])
+    if width != 8:
+        with pytest.raises(ExportError, match="Split has no opset-17 form"):
+            lower_opset(model)
+        return
+    lower_opset(model)
+    onnx.checker.check_model(model, full_check=True)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    x = np.arange(24, dtype=np.float32).reshape(3, 8)
+    np.testing.assert_array_equal(session.run(None, {"x": x})[0], x[:, 4:])
+
+
 def gelu(swapped: bool) -> onnx.ModelProto:
     """GELU as torch exports it: x * (0.5 * (1 + erf(x / sqrt 2))), each product in one order or the other."""
     node, way = helper.make_node, -1 if swapped else 1
