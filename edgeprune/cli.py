@@ -385,15 +385,16 @@ def verify(
 ) -> None:
     """Check that a bundle is whole, belongs on this machine, and computes and times what it did."""
     from edgeprune.report import verify_table
+    from edgeprune.verify import SIMULATED
     from edgeprune.verify import verify as run
 
     checks = run(bundle)
     failed = next((check for check in checks if check.status == "failed"), None)
     console.show(verify_table(str(bundle), checks), as_json)
     if as_json:
-        console.json_line(
-            {"bundle": str(bundle), "ok": failed is None, "checks": [check._asdict() for check in checks]}
-        )
+        result = {"bundle": str(bundle), "ok": failed is None, "checks": [check._asdict() for check in checks]}
+        simulated = any(check.name == SIMULATED for check in checks)
+        console.json_line(result | ({"simulated": True} if simulated else {}))
     if failed is not None:
         advice = f": {failed.advice}" if failed.advice else ""
         raise VerifyError(f"{bundle}: {failed.name}: expected {failed.expected}, found {failed.found}{advice}")

@@ -99,11 +99,14 @@ def ship(bundle: Path, to: Destination, progress: Progress = silent) -> Shipped:
     """Copy a bundle to DIR/<name>-<hash>, verify it there, then let DIR/current lead to it, DIR/previous to the last.
 
     Versions before the last are removed. A file that was cut short goes on where it stopped. The far end needs a
-    POSIX shell, coreutils, flock and edgeprune. Raises HostError; DIR/current then leads where it did.
+    POSIX shell, coreutils, flock and edgeprune. Raises HostError, after which DIR/current leads where it
+    did, and InputError for a simulated bundle.
     """
     manifest = load_bundle(bundle)
     digest = sha256_file(bundle / MANIFEST)
     schedule, setup = manifest.schedule, manifest.engine.setup
+    if setup.simulated:
+        raise InputError(f"{bundle} is simulated, no engine of a device: build it there, or ship what was measured")
     name = f"{manifest.vit.name}-{schedule.method}-{setup.precision}-b{setup.batch}-{digest[:12]}"
     if not re.fullmatch(r"[\w.-]+", name):
         raise InputError(f"{name!r} is no name for a folder: rename the model")

@@ -16,6 +16,7 @@ from edgeprune.measure import latency_of
 from edgeprune.records import load_array
 
 MIB = 1 << 20
+SIMULATED = "simulated"
 TIMED, WARMUP = 40, 10
 MEMORY_OF_SIZE = 2  # bytes that a loaded engine takes, by byte of its file: itself, and what it works in
 
@@ -48,6 +49,8 @@ def _checks(path: Path) -> Iterator[Check]:
         return
     yield Check("files", "ok", f"{len(manifest.files)} files by sha256", "all there and unchanged")
     again = rebuild(path, manifest)
+    if manifest.engine.setup.simulated:
+        yield Check(SIMULATED, "warning", "measured latencies", "those of a model", "build it on the device")
     if manifest.edgeprune != __version__:
         yield Check("edgeprune", "warning", manifest.edgeprune, __version__, "install the version that built it")
     try:

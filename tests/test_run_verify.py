@@ -132,6 +132,17 @@ def test_every_mismatch_is_named(changed: Callable[..., Path], capsys: pytest.Ca
     assert code == 1 and "within 0.001 of the golden output" in err
 
 
+def test_simulated_bundles_are_told_and_stay_here(
+    changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = changed(lambda m: m["engine"]["setup"].update(runtime="simulated"))
+    _, out, _ = call(capsys, "verify", bundle, "--json")
+    row = json.loads(out.splitlines()[-1])
+    assert row["simulated"] is True and ["simulated", "warning"] in [[c["name"], c["status"]] for c in row["checks"]]
+    code, _, err = call(capsys, "ship", bundle, "nobody@host.invalid:models")
+    assert code == 1 and "is simulated" in err
+
+
 def _bytes_of(array: np.ndarray[Any, Any]) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, array)
