@@ -266,7 +266,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:  # what an export imports and registers, children need not
         export_model(load_model("test_vit", "random"), None, 1, Path(folder) / "warm.onnx")
     found = results(rows, args.only, args.resume, int(args.memory_gib * 2**30), args.minutes * 60)
-    write_bytes(args.out, page(found, "python benchmarks/models.py").encode())
+    write_bytes(args.out, page(found, f"python benchmarks/models.py --memory-gib {args.memory_gib:g}").encode())
     print(json.dumps(summary(found)))
 
 
