@@ -33,7 +33,7 @@ MOST_PX, MOST_UNITS, MOST_BLOCKS, MOST_CLASSES = 1 << 13, 1 << 17, 1 << 10, 1 <<
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
 CROP_MODES = ("center", "squash")
 ENGINE_FILES = ("model.engine", "model.onnx")
-FILE_NAME = r"\w[\w.-]*"  # of a file in a bundle: stays in its folder, hidden from no shell and read as no option
+FILE_NAME = r"\w[\w.-]*"  # of a file in a bundle: no path, not hidden, never read as an option
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
