@@ -44,7 +44,7 @@ METHOD = "fold"
 KEPT = (0.7, 0.5, 0.35)  # of all tokens, after a cut at a quarter, half and three quarters of the depth
 NOISE = 0.02  # of the parameters' noise, as wide as timm's initial weights
 TOLERANCE = 1e-3  # largest difference of logits in units of their standard deviation
-COPIES = 1.1  # of its weights that a child holds at least
+COPIES = 2  # of its weights that a child holds at once: the module and its ONNX
 SPARE_BYTES = 1 << 30  # of memory that is left to others
 PACKAGES = ("timm", "torch", "onnx", "onnxruntime")
 Row = dict[str, Any]
@@ -92,8 +92,8 @@ def folding(vit: Vit) -> Schedule:
     )  # fmt: skip
 
 
-def tried(name: str) -> Row:
-    """Create, export, run, compare one model. Raises EdgepruneError and whatever a library raises."""
+def tried(name: str, folder: Path) -> Row:
+    """Create, export into `folder`, run, compare one model. Raises EdgepruneError and whatever a library raises."""
     torch.manual_seed(0)
     model = load_model(name, "random")
     generator = torch.Generator().manual_seed(0)
@@ -105,18 +105,17 @@ def tried(name: str) -> Row:
     with torch.inference_mode():
         module = pruned_module(model, schedule.method, schedule.tokens, schedule.prefix_last)
         wanted = module(torch.from_numpy(image)).numpy()
-    with tempfile.TemporaryDirectory() as folder:
-        save(schedule, Path(folder) / "schedule.json")
-        path = export_model(model, Path(folder) / "schedule.json", 1, Path(folder) / "model.onnx")
-        del model, module
-        gc.collect()
-        graph = load_graph(path)
-        static_or_raise(graph)
-        assert [(o.domain, o.version) for o in graph.opset_import if o.domain in ("", "ai.onnx")] == [("", OPSET)]
-        onnx.checker.check_model(os.fspath(path))
-        with target_for("cpu").opener(path)() as session:
-            found = session.infer(image)
-        outside = sum(file.stat().st_size for file in weights_of(path))
+    save(schedule, folder / "schedule.json")
+    path = export_model(model, folder / "schedule.json", 1, folder / "model.onnx")
+    del model, module
+    gc.collect()
+    graph = load_graph(path)
+    static_or_raise(graph)
+    assert [(o.domain, o.version) for o in graph.opset_import if o.domain in ("", "ai.onnx")] == [("", OPSET)]
+    onnx.checker.check_model(os.fspath(path))
+    with target_for("cpu").opener(path)() as session:
+        found = session.infer(image)
+    outside = sum(file.stat().st_size for file in weights_of(path))
     scale = float(wanted.std())
     worst = float(np.abs(wanted - found).max()) / scale
     row: Row = {"tokens": vit.tokens, "kept": [schedule.tokens[cut] for cut in schedule.cuts], "cuts": schedule.cuts}
@@ -130,7 +129,8 @@ def child(name: str, memory_bytes: int, limit_s: float) -> Row:
     begin = time.monotonic()
     context = multiprocessing.get_context("fork")  # what is imported here need not be imported again
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_told, args=(name, sender))
+    folder = tempfile.TemporaryDirectory()  # goes with the model, however it ends
+    process = context.Process(target=_told, args=(name, Path(folder.name), sender))
     process.start()
     sender.close()
     row: Row = {"ok": False, "reason": ""}
@@ -148,6 +148,7 @@ def child(name: str, memory_bytes: int, limit_s: float) -> Row:
     except EOFError:
         row["reason"] = f"ended with {process.exitcode}"
     process.join()
+    folder.cleanup()
     return row | {"seconds": round(time.monotonic() - begin, 1)}
 
 
@@ -160,10 +161,10 @@ def _kib(file: str, key: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _told(name: str, sender: Connection) -> None:
+def _told(name: str, folder: Path, sender: Connection) -> None:
     """The child's own: what came of a model, sent to the parent."""
     try:
-        row = tried(name)
+        row = tried(name, folder)
     except Exception as error:  # whatever a library raises is the model's reason
         row = {"ok": False, "reason": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     sender.send(row | {"peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 1)})
@@ -185,7 +186,11 @@ def results(rows: list[Row], wanted: str, kept: Path, memory_bytes: int, limit_s
         elif name in known and (known[name]["ok"] or not selected):
             found = known[name]
         elif COPIES * gib * 2**30 > memory_bytes:
-            found = {"ok": False, "tried": False, "reason": f"not tried here: {gib:.1f} GiB of weights"}
+            found = {
+                "ok": False,
+                "tried": False,
+                "reason": f"not tried here: {gib:.1f} GiB of weights, {COPIES} times",
+            }
         elif not selected:
             found = {"ok": False, "tried": False, "reason": "not tried yet: left out by --only"}
         else:
