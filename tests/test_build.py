@@ -367,7 +367,7 @@ def test_weights_outside_the_onnx_travel_in_the_bundle(tmp_path: Path, monkeypat
     monkeypatch.setattr(graph, "INLINE_BYTES", 0)
     monkeypatch.setattr("edgeprune.profiling.ROUNDS", 3)
     options = Options(
-        method="topk", policy="paper", goal=Goal(speedup=1.05), rounds=5, search_images=4,
+        method="topk", policy="paper", goal=Goal(alpha=0.1), rounds=5, search_images=4,
         work=tmp_path / "work", out=tmp_path / "bundle",
     )  # fmt: skip
     built = build(options)

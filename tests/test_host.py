@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -28,11 +29,18 @@ from edgeprune.worker import serve
 pytestmark = pytest.mark.usefixtures("ssh")
 
 
-def test_build_on_a_host(there: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def probes_alone(shared: Shared, work: Path) -> None:
+    """The exports of the measured build, none of its latencies."""
+    [probes] = shared.work.glob("probes-*")
+    shutil.copytree(probes, work / probes.name)
+
+
+def test_build_on_a_host(there: Server, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exported here, measured there; the bundle lies here and is of that machine; a second build measures nothing."""
     few = few_digits(tmp_path / "digits")
+    probes_alone(shared, tmp_path / "work")
     out = ("--work", tmp_path / "work", "--out", tmp_path / "bundle", "--images", few)
-    goal = ("--method", "topk", "--speedup", "1.2", *QUICK)
+    goal = ("--method", "pomt", "--speedup", "1.2", *QUICK)
     command = ("build", "--device", "cpu", *there.options, *goal, *out)
     row = row_of(capsys, *command)
     assert set(CONTRACT) <= set(row) and row["runtime"] == "ort-cpu" and row["images"] == 21
@@ -113,11 +121,12 @@ def test_unknown_key_and_closed_port(
     assert code == 1 and "install OpenSSH" in err
 
 
-def test_a_cut_connection_is_told_and_the_build_goes_on(there: Server, tmp_path: Path) -> None:
+def test_a_cut_connection_is_told_and_the_build_goes_on(there: Server, shared: Shared, tmp_path: Path) -> None:
     """The worker is killed in the middle of measuring; the same command then finishes with the rest."""
     few = few_digits(tmp_path / "digits")
+    probes_alone(shared, tmp_path / "work")
     out = ("--work", tmp_path / "work", "--out", tmp_path / "bundle", "--images", few)
-    command = program("build", *there.options, "--method", "topk", "--speedup", "1.2", *QUICK, *out, "--json")
+    command = program("build", *there.options, "--method", "pomt", "--speedup", "1.2", *QUICK, *out, "--json")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     samples = tmp_path / "work"
     while not list(samples.glob("samples-*.json")):

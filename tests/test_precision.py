@@ -245,7 +245,7 @@ def test_build_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(realise, "CALIBRATION_IMAGES", 4)
     monkeypatch.setattr("edgeprune.profiling.ROUNDS", 3)
     options = Options(
-        method="topk", policy="paper", goal=Goal(speedup=1.05), precision="int8", rounds=5, neighbours=0,
+        method="topk", policy="paper", goal=Goal(alpha=0.1), precision="int8", rounds=5, neighbours=0,
         search_images=16,
         work=tmp_path / "work", out=tmp_path / "bundle", calib=tmp_path / "calib",
     )  # fmt: skip

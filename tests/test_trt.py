@@ -376,7 +376,7 @@ def test_whole_build_and_bench(fake: Fake, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("edgeprune.profiling.ROUNDS", 3)
     options = Options(
-        device="cuda", method="topk", policy="paper", goal=Goal(speedup=1.05), rounds=5, neighbours=0,
+        device="cuda", method="topk", policy="paper", goal=Goal(alpha=0.1), rounds=5, neighbours=0,
         search_images=16,
         work=tmp_path / "work", out=tmp_path / "bundle",
     )  # fmt: skip
