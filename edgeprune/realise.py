@@ -78,18 +78,21 @@ def _exported(job: Job, method: str, tokens: tuple[int, ...], prefix_last: bool)
     return job.target.step("model", ".onnx", parts, make)
 
 
-def check_parity(job: Job, schedule: Schedule, logits: NDArray[np.float32]) -> float:
-    """Largest difference of the engine's logits to PyTorch's over a few real images. Raises ExportError."""
+def check_parity(job: Job, schedule: Schedule, logits: NDArray[np.float32]) -> None:
+    """Compare the engine's logits with PyTorch's on a few real images.
+
+    Each runtime rounds in its own way, so that of two tokens with equal scores either may be kept: a single image may
+    differ. An export that computes something else differs on most. Raises ExportError.
+    """
     from edgeprune.fidelity import logits_of_schedule
 
     count = min(PARITY_IMAGES, len(logits))
     pixels = job.pixels[:count]
     wanted = logits_of_schedule(job.model, schedule.method, schedule.tokens, pixels, schedule.prefix_last)
-    worst = float(np.abs(wanted - logits[:count]).max())
+    typical = float(np.median(np.abs(wanted - logits[:count]).max(axis=1)))
     most = job.target.runtime.parity
-    if not worst <= most:  # NaN is worse than any number
-        raise ExportError(f"the engine's logits differ from PyTorch's by {worst:.2g}, above {most}: report this")
-    return worst
+    if not typical <= most:  # NaN, even of one image, is worse than any number
+        raise ExportError(f"the engine's logits differ from PyTorch's by {typical:.2g}, above {most}: report this")
 
 
 def timed(job: Job, files: dict[str, Path], what: str) -> Samples:
