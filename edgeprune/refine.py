@@ -119,12 +119,13 @@ def correction(asked: Goal, used: Goal, last: Tried) -> Goal | None:
     """The goal to give the additive model so that the measurement meets `asked`; None where it does, and narrowly."""
     if asked.speedup is not None and used.speedup is not None:
         error = last.speedup / asked.speedup
-        off = error > 1 + MISS or not meets(asked, last)
-        return Goal(speedup=max(used.speedup / error, 1.0)) if off else None
-    if asked.budget_ms is not None and used.budget_ms is not None:
+        corrected = Goal(speedup=max(used.speedup / error, 1.0))
+    elif asked.budget_ms is not None and used.budget_ms is not None:
         error = asked.budget_ms / last.latency.median_ms
-        return Goal(budget_ms=used.budget_ms * error) if error > 1 + MISS or not meets(asked, last) else None
-    return None
+        corrected = Goal(budget_ms=used.budget_ms * error)
+    else:
+        return None
+    return corrected if error > 1 + MISS or not meets(asked, last) else None
 
 
 def meets(goal: Goal, found: Tried | Report) -> bool:
