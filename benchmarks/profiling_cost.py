@@ -24,7 +24,7 @@ from edgeprune.measure import WARMUP, Open
 from edgeprune.records import Setup, Staircase, Vit, load
 from edgeprune.runtimes.simulated import latency_ms, products_of_trunk
 from edgeprune.schedule import Goal, paper_schedule
-from edgeprune.staircase import treads
+from edgeprune.staircase import DENSE, FIXED, SampleKey, treads
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 ROUNDS = 3 * FEW
@@ -109,12 +109,12 @@ class Candidate:
 
 
 class Source(NamedTuple):
-    """A staircase that is known whole: samples (ms) of the trunk by token count, and of "fixed" and "dense"."""
+    """A staircase that is known whole: samples (ms) of the trunk by token count, of FIXED and of DENSE."""
 
     vit: Vit
     setup: Setup
     trunk: Mapping[int, Sequence[float]]
-    others: Mapping[str, Sequence[float]]
+    others: Mapping[SampleKey, Sequence[float]]
     recorded: Staircase | None = None
 
     def utility(self, alpha: float, accuracy: Accuracy, tokens: int) -> float:
@@ -178,10 +178,11 @@ def simulated(device: str, vit: Vit, precision: str, batch: int) -> Source:
     """A staircase of the tail-effect model."""
     record = devices.load_device(device)
     setup = Setup(
-        device=device, machine=record.title, runtime="simulated", runtime_version="", precision=precision, batch=batch
-    )
+        device=device, machine=record.title, runtime="simulated", runtime_version="", precision=precision,
+        batch=batch, noiseless=True,
+    )  # fmt: skip
     trunk = {n: [latency_ms(products_of_trunk(vit, n, batch), record, precision)] for n in all_counts(vit)}
-    return Source(vit, setup, trunk, {"fixed": [0.1], "dense": [trunk[vit.tokens][0] + 0.1]})
+    return Source(vit, setup, trunk, {FIXED: [0.1], DENSE: [trunk[vit.tokens][0] + 0.1]})
 
 
 def all_simulated() -> Iterator[Source]:
@@ -196,7 +197,7 @@ def recordings() -> Iterator[Source]:
     for path in sorted(GOLDEN.glob("*.json")):
         found = load(path, Staircase)
         trunk = {p.tokens: p.latency.samples_ms for p in found.points}
-        others = {"fixed": found.fixed.samples_ms, "dense": found.dense.samples_ms}
+        others = {FIXED: found.fixed.samples_ms, DENSE: found.dense.samples_ms}
         yield Source(found.vit, found.setup, trunk, others, found)
 
 

@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.measure import Open, Samples, interleave
+from edgeprune.measure import Open, interleave
 from edgeprune.records import Point, Progress, Setup, Staircase, Vit, silent
-from edgeprune.staircase import exceeds, staircase_from_samples, treads
+from edgeprune.staircase import SampleKey, Samples, exceeds, staircase_from_samples, treads, trunk
 
 log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def probe(
     vit: Vit,
     setup: Setup,
     open_trunk: Callable[[int], Open],
-    others: Mapping[str, Open],
+    others: Mapping[SampleKey, Open],
     rounds: int,
     exhaustive: bool = False,
     samples: Samples | None = None,
@@ -90,44 +90,40 @@ def probe(
 ) -> tuple[Staircase, Samples]:
     """Measure a staircase: coarse first, then stage by stage what can still change a choice.
 
-    `others` holds the candidates "fixed" (embedding and head) and "dense" (the whole model), and for the
-    cost of cuts "block n" and "cut METHOD a>b"; all are timed in the same rounds. Each stage takes FEW rounds
+    `others` holds FIXED and DENSE, and for the cost of cuts blocks, last blocks and cuts; all are timed in the same
+    rounds. Each stage takes FEW rounds
     of a few counts, the unpruned one among them (`questions` says which), until no question is left or SHARE of
     the samples of exhaustive probing is spent. `interest` is what counts are chosen by, if it is known. With
     `used` only the edges of these counts are sought. A count is timed again until it has `rounds` samples, or beside
-    a new one; `rounds` = 1 says that there is no noise. `samples` of an interrupted run are taken up.
-    Returns the staircase and all samples (ms), those of stage k > 0 under "name @k".
+    a new one; one round is enough where `setup` is noiseless. `samples` of an interrupted run are taken up.
+    Returns the staircase and all samples (ms).
     """
     samples = {} if samples is None else samples
     interest = interest or any_interest(vit)
     everything = all_counts(vit)
     limit = int((SHARE_SETTLED if used else SHARE) * rounds * len(everything))
     few = rounds if exhaustive else min(FEW, rounds)
-    stage = max(map(_stage, samples), default=0)
-    counts = [int(name.split()[1]) for name in samples if name.startswith("trunk ") and _stage(name) == stage]
+    stage = max((key.stage for key in samples), default=0)
+    counts = [key.tokens[0] for key in samples if key.kind == "trunk" and key.stage == stage]
     counts = counts or (everything if exhaustive else coarse_counts(vit))
     while True:
-        before = joined({name: v for name, v in samples.items() if _stage(name) < stage})
-        wanted = {f"trunk {n}": open_trunk(n) for n in counts}
-        wanted |= {name: opens for name, opens in others.items() if len(before.get(name, ())) < rounds}
-        candidates = {f"{name} @{stage}" if stage else name: opens for name, opens in wanted.items()}
+        before = joined({key: v for key, v in samples.items() if key.stage < stage})
+        wanted = {trunk(n): open_trunk(n) for n in counts}
+        wanted |= {key: opens for key, opens in others.items() if len(before.get(key, ())) < rounds}
+        candidates = {key._replace(stage=stage): opens for key, opens in wanted.items()}
         interleave(candidates, few, samples, save, progress, keep_open, f"{len(counts)} token counts")
         whole = joined(samples)
         staircase = staircase_from_samples(vit, setup, whole)
-        asked = edges_of(staircase, used, rounds) if used else questions(staircase, interest, rounds)
+        asked = edges_of(staircase, used) if used else questions(staircase, interest, rounds)
         room = (limit - staircase.probes) // few
-        counts = [] if exhaustive else _together(vit, asked, room, rounds)
+        counts = [] if exhaustive else _together(vit, asked, room, setup.noiseless)
         if asked and not counts:
             log.info("probing: %d questions left, its share of all probes is spent", len(asked))
-        if not counts and any(len(whole[name]) < rounds for name in others):
+        if not counts and any(len(whole[key]) < rounds for key in others):
             counts = [vit.tokens]
         if not counts:
             return staircase, samples
         stage += 1
-
-
-def _stage(name: str) -> int:
-    return int(name.partition(" @")[2] or 0)
 
 
 def joined(samples: Samples) -> Samples:
@@ -137,12 +133,12 @@ def joined(samples: Samples) -> Samples:
     ratios), the unpruned trunk among them.
     """
     whole: Samples = {}
-    for stage in sorted({_stage(name) for name in samples}):
-        part = {name.partition(" @")[0]: v for name, v in samples.items() if v and _stage(name) == stage}
-        ratios = [np.median(v) / np.median(whole[name]) for name, v in part.items() if name in whole]
+    for stage in sorted({key.stage for key in samples}):
+        part = {key._replace(stage=0): v for key, v in samples.items() if v and key.stage == stage}
+        ratios = [np.median(v) / np.median(whole[key]) for key, v in part.items() if key in whole]
         factor = float(np.median(ratios)) if ratios else 1.0
-        for name, values in part.items():
-            whole.setdefault(name, []).extend(ms / factor for ms in values)
+        for key, values in part.items():
+            whole.setdefault(key, []).extend(ms / factor for ms in values)
     return whole
 
 
@@ -153,11 +149,11 @@ class Question(NamedTuple):
     counts: tuple[int, ...]
 
 
-def _together(vit: Vit, asked: Sequence[Question], room: int, rounds: int) -> list[int]:
+def _together(vit: Vit, asked: Sequence[Question], room: int, noiseless: bool) -> list[int]:
     """Counts of the next stage, at most `room`: the questions worth most, and the unpruned count against drift."""
     chosen: set[int] = set()
-    for question in sorted(asked, reverse=True)[: 1 if rounds == 1 else AT_ONCE]:
-        more = chosen | {*question.counts} | ({vit.tokens} if rounds > 1 else set())
+    for question in sorted(asked, reverse=True)[: 1 if noiseless else AT_ONCE]:
+        more = chosen | {*question.counts} | (set() if noiseless else {vit.tokens})
         if len(more) <= room:
             chosen = more
     return sorted(chosen)
@@ -186,10 +182,10 @@ def questions(staircase: Staircase, interest: Interest, rounds: int) -> list[Que
         if not matters.any():
             continue
         worth = float(gain[matters].max())
-        if not exceeds(b.latency, a.latency):
+        if not exceeds(b.latency, a.latency, staircase.setup.noiseless):
             asked.append(Question(worth, _short(rounds, a, b)))
         elif b.tokens - a.tokens > 1:
-            asked.append(_halved(worth, a.tokens, b.tokens, staircase.setup.batch, rounds))
+            asked.append(_halved(worth, a.tokens, b.tokens, staircase.setup))
     low, high = np.array([p.latency.interval_ms for p in points]).T / top
     rows = np.arange(len(winner))
     gains = interest.utility(tokens, low) - interest.utility(tokens, high)[rows, winner][:, None]
@@ -206,19 +202,19 @@ def _short(rounds: int, *points: Point) -> tuple[int, ...]:
     return tuple(p.tokens for p in points if len(p.latency.samples_ms) < rounds)
 
 
-def _halved(worth: float, low: int, high: int, batch: int, rounds: int) -> Question:
+def _halved(worth: float, low: int, high: int, setup: Setup) -> Question:
     """A gap to be split; its ends are timed beside the new count, or drift since then would look like a step."""
-    middle = split(low, high, batch)
-    return Question(worth, (middle,) if rounds == 1 else (middle, low, high))
+    middle = split(low, high, setup.batch)
+    return Question(worth, (middle,) if setup.noiseless else (middle, low, high))
 
 
-def edges_of(staircase: Staircase, used: Collection[int], rounds: int) -> list[Question]:
+def edges_of(staircase: Staircase, used: Collection[int]) -> list[Question]:
     """Where the treads of used counts end: the gaps to their right, the narrowest first."""
     tokens = [p.tokens for p in staircase.points]
     asked = []
     for end in {edge(staircase, n) for n in used} - {*settled(staircase)}:
         after = tokens[tokens.index(end) + 1]
-        asked.append(_halved(1 / (after - end), end, after, staircase.setup.batch, rounds))
+        asked.append(_halved(1 / (after - end), end, after, staircase.setup))
     return asked
 
 

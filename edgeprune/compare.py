@@ -143,7 +143,7 @@ def _measured(job: Job, models: Sequence[Path]) -> Samples:
     target = job.target
     files = {str(i): onnx for i, onnx in enumerate(models)}
     files["dense"] = dense_onnx(job)
-    rounds = 1 if target.setup.simulated else job.options.rounds
+    rounds = 1 if target.setup.noiseless else job.options.rounds
 
     def make(path: Path) -> None:
         candidates = {name: target.opener(file) for name, file in files.items()}

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Open = Callable[[], Session]
+K = TypeVar("K", bound=Hashable)
 Samples = dict[str, list[float]]
 WARMUP = 3
 WINDOW = 10  # inferences whose medians are compared to see whether a candidate has settled
@@ -30,15 +31,15 @@ DRAWN_AT_ONCE = 1 << 20  # values, which bounds memory
 
 
 def interleave(
-    candidates: Mapping[str, Open],
+    candidates: Mapping[K, Open],
     rounds: int,
-    samples: Samples | None = None,
-    after_round: Callable[[Samples], None] = lambda _: None,
+    samples: dict[K, list[float]] | None = None,
+    after_round: Callable[[dict[K, list[float]]], None] = lambda _: None,
     progress: Progress = silent,
     keep_open: bool = True,
     what: str = "measuring",
     warmup: int = WARMUP,
-) -> Samples:
+) -> dict[K, list[float]]:
     """Time every candidate once in each round, so that drift of the machine hits all alike.
 
     The order within a round is shuffled (seeded); each timed inference follows an untimed one of the
@@ -46,13 +47,13 @@ def interleave(
     have `rounds` values in `samples` are left out: an interrupted measurement goes on where it stopped.
     `keep_open=False` opens a candidate anew for each of its timings, for want of memory.
     `warmup` is the most inferences before the first round (see warm_up).
-    Returns samples in ms by name.
+    Returns samples in ms by the key of each candidate.
     """
     samples = {} if samples is None else samples
     for name in candidates:
         samples.setdefault(name, [])
     with ExitStack() as stack:
-        sessions: dict[str, Session] = {}
+        sessions: dict[K, Session] = {}
         todo = [name for name in candidates if len(samples[name]) < rounds]
         if keep_open:
             for name in todo:

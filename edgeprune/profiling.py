@@ -12,10 +12,11 @@ import msgspec
 from edgeprune import export, graph, zoo
 from edgeprune.adaptive import FEW, probe
 from edgeprune.errors import InputError
-from edgeprune.measure import Open, Samples
+from edgeprune.measure import Open
 from edgeprune.precision import CONVERSIONS
 from edgeprune.records import Staircase, Vit, load, read_bytes, save, write_bytes
 from edgeprune.reducers import check_method
+from edgeprune.staircase import DENSE, FIXED, SampleKey, Samples, block
 from edgeprune.target import Target
 
 if TYPE_CHECKING:
@@ -141,7 +142,7 @@ def staircase_simulated(target: Target, vit: Vit, exhaustive: bool = False) -> S
     def opens(products: Any) -> Open:
         return lambda: SimulatedProducts(products, device, setup.precision)
 
-    others = {"fixed": opens(ends), "dense": opens(ends + products_of_trunk(vit, vit.tokens, batch))}
+    others = {FIXED: opens(ends), DENSE: opens(ends + products_of_trunk(vit, vit.tokens, batch))}
     staircase, _ = probe(
         vit, setup, lambda n: opens(products_of_trunk(vit, n, batch)), others, 1, exhaustive,
         progress=target.progress,
@@ -166,7 +167,7 @@ def _measured(
     folder_made: Callable[[], Path],
     sought: Sought = (),
 ) -> Staircase:
-    rounds = 1 if target.setup.simulated else ROUNDS
+    rounds = 1 if target.setup.noiseless else ROUNDS
     parts = (vit, target.setup, methods, exhaustive, rounds)
     partial = target.path("samples", ".json", *parts, sought)
 
@@ -183,31 +184,31 @@ def _measured(
             rounds,
             exhaustive,
             samples,
-            lambda state: write_bytes(partial, msgspec.json.encode(state)),
+            lambda state: _keep(state, partial),
             target.progress,
             keep_open=_fits(folder / "trunk.weights", target.runtime.free_bytes()),
             used=sought[-1] if sought else (),
         )
-        write_bytes(target.path("probed", ".json", *parts, sought), msgspec.json.encode(samples))
+        _keep(samples, target.path("probed", ".json", *parts, sought))
         save(staircase, path)
         partial.unlink(missing_ok=True)
 
     return load(target.step("staircase", ".json", (*parts, sought), make), Staircase)
 
 
-def _others(target: Target, vit: Vit, methods: Sequence[str], folder: Path) -> Mapping[str, Open]:
-    others = {name: target.opener(folder / f"{name}.onnx") for name in ("fixed", "dense")}
+def _others(target: Target, vit: Vit, methods: Sequence[str], folder: Path) -> Mapping[SampleKey, Open]:
+    others = {key: target.opener(folder / f"{key.kind}.onnx") for key in (FIXED, DENSE)}
     if (folder / "last.onnx").is_file():
         for n in sorted({n for pair in cut_pairs(vit) for n in pair}):
-            others[f"block {n}"] = _static(target, vit, folder / "block.onnx", n)
-            others[f"last {n}"] = _static(target, vit, folder / "last.onnx", n)
+            others[block(n)] = _static(target, vit, folder / "block.onnx", n)
+            others[SampleKey("last", (n,))] = _static(target, vit, folder / "last.onnx", n)
     for method in methods:
         for entering, leaving in cut_pairs(vit):
             cut = folder / f"cut-{method}-{entering}-{leaving}.onnx"
             if cut.is_file():
-                others[f"cut {method} {entering}>{leaving}"] = target.opener(cut)
+                others[SampleKey("cut", (entering, leaving), method)] = target.opener(cut)
                 for n in (entering, leaving):
-                    others[f"block {n}"] = _static(target, vit, folder / "block.onnx", n)
+                    others[block(n)] = _static(target, vit, folder / "block.onnx", n)
     return others
 
 
@@ -219,12 +220,17 @@ def _static(target: Target, vit: Vit, trunk: Path, tokens: int) -> Open:
     return target.opener(static, vit.weights_sha256)
 
 
+def _keep(samples: Samples, path: Path) -> None:
+    """Write samples as pairs: a JSON object takes no records as keys."""
+    write_bytes(path, msgspec.json.encode(list(samples.items())))
+
+
 def _resumed(partial: Path) -> Samples:
     """Samples of an interrupted run; none where there are none or they cannot be read."""
     if not partial.exists():
         return {}
     try:
-        samples = msgspec.json.decode(read_bytes(partial), type=Samples)
+        samples = dict(msgspec.json.decode(read_bytes(partial), type=list[tuple[SampleKey, list[float]]]))
     except msgspec.DecodeError:
         log.warning("%s cannot be read: measuring anew", partial)
         return {}

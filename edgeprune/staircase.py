@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.measure import Samples
 from edgeprune.records import (
     CutCost,
     LastShare,
@@ -21,75 +21,105 @@ from edgeprune.records import (
 MANY = 2.6  # z of one comparison among some thirty: a flat curve then shows a step in one of twenty cases
 
 
-def staircase_from_samples(vit: Vit, setup: Setup, samples: Samples) -> Staircase:
-    """The record of what was timed: "trunk N", "fixed", "dense", "block N", "last N", "cut METHOD a>b"; ms."""
-    latency = {name: Latency(samples_ms=tuple(v)) for name, v in samples.items() if v}
-    counts = sorted(int(name.split()[1]) for name in latency if name.startswith("trunk "))
+class SampleKey(NamedTuple):
+    """What latencies were taken of while a staircase was probed."""
+
+    kind: str  # trunk | fixed (embedding and head) | dense (unpruned model) | block | last (prefix only) | cut
+    tokens: tuple[int, ...] = ()  # of a trunk or block; (entering, leaving) of a cut
+    method: str | None = None  # of a cut
+    stage: int = 0  # of probing
+
+    def __str__(self) -> str:
+        counts = " > ".join(map(str, self.tokens))
+        return " ".join(filter(None, (self.kind, self.method, counts and f"at {counts} tokens")))
+
+
+Samples = dict[SampleKey, list[float]]  # ms
+FIXED, DENSE = SampleKey("fixed"), SampleKey("dense")
+
+
+def trunk(tokens: int) -> SampleKey:
+    """All blocks at a constant token count."""
+    return SampleKey("trunk", (tokens,))
+
+
+def block(tokens: int) -> SampleKey:
+    """One block at a constant token count."""
+    return SampleKey("block", (tokens,))
+
+
+def staircase_from_samples(vit: Vit, setup: Setup, samples: Mapping[SampleKey, Sequence[float]]) -> Staircase:
+    """The record of what was timed in one stage, ms."""
+    latency = {key: Latency(samples_ms=tuple(v)) for key, v in samples.items() if v}
+    counts = sorted(key.tokens[0] for key in latency if key.kind == "trunk")
     return Staircase(
         vit=vit,
         setup=setup,
-        fixed=latency["fixed"],
-        dense=latency["dense"],
-        points=tuple(Point(tokens=n, latency=latency[f"trunk {n}"]) for n in counts),
+        fixed=latency[FIXED],
+        dense=latency[DENSE],
+        points=tuple(Point(tokens=n, latency=latency[trunk(n)]) for n in counts),
         cuts=_cut_costs(vit, samples),
         last=_last_shares(samples),
     )
 
 
-def _last_shares(samples: Samples) -> tuple[LastShare, ...]:
+def _last_shares(samples: Mapping[SampleKey, Sequence[float]]) -> tuple[LastShare, ...]:
     """The last block for the prefix alone against the whole block, by the median ratio per round."""
     shares = []
-    for name, last in samples.items():
-        if name.startswith("last "):
-            tokens = name.split()[1]
-            ratios = [a / b for a, b in zip(last, samples[f"block {tokens}"], strict=False)]
-            shares.append(LastShare(tokens=int(tokens), share=float(np.median(ratios))))
+    for key, last in samples.items():
+        if key.kind == "last":
+            (tokens,) = key.tokens
+            ratios = [a / b for a, b in zip(last, samples[block(tokens)], strict=False)]
+            shares.append(LastShare(tokens=tokens, share=float(np.median(ratios))))
     return tuple(sorted(shares, key=lambda s: s.tokens))
 
 
-def _cut_costs(vit: Vit, samples: Samples) -> dict[str, tuple[CutCost, ...]]:
+def _cut_costs(vit: Vit, samples: Mapping[SampleKey, Sequence[float]]) -> dict[str, tuple[CutCost, ...]]:
     """What each measured cut adds to its block, from the medians of the differences per round."""
     costs: dict[str, tuple[CutCost, ...]] = {}
-    for name, cut in samples.items():
-        if not name.startswith("cut "):
+    for key, cut in samples.items():
+        if key.kind != "cut" or key.method is None:
             continue
-        _, method, pair = name.split()
-        entering, leaving = map(int, pair.split(">"))
+        entering, leaving = key.tokens
         share = attention_share(vit, entering)
-        full, less = samples[f"block {entering}"], samples[f"block {leaving}"]
+        full, less = samples[block(entering)], samples[block(leaving)]
         added = [c - share * f - (1 - share) * s for c, f, s in zip(cut, full, less, strict=False)]
         cost = CutCost(tokens_in=entering, tokens_out=leaving, cost_ms=float(np.median(added)))
-        costs[method] = (*costs.get(method, ()), cost)
+        costs[key.method] = (*costs.get(key.method, ()), cost)
     return costs
 
 
-def exceeds(high: Latency, low: Latency) -> bool:
+def exceeds(high: Latency, low: Latency, noiseless: bool = False) -> bool:
     """Is `high` slower than `low` beyond what their noise explains?
 
     Of equally many samples, taken in the same rounds, the differences per round must lie above zero by
-    Wilcoxon's signed-rank test (where they are all the same, there is no noise to test against); of others,
-    the intervals of the medians must not touch.
+    Wilcoxon's signed-rank test; of others, the intervals of the medians must not touch. `noiseless` (the runtime
+    says so in its Setup): any difference counts.
     """
+    if noiseless:
+        return high.median_ms > low.median_ms
     a, b = np.array(high.samples_ms), np.array(low.samples_ms)
     if len(a) != len(b):
         return high.interval_ms[0] > low.interval_ms[1]
-    differences = a - b
-    constant = differences.min() == differences.max() > 0
-    return bool(constant or signed_rank(differences) > MANY)
+    return signed_rank(a - b) > MANY
 
 
 def signed_rank(differences: NDArray[np.float64]) -> float:
     """Wilcoxon's signed-rank statistic as a z value: how far paired differences lean above zero.
 
-    Twice as sharp as the sign test on timings, whose differences between two candidates are symmetric.
+    Zeros are left out, ties share the mean of their ranks, and the variance is corrected for them (Wilcoxon 1945;
+    Lehmann, "Nonparametrics", sec. 3.2). Twice as sharp as the sign test on timings, whose differences between two
+    candidates are symmetric.
     """
     differences = differences[differences != 0]
     n = len(differences)
     if n == 0:
         return 0.0
-    ranks = np.abs(differences).argsort().argsort() + 1
+    _, place, ties = np.unique(np.abs(differences), return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(ties) - (ties - 1) / 2)[place]
     above = ranks[differences > 0].sum()
-    return float((above - n * (n + 1) / 4) / (n * (n + 1) * (2 * n + 1) / 24) ** 0.5)
+    variance = n * (n + 1) * (2 * n + 1) / 24 - (ties**3 - ties).sum() / 48
+    return float((above - n * (n + 1) / 4) / variance**0.5)
 
 
 def treads(staircase: Staircase) -> tuple[int, ...]:
@@ -100,7 +130,7 @@ def treads(staircase: Staircase) -> tuple[int, ...]:
     """
     ends = [staircase.points[-1]]
     for point in reversed(staircase.points[:-1]):
-        if exceeds(ends[-1].latency, point.latency):
+        if exceeds(ends[-1].latency, point.latency, staircase.setup.noiseless):
             ends.append(point)
     return tuple(p.tokens for p in reversed(ends))
 

@@ -29,7 +29,8 @@ def bench_table(result: Mapping[str, Any]) -> Table:
 
 def bench_markdown(result: Mapping[str, Any], failed: str | None) -> str:
     """The same table in GitHub's Markdown, under a line for each setup; `failed` says why the bench does."""
-    setups = [", ".join(f"{k} {v}" for k, v in row["setup"].items() if v is not None) for row in result["rows"]]
+    known = [{k: v for k, v in row["setup"].items() if v is not None and v is not False} for row in result["rows"]]
+    setups = [", ".join(f"{k} {v}" for k, v in setup.items()) for setup in known]
     head, *lines = _cells(result)
     text = [f"### {TITLE}", ""]
     text += [f"- {escaped(setup)}" for setup in dict.fromkeys(setups)]

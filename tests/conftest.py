@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 from edgeprune.records import Latency, Point, Setup, Staircase, Vit
@@ -129,6 +130,7 @@ def make_vit() -> Callable[..., Vit]:
 
 
 SETUP = Setup(device="test", machine="test", runtime="fake", runtime_version="1", precision="fp32", batch=1)
+NOISELESS = msgspec.structs.replace(SETUP, noiseless=True)
 
 
 @pytest.fixture(scope="session")
@@ -148,7 +150,7 @@ def make_staircase(make_vit: Callable[..., Vit]) -> Callable[..., Staircase]:
         whole = fixed + latency(points[counts[-1]]).median_ms if dense is None else dense
         return Staircase(
             vit=fields.pop("vit", None) or make_vit(tokens=counts[-1]),
-            setup=SETUP,
+            setup=SETUP if any(len(latency(ms).samples_ms) > 1 for ms in points.values()) else NOISELESS,
             fixed=latency(fixed),
             dense=latency(whole),
             points=tuple(Point(tokens=n, latency=latency(points[n])) for n in counts),

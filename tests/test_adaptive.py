@@ -11,7 +11,7 @@ from types import TracebackType
 
 import numpy as np
 import pytest
-from conftest import SETUP
+from conftest import NOISELESS, SETUP
 from numpy.typing import NDArray
 
 from edgeprune import devices
@@ -31,11 +31,11 @@ from edgeprune.adaptive import (
     settled,
     split,
 )
-from edgeprune.measure import Open, Samples
+from edgeprune.measure import Open
 from edgeprune.records import Staircase, Vit
 from edgeprune.schedule import Goal, choose
 from edgeprune.search import Search, Tokens
-from edgeprune.staircase import treads
+from edgeprune.staircase import DENSE, FIXED, SampleKey, Samples, treads, trunk
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import profiling_cost as cost
@@ -60,25 +60,25 @@ class Machine:
 
     def __init__(self, curve: Callable[[int], float] = steps, stop_after: int | None = None) -> None:
         self.curve, self.stop_after = curve, stop_after
-        self.opened: Counter[str] = Counter()
-        self.timed: Counter[str] = Counter()
+        self.opened: Counter[SampleKey] = Counter()
+        self.timed: Counter[SampleKey] = Counter()
         self.open_now = 0
 
     def trunk(self, tokens: int) -> Open:
-        return lambda: FakeSession(self, f"trunk {tokens}", self.curve(tokens))
+        return lambda: FakeSession(self, trunk(tokens), self.curve(tokens))
 
-    def other(self, name: str, ms: float) -> Open:
-        return lambda: FakeSession(self, name, ms)
+    def other(self, key: SampleKey, ms: float) -> Open:
+        return lambda: FakeSession(self, key, ms)
 
-    def others(self) -> dict[str, Open]:
-        return {"fixed": self.other("fixed", 1.0), "dense": self.other("dense", 1 + self.curve(197))}
+    def others(self) -> dict[SampleKey, Open]:
+        return {FIXED: self.other(FIXED, 1.0), DENSE: self.other(DENSE, 1 + self.curve(197))}
 
 
 class FakeSession:
     """What interleave times."""
 
-    def __init__(self, machine: Machine, name: str, ms: float) -> None:
-        self.machine, self.name, self.ms = machine, name, ms
+    def __init__(self, machine: Machine, key: SampleKey, ms: float) -> None:
+        self.machine, self.key, self.ms = machine, key, ms
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         raise AssertionError("a latency probe infers nothing")
@@ -86,11 +86,11 @@ class FakeSession:
     def time_ms(self) -> float:
         if self.machine.stop_after is not None and self.machine.timed.total() >= self.machine.stop_after:
             raise KeyboardInterrupt
-        self.machine.timed[self.name] += 1
+        self.machine.timed[self.key] += 1
         return self.ms
 
     def __enter__(self) -> FakeSession:
-        self.machine.opened[self.name] += 1
+        self.machine.opened[self.key] += 1
         self.machine.open_now += 1
         return self
 
@@ -116,35 +116,35 @@ def test_counts_probed(make_vit: MakeVit) -> None:
 @pytest.mark.parametrize("keep_open", [True, False])
 def test_probing_finds_the_edges_that_the_grid_misses(keep_open: bool, make_vit: MakeVit) -> None:
     machine = Machine()
-    found, samples = probe(make_vit(), SETUP, machine.trunk, machine.others(), 1, keep_open=keep_open)
+    found, samples = probe(make_vit(), NOISELESS, machine.trunk, machine.others(), 1, keep_open=keep_open)
     assert treads(found) == settled(found) == (93, 150, 197)
     counts = [p.tokens for p in found.points]
     assert set(coarse_counts(make_vit())) < set(counts) and len(counts) <= SHARE * 178
     assert all(p.latency.samples_ms == (steps(p.tokens),) for p in found.points)
     assert (found.fixed.median_ms, found.dense.median_ms) == (1.0, 17.0)
-    assert {name.partition(" @")[0] for name in samples} == {"fixed", "dense", *(f"trunk {n}" for n in counts)}
+    assert {key._replace(stage=0) for key in samples} == {FIXED, DENSE, *map(trunk, counts)}
     assert found.probes == len(counts)
     assert machine.open_now == 0
 
 
 def test_exhaustive_probing_measures_every_count(make_vit: MakeVit) -> None:
     machine = Machine()
-    found, samples = probe(make_vit(), SETUP, machine.trunk, machine.others(), 4, exhaustive=True)
+    found, samples = probe(make_vit(), SETUP, machine.trunk, machine.others(), FEW, exhaustive=True)
     assert [p.tokens for p in found.points] == all_counts(make_vit())
     assert treads(found) == (93, 150, 197)
-    assert {len(ms) for ms in samples.values()} == {4}
+    assert {len(ms) for ms in samples.values()} == {FEW}
 
 
 def test_a_flat_curve_needs_no_more_than_the_grid(make_vit: MakeVit) -> None:
     machine = Machine(flat)
-    found, _ = probe(make_vit(), SETUP, machine.trunk, machine.others(), 1)
+    found, _ = probe(make_vit(), NOISELESS, machine.trunk, machine.others(), 1)
     assert [p.tokens for p in found.points] == coarse_counts(make_vit())
     assert treads(found) == (197,)
 
 
 def test_a_line_is_not_probed_beyond_the_share(make_vit: MakeVit) -> None:
     machine = Machine(float)
-    found, _ = probe(make_vit(), SETUP, machine.trunk, machine.others(), 1)
+    found, _ = probe(make_vit(), NOISELESS, machine.trunk, machine.others(), 1)
     assert found.probes <= SHARE * len(all_counts(make_vit()))
 
 
@@ -276,7 +276,7 @@ def test_noise_is_no_step(make_vit: MakeVit) -> None:
     clean, vit = 0, make_vit()
     for seed in range(20):
         machine = cost.Machine("jitter", seed)
-        others = {"fixed": machine.opener([1.0]), "dense": machine.opener([11.0])}
+        others = {FIXED: machine.opener([1.0]), DENSE: machine.opener([11.0])}
         found, _ = probe(vit, SETUP, lambda n, m=machine: m.opener([10.0]), others, cost.ROUNDS)  # type: ignore[misc]
         clean += treads(found) == (197,)
         assert found.probes <= SHARE * cost.ROUNDS * len(all_counts(vit))
@@ -288,11 +288,12 @@ def test_noise_is_no_step(make_vit: MakeVit) -> None:
 
 def test_stages_are_scaled_by_what_they_share() -> None:
     """The second stage runs half as fast again: 12 ms there are 8 in the first."""
-    samples = {"trunk 9": [10.0, 12.0, 11.0], "dense": [20.0], "trunk 9 @1": [16.5], "trunk 7 @1": [12.0]}
+    again = {trunk(9)._replace(stage=1): [16.5], trunk(7)._replace(stage=1): [12.0]}
+    samples = {trunk(9): [10.0, 12.0, 11.0], DENSE: [20.0]} | again
     whole = joined(samples)
-    assert whole["trunk 9"] == pytest.approx([10, 12, 11, 11])
-    assert whole["trunk 7"] == pytest.approx([8]) and whole["dense"] == [20]
-    assert samples["trunk 9"] == [10.0, 12.0, 11.0]
+    assert whole[trunk(9)] == pytest.approx([10, 12, 11, 11])
+    assert whole[trunk(7)] == pytest.approx([8]) and whole[DENSE] == [20]
+    assert samples[trunk(9)] == [10.0, 12.0, 11.0]
 
 
 @pytest.mark.parametrize(

@@ -387,3 +387,8 @@ def test_embedded_record_is_that_of_the_weights(shared: Shared) -> None:
     """`profile --simulate` plans with the record, `build` with the weights: they must be of one model."""
     manifest = json.loads((shared.bundle / "manifest.json").read_text())
     assert manifest["vit"] == json.loads(zoo.RECORD.read_text())
+
+
+def test_python_m_edgeprune_is_the_command_line() -> None:
+    done = subprocess.run([sys.executable, "-m", "edgeprune", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"edgeprune {__version__}\n"

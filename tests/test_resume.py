@@ -23,10 +23,10 @@ from test_build import ONE_THREAD, Shared, call, few_digits, program, start
 from edgeprune.bundle import _take_place, check_out, load_bundle
 from edgeprune.errors import EdgepruneError
 from edgeprune.job import Options
-from edgeprune.measure import Samples
 from edgeprune.pipeline import build
-from edgeprune.records import Staircase, decode, load
+from edgeprune.records import Staircase, load
 from edgeprune.schedule import Goal
+from edgeprune.staircase import SampleKey, Samples, trunk
 
 KILLS = 20
 
@@ -64,7 +64,7 @@ def whole(folder: Path) -> None:
         if path.name == "manifest.json":
             load_bundle(path.parent)
         elif path.name.startswith("samples-"):
-            msgspec.json.decode(path.read_bytes(), type=Samples)
+            msgspec.json.decode(path.read_bytes(), type=list[tuple[SampleKey, list[float]]])
         elif path.suffix == ".json":
             assert path.read_bytes().rstrip().endswith((b"}", b"]")) and json.loads(path.read_bytes()), path
         elif path.suffix == ".onnx":
@@ -76,8 +76,7 @@ def whole(folder: Path) -> None:
 def samples_in(work: Path) -> Samples:
     """What was measured of a staircase that is not finished."""
     found = list(work.glob("samples-*.json"))
-    samples: Samples = msgspec.json.decode(found[0].read_bytes(), type=Samples) if found else {}
-    return samples
+    return dict(msgspec.json.decode(found[0].read_bytes(), type=list[tuple[SampleKey, list[float]]])) if found else {}
 
 
 def test_killed_at_twenty_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,12 +133,10 @@ def test_no_probe_is_measured_twice(shared: Shared, tmp_path: Path, monkeypatch:
         before = now
     assert finished(options)
     [path] = (p for p in work.glob("staircase-*.json") if load(p, Staircase).probes)
-    points = {
-        f"trunk {p.tokens}": list(p.latency.samples_ms) for p in decode(path.read_bytes(), Staircase, "").points
-    }
-    for name, values in before.items():
-        if name.startswith("trunk"):
-            assert points[name][: len(values)] == values
+    points = {trunk(p.tokens): list(p.latency.samples_ms) for p in load(path, Staircase).points}
+    for key, values in before.items():
+        if key.kind == "trunk":
+            assert points[key._replace(stage=0)][: len(values)] == values
 
 
 def test_two_builds_at_once_do_not_disturb_each_other(

@@ -7,11 +7,25 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 from conftest import SETUP
+from scipy.stats import wilcoxon
 
 from edgeprune.adaptive import coarse_counts
-from edgeprune.measure import Samples
 from edgeprune.records import CutCost, LastShare, Latency, Staircase, Vit
-from edgeprune.staircase import exceeds, predict_ms, snap, staircase_from_samples, treads, trunk_ms
+from edgeprune.staircase import (
+    DENSE,
+    FIXED,
+    SampleKey,
+    Samples,
+    block,
+    exceeds,
+    predict_ms,
+    signed_rank,
+    snap,
+    staircase_from_samples,
+    treads,
+    trunk,
+    trunk_ms,
+)
 
 MakeVit = Callable[..., Vit]
 MakeStaircase = Callable[..., Staircase]
@@ -64,7 +78,26 @@ def test_a_few_samples_are_no_step() -> None:
     assert exceeds(Latency(samples_ms=slow), Latency(samples_ms=fast))
     assert not exceeds(Latency(samples_ms=slow[:8]), Latency(samples_ms=fast[:8]))
     assert not exceeds(Latency(samples_ms=(1.1, 1.3)), Latency(samples_ms=(1.0, 1.1)))
-    assert exceeds(Latency(samples_ms=(1.1,)), Latency(samples_ms=(1.0,)))  # one sample says: no noise
+
+
+def test_only_the_runtime_says_that_there_is_no_noise() -> None:
+    """One sample each is no proof of a step, unless latencies are computed."""
+    slow, fast = Latency(samples_ms=(1.1,)), Latency(samples_ms=(1.0,))
+    assert exceeds(slow, fast, noiseless=True) and not exceeds(fast, slow, noiseless=True)
+    assert not exceeds(slow, fast)
+
+
+@pytest.mark.parametrize(
+    "gains", [[1.0] * 14 + [-1.0] * 4, [0.5, 0.5, 0.0, -0.5, 1.0, 2.0, 2.0, -2.0, 3.0, 0.1, 0.1]]
+)
+def test_signed_rank_is_scipys(gains: list[float]) -> None:
+    """In every order: ties share their ranks."""
+    for seed in range(5):
+        differences = np.random.default_rng(seed).permutation(gains)
+        oracle = wilcoxon(
+            differences, zero_method="wilcox", correction=False, method="asymptotic", alternative="greater"
+        )
+        assert signed_rank(differences) == pytest.approx(oracle.zstatistic)
 
 
 def test_exceeds_without_equal_rounds_compares_intervals() -> None:
@@ -123,10 +156,10 @@ def test_costs_come_from_differences_per_round(make_vit: MakeVit) -> None:
     share = attention / (attention + mlp)
     assert width == vit.width
     blocks = {118: 2.0, 71: 1.0}
-    samples: Samples = {"fixed": [1.0] * 2, "dense": [9.0] * 2, "trunk 197": [8.0] * 2}
-    samples |= {f"block {n}": [ms, 1.5 * ms] for n, ms in blocks.items()}
-    samples |= {f"last {n}": [ms / 4, 1.5 * ms / 4] for n, ms in blocks.items()}
-    samples["cut pomt 118>71"] = [drift * (share * 2 + (1 - share) * 1) + 0.4 for drift in (1, 1.5)]
+    samples: Samples = {FIXED: [1.0] * 2, DENSE: [9.0] * 2, trunk(197): [8.0] * 2}
+    samples |= {block(n): [ms, 1.5 * ms] for n, ms in blocks.items()}
+    samples |= {SampleKey("last", (n,)): [ms / 4, 1.5 * ms / 4] for n, ms in blocks.items()}
+    samples[SampleKey("cut", (118, 71), "pomt")] = [drift * (share * 2 + (1 - share) * 1) + 0.4 for drift in (1, 1.5)]
     found = staircase_from_samples(vit, SETUP, samples)
     (cut,) = found.cuts["pomt"]
     assert (cut.tokens_in, cut.tokens_out) == (118, 71) and cut.cost_ms == pytest.approx(0.4)

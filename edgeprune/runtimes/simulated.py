@@ -176,6 +176,7 @@ class SimulatedRuntime:
             runtime_version=__version__,
             precision=precision,
             batch=batch,
+            noiseless=True,
         )
 
     def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> Engine:
