@@ -23,6 +23,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
 MAX_CSV_BYTES = 256 << 20
 Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow raises above twice this, before it allocates
 MAX_RESIZED_PIXELS = 1 << 26
+CALIBRATION_IMAGES = 32
 log = logging.getLogger(__name__)
 
 
@@ -37,17 +38,22 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.paths)
 
-    def part(self, count: int, seed: int = 0) -> ImageSet:
-        """A seeded random choice of at most `count` pictures."""
-        if count >= len(self):
-            return self
-        chosen = np.sort(np.random.default_rng(seed).permutation(len(self))[:count])
-        labels = tuple(self.labels[i] for i in chosen) if self.labels else None
-        return ImageSet(tuple(self.paths[i] for i in chosen), labels, self.class_names)
-
     def key(self) -> str:
         """Hash of contents and labels."""
         return key_of([sha256_file(path) for path in self.paths], self.labels)
+
+
+def drawn(images: int, count: int) -> NDArray[np.int64]:
+    """Sorted indices of `count` of `images` pictures, or of all: the first of one seeded order, spread over the set.
+
+    A smaller choice is part of every larger one.
+    """
+    return np.sort(np.random.default_rng(0).permutation(images)[:count])
+
+
+def calibration_indices(images: int) -> NDArray[np.int64]:
+    """Indices of the pictures, of a set of `images`, that INT8 ranges come from: the same in `build` and `export`."""
+    return drawn(images, CALIBRATION_IMAGES)
 
 
 def load_images(source: Path) -> ImageSet:

@@ -15,7 +15,7 @@ from edgeprune import measure, zoo
 from edgeprune.adaptive import edge, on_edges, settled
 from edgeprune.devices import load_device
 from edgeprune.errors import InputError
-from edgeprune.images import ImageSet, load_images, load_pixels
+from edgeprune.images import ImageSet, drawn, load_images, load_pixels
 from edgeprune.profiling import Sought, staircase_of_model
 from edgeprune.records import Progress, Staircase, replacing, silent
 from edgeprune.reducers import check_method
@@ -140,8 +140,7 @@ class Job:
     @cached_property
     def chosen(self) -> NDArray[np.int64]:
         """Indices of the seeded random choice of pictures on which schedules are compared."""
-        order = np.random.default_rng(0).permutation(len(self.pixels))
-        return np.sort(order[: self.options.search_images])
+        return drawn(len(self.pixels), self.options.search_images)
 
     @cached_property
     def evaluator(self) -> Evaluator:

@@ -13,11 +13,11 @@ from edgeprune import export
 from edgeprune.bundle import check_out
 from edgeprune.compiling import bundle_from_onnx, example_of
 from edgeprune.errors import InputError
-from edgeprune.images import ImageSet, batches, load_pixels, normalise
+from edgeprune.images import ImageSet, batches, calibration_indices, load_pixels, normalise
 from edgeprune.job import Job, Options
 from edgeprune.planning import check_policy
 from edgeprune.precision import CONVERSIONS, calibrated, int8
-from edgeprune.realise import CALIBRATION_IMAGES, realise
+from edgeprune.realise import realise
 from edgeprune.records import Card, Manifest, Progress, Sample, Schedule, Staircase, Story, load, silent
 from edgeprune.refine import Refined, refine, tell_missed
 from edgeprune.target import alone
@@ -118,7 +118,7 @@ def export_model(
 
     def quantised(graph: onnx.ModelProto) -> onnx.ModelProto:
         assert pictures is not None
-        pixels = load_pixels(pictures.part(CALIBRATION_IMAGES).paths, how)
+        pixels = load_pixels([pictures.paths[i] for i in calibration_indices(len(pictures))], how)
         ranges = calibrated(graph, [images for images, _ in batches(pixels, how, batch)], progress)
         return int8(graph, ranges.ranges, ranges.kept)
 

@@ -14,7 +14,7 @@ from edgeprune import export, fusion, measure
 from edgeprune.errors import ExportError, PrecisionError
 from edgeprune.export import Convert
 from edgeprune.graph import save_graph, static_or_raise
-from edgeprune.images import normalise
+from edgeprune.images import batches, calibration_indices
 from edgeprune.job import Job
 from edgeprune.measure import Samples
 from edgeprune.precision import CONVERSIONS, calibrated, int8
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 PARITY_IMAGES = 8
-CALIBRATION_IMAGES = 32
 MOST_LOST = 1.5  # points of top-1 that a precision may lose against fp32
 MOST_CHANGED = 5.0  # points of agreement, where there are no labels
 
@@ -182,7 +181,7 @@ def nominal_onnx(job: Job, onnx: Path) -> Path:
 
 
 def precise_onnx(job: Job, onnx: Path) -> Path:
-    """An fp32 ONNX in the target's precision; INT8 ranges come from the search pictures and stay in calib/."""
+    """An fp32 ONNX in the target's precision; INT8 ranges come from calibration pictures and stay in calib/."""
     if job.target.onnx_precision != "int8":
         return nominal_onnx(job, onnx)
     found = int8_ranges(job, onnx)
@@ -191,16 +190,14 @@ def precise_onnx(job: Job, onnx: Path) -> Path:
 
 def int8_ranges(job: Job, onnx: Path) -> Int8Ranges:
     """Ranges for one ONNX file, kept by the hash of it and of the pictures."""
-    images = job.chosen[:CALIBRATION_IMAGES]
-    key = key_of(sha256_file(onnx), job.pictures_key, job.model.preprocessing, images.tolist())
+    images, how = calibration_indices(len(job.pixels)), job.model.preprocessing
+    key = key_of(sha256_file(onnx), job.pictures_key, how, images.tolist())
     path = job.options.calib / f"int8-{key}.json"
     if path.exists():
         log.info("int8 ranges: reused %s", path)
         return load(path, Int8Ranges)
-    batch = job.options.batch
-    pixels = job.pixels[np.resize(images, -(-len(images) // batch) * batch)]
-    batches = [normalise(pixels[i : i + batch], job.model.preprocessing) for i in range(0, len(pixels), batch)]
-    found = calibrated(onnx_graph.load(onnx), batches, job.progress)
+    normalised = [piece for piece, _ in batches(job.pixels[images], how, job.options.batch)]
+    found = calibrated(onnx_graph.load(onnx), normalised, job.progress)
     save(found, path)
     return found
 

@@ -289,18 +289,19 @@ def test_file_that_is_no_onnx_or_absent_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.assets
 def test_real_weights_and_images(assets: Path, tmp_path: Path) -> None:
-    from edgeprune.images import load_images, load_pixels, normalise
+    from edgeprune.images import drawn, load_images, load_pixels, normalise
     from edgeprune.models import load_model
 
     model = load_model("vit_tiny_patch16_224", os.fspath(next(assets.glob("vit_tiny*.safetensors"))))
-    pictures = load_images(assets / "imagenet-val-650" / "labels.csv").part(8)
-    feed = normalise(load_pixels(pictures.paths, model.preprocessing), model.preprocessing)
+    pictures = load_images(assets / "imagenet-val-650" / "labels.csv")
+    chosen = drawn(len(pictures), 8)
+    feed = normalise(load_pixels([pictures.paths[i] for i in chosen], model.preprocessing), model.preprocessing)
     module = PrunedViT(model.module, model.family, model.vit, (197,) * 3 + (120,) * 9, reducer_named("pomt"))
     export.onnx_from_module(module, torch.zeros(8, 3, 224, 224), tmp_path / "pruned.onnx")
     with torch.inference_mode():
         wanted = module(torch.from_numpy(feed)).numpy()
     np.testing.assert_allclose(run(tmp_path / "pruned.onnx", feed), wanted, atol=1e-4, rtol=0)
     assert pictures.labels is not None
-    assert (wanted.argmax(1) == np.array(pictures.labels)).mean() > 0.5
+    assert (wanted.argmax(1) == np.array(pictures.labels)[chosen]).mean() > 0.5
     forms = attention_forms(onnx.load(tmp_path / "pruned.onnx"))
     assert forms == [True] * 3 + [False] + [True] * 8

@@ -12,7 +12,15 @@ import pytest
 from PIL import Image
 
 from edgeprune.errors import ImageError
-from edgeprune.images import batches, load_images, load_pixels, normalise, read_image
+from edgeprune.images import (
+    batches,
+    calibration_indices,
+    drawn,
+    load_images,
+    load_pixels,
+    normalise,
+    read_image,
+)
 from edgeprune.records import Preprocessing
 
 HOW = Preprocessing(
@@ -185,17 +193,12 @@ def test_batches_are_whole_and_say_how_many_are_real(count: int, batch: int, rea
         np.testing.assert_array_equal(np.concatenate([images[:n] for images, n in found]), normalise(pixels, HOW))
 
 
-def test_part_is_seeded_and_keeps_labels_with_their_pictures(tmp_path: Path) -> None:
-    rows = [f"{n:02}.png,{n}" for n in range(30)]
-    for row in rows:
-        picture(tmp_path / row.split(",")[0])
-    (tmp_path / "labels.csv").write_text("\n".join(["image,label", *rows]))
-    whole = load_images(tmp_path / "labels.csv")
-    part = whole.part(10)
-    assert part == whole.part(10) and part != whole.part(10, seed=1)
-    assert part.labels is not None and len(part) == len(set(part.labels)) == 10
-    assert [int(p.stem) for p in part.paths] == list(part.labels) == sorted(part.labels)
-    assert whole.part(30) == whole.part(99) == whole
+def test_drawn_pictures_span_the_set_and_lie_in_larger_choices() -> None:
+    chosen = calibration_indices(650)
+    assert len(chosen) == len({*chosen.tolist()}) == 32 and chosen.tolist() == sorted(chosen.tolist())
+    assert np.bincount(chosen // 130, minlength=5).min() >= 2, "five classes of 130 pictures, each has its share"
+    assert set(chosen.tolist()) < set(drawn(650, 128).tolist())
+    assert drawn(30, 30).tolist() == drawn(30, 99).tolist() == list(range(30))
 
 
 def test_key_follows_contents_and_labels(tmp_path: Path) -> None:

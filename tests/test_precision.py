@@ -15,6 +15,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper, shape_inference
+from PIL import Image
 
 from edgeprune import export, graph, precision, realise
 from edgeprune.errors import PrecisionError
@@ -234,6 +235,41 @@ def test_what_never_fits_into_one_file_is_converted_alike(
     np.testing.assert_array_equal(run(onnx.load(tmp_path / "converted.onnx"), images()), run(wanted, images()))
 
 
+def test_build_and_export_calibrate_on_the_same_pictures(
+    model: Callable[[str], onnx.ModelProto], tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """650 pictures in five class folders, each of its own colour, by which it is known again."""
+    from edgeprune import images, pipeline
+
+    for index in range(650):
+        path = tmp_path / "pictures" / f"class-{index // 130}" / f"{index:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (index % 256, index // 256, 0)).save(path)
+    found, pictures = tiny("cls"), images.load_images(tmp_path / "pictures")
+    seen: list[NDArray[np.float32]] = []
+
+    def calibrated(graph: onnx.ModelProto, batches: Any, progress: Any) -> precision.Int8Ranges:
+        seen.append(np.concatenate(list(batches)))
+        return precision.Int8Ranges(way="entropy", ranges={}, kept=(), kl=0.0)
+
+    for module in (realise, pipeline):
+        monkeypatch.setattr(module, "calibrated", calibrated)
+    monkeypatch.setattr(pipeline, "int8", lambda graph, ranges, kept: graph)
+    graph.save_graph(model("topk"), tmp_path / "model.onnx")
+    job: Any = SimpleNamespace(
+        pixels=images.load_pixels(pictures.paths, found.preprocessing), pictures_key=pictures.key(), model=found,
+        options=SimpleNamespace(batch=3, calib=tmp_path / "calib", search_images=128), progress=None,
+    )  # fmt: skip
+    job.chosen = images.drawn(650, 128)
+    realise.int8_ranges(job, tmp_path / "model.onnx")
+    pipeline.export_model(found, None, 3, tmp_path / "exported.onnx", "int8", pictures)
+    built, exported = seen
+    np.testing.assert_array_equal(built, exported)
+    red, green = (np.rint((built[:, channel, 0, 0] + 1) * 127.5).astype(int) for channel in (0, 1))
+    chosen = {*(red + 256 * green).tolist()}
+    assert len(chosen) == 32 and {index // 130 for index in chosen} == set(range(5))
+
+
 def test_build_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole pipeline; speed is the gate's matter, which is looked into rather than obeyed."""
     from edgeprune.bundle import load_bundle
@@ -242,7 +278,7 @@ def test_build_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     asked: list[set[str]] = []
     monkeypatch.setattr(realise, "gate", lambda job, samples, logits, exact: asked.append(set(samples)))
-    monkeypatch.setattr(realise, "CALIBRATION_IMAGES", 4)
+    monkeypatch.setattr("edgeprune.images.CALIBRATION_IMAGES", 4)
     monkeypatch.setattr("edgeprune.profiling.ROUNDS", 3)
     options = Options(
         method="topk", policy="paper", goal=Goal(alpha=0.1), precision="int8", rounds=5, neighbours=0,
