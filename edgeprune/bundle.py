@@ -22,6 +22,7 @@ from edgeprune.records import (
     Schedule,
     Staircase,
     Vit,
+    code_key,
     decode,
     encode,
     load,
@@ -79,6 +80,7 @@ def write_bundle(
                 (fresh / name).write_bytes(data)
             manifest = Manifest(
                 edgeprune=__version__,
+                code=code_key(),
                 vit=vit,
                 engine=engine,
                 schedule=schedule,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from edgeprune import __version__, fusion, measure
+from edgeprune import fusion, measure
 from edgeprune.bundle import (
     BUILD_LOG,
     DEVICE,
@@ -40,6 +40,7 @@ from edgeprune.records import (
     Report,
     Staircase,
     Story,
+    code_key,
     encode,
     load,
     load_array,
@@ -194,7 +195,7 @@ def bundle_from_onnx(
     fusion.tell(fused, report.fusable_attention, target.setup.precision)
     report = msgspec.structs.replace(report, fused_attention=fused)
     old = _bundle_in(out)
-    if old and (old.edgeprune, old.engine, old.schedule, old.report) == (__version__, engine, card.schedule, report):
+    if old and (old.code, old.engine, old.schedule, old.report) == (code_key(), engine, card.schedule, report):
         log.info("bundle: reused %s", out)
         return old
     told = story()

@@ -24,6 +24,7 @@ from edgeprune.records import (
     Latency,
     Report,
     Schedule,
+    code_key,
     key_of,
     load,
     replacing,
@@ -189,9 +190,9 @@ def precise_onnx(job: Job, onnx: Path) -> Path:
 
 
 def int8_ranges(job: Job, onnx: Path) -> Int8Ranges:
-    """Ranges for one ONNX file, kept by the hash of it and of the pictures."""
+    """Ranges for one ONNX file, kept by the hash of it, of the pictures and of the code."""
     images, how = calibration_indices(len(job.pixels)), job.model.preprocessing
-    key = key_of(sha256_file(onnx), job.pictures_key, how, images.tolist())
+    key = key_of(code_key(), sha256_file(onnx), job.pictures_key, how, images.tolist())
     path = job.options.calib / f"int8-{key}.json"
     if path.exists():
         log.info("int8 ranges: reused %s", path)

@@ -401,6 +401,7 @@ class Manifest(Record, frozen=True, kw_only=True):
 
     schema: int = SCHEMA
     edgeprune: str
+    code: str = ""  # hash of the sources that wrote it
     vit: Vit
     engine: Engine
     schedule: Schedule
@@ -533,6 +534,14 @@ def sha256_file(path: Path) -> str:
 def key_of(*parts: Any) -> str:
     """A content key: the first 16 hex digits of the hash of the parts' JSON."""
     return sha256_bytes(msgspec.json.encode(parts, order="deterministic"))[:16]
+
+
+@lru_cache(maxsize=1)
+def code_key() -> str:
+    """Hash of the package's Python and TOML files, taken once per process: what other code made is not reused."""
+    package = Path(__file__).parent
+    files = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".toml"))
+    return key_of([(path.relative_to(package).as_posix(), sha256_file(path)) for path in files])
 
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many

@@ -10,11 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeprune import __version__
 from edgeprune.devices import check_is_here, load_device
 from edgeprune.errors import InputError
 from edgeprune.measure import Open
-from edgeprune.records import Device, Progress, Setup, key_of, sha256_file, silent, writable
+from edgeprune.records import Device, Progress, Setup, code_key, key_of, sha256_file, silent, writable
 from edgeprune.runtimes import Runtime, runtime_for
 from edgeprune.runtimes.remote import RemoteRuntime
 from edgeprune.ssh import Host
@@ -59,8 +58,8 @@ class Target:
         return lambda: self.runtime.open(engine, self.setup)
 
     def path(self, name: str, suffix: str, *parts: Any) -> Path:
-        """The place in the work folder for a result that depends on `parts` alone."""
-        return self.work / f"{name}-{key_of(__version__, *parts)}{suffix}"
+        """The place in the work folder for a result that depends on `parts` and the package's sources alone."""
+        return self.work / f"{name}-{key_of(code_key(), *parts)}{suffix}"
 
     def step(self, name: str, suffix: str, parts: Sequence[Any], make: Callable[[Path], None]) -> Path:
         """The file of a finished step; made now unless one with the same inputs is already there."""

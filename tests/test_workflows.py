@@ -170,6 +170,13 @@ def cached() -> str:
     return path
 
 
+def test_cache_is_restored_for_the_same_sources_alone() -> None:
+    """What other code built must not be benched in its stead."""
+    options = STEPS["Finished steps of earlier builds"]["with"]
+    assert "restore-keys" not in options
+    assert re.search(r"hashFiles\('edgeprune/\*\*'", options["key"])
+
+
 def test_first_run_writes_a_baseline_and_says_so(first_run: Path) -> None:
     summary = (first_run / "step-summary.md").read_text()
     assert "No baseline yet: this run wrote benchmarks/baselines/cpu.json. Commit it" in summary
