@@ -1,4 +1,4 @@
-"""What tests share: the real assets, tiny random models of every kind, and hand-made records."""
+"""Fixtures of all tests: the real assets, tiny random models of every kind, hand-made records, one measured build."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pytest
+from support.builds import copied, shared_build
+from support.loopback import server
+from support.models import KINDS, shake
+from support.records import NOISELESS, SETUP
 
-from edgeprune.records import Latency, Point, Setup, Staircase, Vit
+from edgeprune.records import Latency, Point, Staircase, Vit
 
 
 def pytest_collection_finish() -> None:
@@ -28,32 +31,6 @@ def assets() -> Path:
     if not folder:
         pytest.skip("EDGEPRUNE_ASSETS is not set")
     return Path(folder)
-
-
-def shake(module: Any) -> Any:
-    """Noise on every parameter, so that no zero or tiny initial value hides a term; eval mode."""
-    import torch
-
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
-    return module.eval()
-
-
-KINDS: dict[str, dict[str, Any]] = {  # by what sets them apart; 16 body tokens each
-    "cls": {},
-    "distilled": {},  # prefix 2
-    "registers": {"reg_tokens": 4, "no_embed_class": True, "init_values": 1e-5},  # prefix 5
-    "gap": {"class_token": False, "global_pool": "avg"},  # prefix 0
-    "map": {"class_token": False, "global_pool": "map"},
-    "post-norm": {"block": "ResPostBlock", "init_values": 1e-5},
-    "gated-mlp": {"mlp": "SwiGLU"},
-    "packed-mlp": {"mlp": "SwiGLUPacked"},
-    "norms": {"qk_norm": True, "scale_attn_norm": True, "scale_mlp_norm": True, "pre_norm": True},
-    "gated-attention": {"gated": True},
-    "any-size": {"dynamic_img_size": True},
-}
 
 
 @pytest.fixture(scope="session")
@@ -95,8 +72,6 @@ def tiny() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The one measured build of all tests, made by the first process that needs it."""
-    from test_build import copied, shared_build
-
     base = tmp_path_factory.getbasetemp()
     return copied(shared_build(base.parent), base) if "PYTEST_XDIST_WORKER" in os.environ else shared_build(base)
 
@@ -104,8 +79,6 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.fixture(scope="module")
 def there(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """A machine on loopback that answers ssh."""
-    from loopback import server
-
     with server(tmp_path_factory.mktemp("sshd")) as made:
         yield made
 
@@ -127,10 +100,6 @@ def make_vit() -> Callable[..., Vit]:
         return Vit(**defaults | fields)
 
     return make
-
-
-SETUP = Setup(device="test", machine="test", runtime="fake", runtime_version="1", precision="fp32", batch=1)
-NOISELESS = msgspec.structs.replace(SETUP, noiseless=True)
 
 
 @pytest.fixture(scope="session")

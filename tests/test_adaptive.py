@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from types import TracebackType
 
 import numpy as np
+import profiling_cost as cost
 import pytest
-from conftest import NOISELESS, SETUP
 from numpy.typing import NDArray
+from support.records import NOISELESS, SETUP
 
 from edgeprune import devices
 from edgeprune.adaptive import (
@@ -36,9 +35,6 @@ from edgeprune.records import Staircase, Vit
 from edgeprune.schedule import Goal, choose
 from edgeprune.search import Search, Tokens
 from edgeprune.staircase import DENSE, FIXED, SampleKey, Samples, treads, trunk
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
-import profiling_cost as cost
 
 MakeVit = Callable[..., Vit]
 MakeStaircase = Callable[..., Staircase]

@@ -19,7 +19,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from test_build import call
+from support.builds import call
 
 from edgeprune import bench, resources
 from edgeprune.baseline import Baseline, check_comparable, drift, failure

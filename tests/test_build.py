@@ -2,191 +2,32 @@
 
 from __future__ import annotations
 
-import csv
-import fcntl
-import functools
 import hashlib
 import json
 import os
 import shutil
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
-from unittest import mock
+from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
-from PIL import Image
+from support.builds import Shared, call, check_row, few_digits, row_of, start
+from support.evaluation import DENSE, dense_logits, expected_tokens, labelled, logits_of, normalised_tokens
 
-from edgeprune import cli, devices, zoo
+from edgeprune import devices, zoo
 from edgeprune.bundle import load_bundle
 from edgeprune.errors import InputError
 
-QUICK = ("--search-images", "4", "--rounds", "5", "--neighbours", "1")
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "EDGEPRUNE_THREADS": "1"}  # on a busy machine a second one only waits
 OFFLINE = {"HF_HUB_OFFLINE": "1"}
-DENSE = (197,) * 12
-LATENCY = {"median": float, "p99": float, "low": float, "high": float}
-CONTRACT: dict[str, Any] = {
-    "bundle": str,
-    "model": str,
-    "device": str,
-    "runtime": str,
-    "precision": str,
-    "batch": int,
-    "method": str,
-    "policy": str,
-    "tokens": list,
-    "latency_ms": LATENCY,
-    "dense_latency_ms": LATENCY,
-    "speedup": float,
-    "predicted_ms": float,
-    "agreement": float,
-    "kl": float,
-    "top1": float,
-    "dense_top1": float,
-    "images": int,
-    "probes": int,
-}
-
-
-class Shared(NamedTuple):
-    """The one measured build of a test session."""
-
-    bundle: Path
-    work: Path
-    command: tuple[str, ...]
-    stdout: str
-    stderr: str
-
-    @property
-    def row(self) -> dict[str, Any]:
-        """What `--json` printed."""
-        row: dict[str, Any] = json.loads(self.stdout.splitlines()[-1])
-        return row
-
-
-def program(*argv: object) -> list[str]:
-    """The command line in a process of its own."""
-    return [sys.executable, "-m", "edgeprune.cli", *map(str, argv)]
-
-
-def start(*argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own, run to its end."""
-    environment = os.environ | ONE_THREAD | options.pop("env", {})
-    return subprocess.run(program(*argv), capture_output=True, text=True, timeout=900, env=environment, **options)
-
-
-def call(capsys: pytest.CaptureFixture[str], *argv: object) -> tuple[int, str, str]:
-    """The command line in this process: exit code, stdout and stderr."""
-    capsys.readouterr()
-    arguments = mock.patch.object(sys, "argv", ["edgeprune", *map(str, argv)])
-    with arguments, mock.patch.dict(os.environ, ONE_THREAD), pytest.raises(SystemExit) as end:
-        cli.main()
-    out, err = capsys.readouterr()
-    return int(end.value.code or 0), out, err
-
-
-def row_of(capsys: pytest.CaptureFixture[str], *argv: object) -> dict[str, Any]:
-    """The JSON object of a command that must succeed in this process."""
-    code, out, err = call(capsys, *argv, "--json")
-    assert code == 0, err
-    lines = out.splitlines()
-    assert len(lines) == 1, out
-    row: dict[str, Any] = json.loads(lines[0])
-    return row
-
-
-def shared_build(base: Path) -> Shared:
-    """Build the embedded model once below `base`, in a process of its own; other test processes wait for it."""
-    base = base / "shared"
-    base.mkdir(exist_ok=True)
-    with open(base / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        goal = ("--method", "pomt", "--speedup", "1.25")
-        places = ("--work", str(base / "work"), "--out", str(base / "bundle"))
-        command = ("build", "--device", "cpu", *goal, *QUICK, *places, "--json")
-        said = base / "said.json"
-        if not said.exists():
-            done = start(*command)
-            assert done.returncode == 0, done.stderr
-            said.write_text(json.dumps([done.stdout, done.stderr]))
-        return Shared(base / "bundle", base / "work", command, *json.loads(said.read_text()))
-
-
-def copied(shared: Shared, base: Path) -> Shared:
-    """The build for a test process of its own: two may not work in one folder at a time."""
-    old, new = str(shared.bundle.parent), str(base / "shared")
-    shutil.copytree(old, new)
-    command = tuple(part.replace(old, new) for part in shared.command)
-    return Shared(
-        Path(new, "bundle"),
-        Path(new, "work"),
-        command,
-        shared.stdout.replace(old, new),
-        shared.stderr.replace(old, new),
-    )
 
 
 @pytest.fixture(scope="session")
 def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A CSV of 21 of the held-out digits."""
     return few_digits(tmp_path_factory.mktemp("few"))
-
-
-def few_digits(folder: Path, count: int = 21) -> Path:
-    """Copy the first digits with their labels; the CSV."""
-    source = zoo.images_dir()
-    with open(source / "labels.csv", newline="") as file:
-        rows = list(csv.DictReader(file))[:count]
-    (folder / "images").mkdir(parents=True)
-    for row in rows:
-        shutil.copy(source / row["image"], folder / row["image"])
-    lines = ["image,label", *(f"{row['image']},{row['label']}" for row in rows)]
-    (folder / "labels.csv").write_text("\n".join(lines) + "\n")
-    return folder / "labels.csv"
-
-
-def labelled(source: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures of a CSV as the embedded model takes them, (images, 3, 28, 28) fp32, and their labels."""
-    pictures, labels = [], []
-    with open(source, newline="") as file:
-        for row in csv.DictReader(file):
-            pixels = np.array(Image.open(source.parent / row["image"]).convert("RGB"), np.float32)
-            pictures.append((pixels / np.float32(255) - np.float32(0.5)) / np.float32(0.5))
-            labels.append(int(row["label"]))
-    return np.stack(pictures).transpose(0, 3, 1, 2), np.array(labels)
-
-
-def logits_of(model: Path, pictures: np.ndarray) -> np.ndarray:
-    """Outputs of an ONNX file over pictures, batch by batch, the last batch filled up with zeros."""
-    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
-    (entry,) = session.get_inputs()
-    size, rows = entry.shape[0], []
-    for start in range(0, len(pictures), size):
-        piece = np.zeros(entry.shape, np.float32)
-        part = pictures[start : start + size]
-        piece[: len(part)] = part
-        rows.append(session.run(None, {entry.name: piece})[0][: len(part)])
-    return np.concatenate(rows)
-
-
-@functools.cache
-def dense_logits(source: Path) -> np.ndarray:
-    """Outputs of the unpruned embedded model in plain timm over the pictures of a CSV."""
-    import torch
-    from safetensors.torch import load_file
-
-    model = zoo.vit_digits()
-    model.load_state_dict(load_file(zoo.WEIGHTS), strict=True)
-    pictures, _ = labelled(source)
-    with torch.inference_mode():
-        return torch.cat([model(part) for part in torch.from_numpy(pictures).split(50)]).numpy()
 
 
 def percent(hits: np.ndarray) -> float:
@@ -198,36 +39,6 @@ def kl_nats(dense: np.ndarray, pruned: np.ndarray) -> float:
     """Mean KL(dense || pruned) of the softmax distributions, from the definition."""
     p, q = (e / e.sum(1, keepdims=True) for e in (np.exp(x.astype(np.float64)) for x in (dense, pruned)))
     return float(np.mean(np.sum(p * np.log(p / q), axis=1)))
-
-
-def normalised_tokens(model: Path) -> list[int]:
-    """Token counts that the LayerNormalizations of an ONNX file put out, in order."""
-    graph = onnx.shape_inference.infer_shapes(onnx.load(str(model)), strict_mode=True).graph
-    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in (*graph.value_info, *graph.output)}
-    return [shapes[node.output[0]][1] for node in graph.node if node.op_type == "LayerNormalization"]
-
-
-def expected_tokens(tokens: list[int], prefix_last: bool) -> list[int]:
-    """What two norms per block (before attention, before the MLP) and the last norm put out."""
-    counts, entering = [], DENSE[0]
-    for leaving in tokens:
-        counts += [entering, leaving]
-        entering = leaving
-    counts.append(entering)
-    return [*counts[:-2], 1, 1] if prefix_last else counts  # a last block for the CLS token alone
-
-
-def check_row(row: dict[str, Any], nullable: frozenset[str] = frozenset()) -> None:
-    """Keys and types of the command contract."""
-    for key, kind in CONTRACT.items():
-        if row[key] is None:
-            assert key in nullable, key
-        elif isinstance(kind, dict):
-            assert {k: type(v) for k, v in row[key].items()} == kind, key
-        else:
-            assert type(row[key]) is kind, key
-    assert len(row["tokens"]) == 12
-    assert row["tokens"] == sorted(row["tokens"], reverse=True)
 
 
 def check_bundle(row: dict[str, Any], source: Path) -> None:

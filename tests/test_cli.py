@@ -17,22 +17,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from test_build import (
-    DENSE,
-    ONE_THREAD,
-    Shared,
-    call,
-    check_row,
-    dense_logits,
-    expected_tokens,
-    few_digits,
-    labelled,
-    logits_of,
-    normalised_tokens,
-    program,
-    row_of,
-    start,
-)
+from support.builds import Shared, call, check_row, few_digits, program, row_of, start, without_torch
+from support.evaluation import DENSE, dense_logits, expected_tokens, labelled, logits_of, normalised_tokens
 
 from edgeprune import __version__, zoo
 from edgeprune.devices import load_device, names
@@ -40,17 +26,6 @@ from edgeprune.records import Schedule, Staircase, load
 
 SIMULATED = [name for name in names() if load_device(name).simulation]
 COMMANDS = ("build", "profile", "schedule", "export", "compile", "bench", "compare", "devices", "doctor")
-# Imports of torch and its kind fail, as where they are not installed.
-WITHOUT_TORCH = """
-import importlib.abc, sys
-class Blocker(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "timm", "torchvision", "onnxscript"}:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Blocker())
-from edgeprune.cli import main
-main()
-"""
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +41,6 @@ def staircase(tmp_path_factory: pytest.TempPathFactory) -> Path:
     done = start("profile", "--simulate", "--device", "orin-nano", "--out", path)
     assert done.returncode == 0, done.stderr
     return path
-
-
-def without_torch(*argv: object) -> tuple[int, str, str]:
-    """The command line in a process that cannot import torch."""
-    command = [sys.executable, "-c", WITHOUT_TORCH, *map(str, argv)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | ONE_THREAD)
-    return done.returncode, done.stdout, done.stderr
 
 
 # --- exit codes and where output goes ---
@@ -390,5 +358,7 @@ def test_embedded_record_is_that_of_the_weights(shared: Shared) -> None:
 
 
 def test_python_m_edgeprune_is_the_command_line() -> None:
-    done = subprocess.run([sys.executable, "-m", "edgeprune", "--version"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "edgeprune", "--version"], capture_output=True, text=True, check=True
+    )
     assert done.stdout == f"edgeprune {__version__}\n"

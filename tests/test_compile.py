@@ -10,8 +10,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from test_build import CONTRACT, Shared, call, few_digits, row_of
-from test_cli import without_torch
+from support.builds import CONTRACT, Shared, call, few_digits, row_of, without_torch
 
 from edgeprune.bundle import load_bundle
 from edgeprune.graph import attach, card_of

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from edgeprune.devices import load_device
 
@@ -17,7 +18,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from test_build import ONE_THREAD, Shared, call, few_digits, program, start
+from support.builds import ONE_THREAD, Shared, call, few_digits, program, start
 
 from edgeprune import zoo
 from edgeprune.devices import this_machine

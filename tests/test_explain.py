@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_reducers import BODY, PREFIXES, attended, sizes_of
+from support.attention import BODY, PREFIXES, attended, sizes_of
 
 from edgeprune.explain import Watched, groups_of, samples_of, shares, small
 from edgeprune.prune import PrunedViT

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import KINDS, shake
+from support.models import KINDS, shake
 from torch import Tensor
 
 from edgeprune.errors import ModelError

@@ -14,8 +14,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
-from loopback import Server
-from test_build import CONTRACT, QUICK, Shared, call, few_digits, program, row_of
+from support.builds import CONTRACT, QUICK, Shared, call, few_digits, program, row_of
+from support.loopback import Server
 
 from edgeprune import __version__, wire
 from edgeprune.bundle import load_bundle

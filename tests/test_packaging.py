@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.paths import ROOT
 
 from edgeprune import __version__, zoo
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 PYTHONS = ("3.10", "3.13")  # the oldest and the newest that pyproject.toml promises
 PARTS = ("edgeprune", "calib", "pyproject.toml", "README.md", "LICENSE")
 NO_NETWORK = (
@@ -38,10 +38,10 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("hatchling")
     copy = tmp_path_factory.mktemp("copy")
     for part in PARTS:
-        if (CHECKOUT / part).is_dir():
-            shutil.copytree(CHECKOUT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
+        if (ROOT / part).is_dir():
+            shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
         else:
-            shutil.copy(CHECKOUT / part, copy)
+            shutil.copy(ROOT / part, copy)
     out = tmp_path_factory.mktemp("dist")
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(copy)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
@@ -111,7 +111,7 @@ def test_wheel_carries_its_data(wheel: Path) -> None:
         table = archive.read("edgeprune/zoo/digits/labels.csv").decode()
         weights = archive.read("edgeprune/zoo/vit_digits.safetensors")
         metadata = archive.read(f"edgeprune-{__version__}.dist-info/METADATA").decode()
-    source = CHECKOUT / "edgeprune"
+    source = ROOT / "edgeprune"
     wanted = {
         f"edgeprune/{p.relative_to(source)}"
         for p in source.rglob("*")

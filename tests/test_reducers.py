@@ -8,35 +8,15 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from support.attention import BODY, PREFIXES, WIDTH, attended, sizes_of
 
 from edgeprune.errors import InputError
 from edgeprune.reducers import REDUCERS, methods, reducer_named
 from edgeprune.tokens import Attended
 
-BODY, HEADS, HEAD_DIM, WIDTH = 14, 3, 4, 6
-PREFIXES = (0, 1, 2, 5)
 KEEPS = (1, 2, 7, BODY - 1)  # beyond the prefix; the unpruned count never reaches a reducer
 Array = NDArray[np.float64]
 Reference = Callable[[Array, Array, Array, int, int], tuple[Array, Array]]
-
-
-def attended(batch: int, prefix: int, sharp: float = 2.0, seed: int = 0) -> Attended:
-    """Random tensors; images differ in how sharp their attention and how large their values are."""
-    generator = torch.Generator().manual_seed(seed)
-    count = prefix + BODY
-    scale = torch.linspace(0.5, 1.5, batch)[:, None, None, None]
-    logits = torch.randn(batch, HEADS, count, count, generator=generator) * sharp * scale
-    keys, values = torch.randn(2, batch, HEADS, count, HEAD_DIM, generator=generator).unbind(0)
-    out = torch.randn(batch, count, WIDTH, generator=generator)
-    return Attended(out, logits.softmax(dim=-1), keys, values * scale)
-
-
-def sizes_of(batch: int, prefix: int) -> Tensor:
-    """Random whole sizes; 1 for the prefix."""
-    sizes = torch.randint(1, 6, (batch, prefix + BODY), generator=torch.Generator().manual_seed(1)).float()
-    sizes[:, :prefix] = 1
-    return sizes
 
 
 def attention_from_first(weights: Array, prefix: int) -> list[float]:

@@ -18,7 +18,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from test_build import ONE_THREAD, Shared, call, few_digits, program, start
+from support.builds import ONE_THREAD, Shared, call, few_digits, program, start
 
 from edgeprune.bundle import _take_place, check_out, load_bundle
 from edgeprune.errors import EdgepruneError

@@ -16,8 +16,7 @@ import numpy as np
 import onnxruntime
 import pytest
 from PIL import Image
-from test_build import Shared, call, row_of
-from test_cli import without_torch
+from support.builds import Shared, call, row_of, without_torch
 
 from edgeprune import zoo
 from edgeprune.records import sha256_file

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from loopback import Server
-from test_build import Shared, call, row_of
+from support.builds import Shared, call, row_of
+from support.loopback import Server
 
 from edgeprune.errors import HostError, InputError, RecordError
 from edgeprune.records import sha256_file

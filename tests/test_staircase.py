@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from conftest import SETUP
 from scipy.stats import wilcoxon
+from support.records import SETUP
 
 from edgeprune.adaptive import coarse_counts
 from edgeprune.records import CutCost, LastShare, Latency, Staircase, Vit

@@ -1,4 +1,4 @@
-"""The TensorRT runtime against a fake one: calls in order, errors by name, what is kept; see fake_trt.py."""
+"""The TensorRT runtime against a fake one: calls in order, errors by name, what is kept; see support/fake_trt.py."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from fake_trt import Fake
 from onnx import TensorProto, helper, numpy_helper
+from support.fake_trt import Fake
 
 from edgeprune import fusion
 from edgeprune.devices import load_device, parse

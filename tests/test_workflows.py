@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
-from test_build import ONE_THREAD, QUICK, Shared
+from support.builds import ONE_THREAD, QUICK, Shared
+from support.paths import ROOT
 
 from edgeprune import cli
 from edgeprune.devices import load_device, names
 
-ROOT = Path(__file__).parents[1]
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 RUNNER = ROOT / "docker" / "runner"
 ACTIONS = {"checkout": "v4", "cache": "v4", "upload-artifact": "v4", "setup-python": "v5"}

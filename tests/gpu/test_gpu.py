@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.paths import GPU, ROOT
 
 from edgeprune import devices, measure, zoo
 from edgeprune.bundle import load_bundle
@@ -32,7 +33,6 @@ from edgeprune.target import Target, target_for
 
 pytestmark = pytest.mark.gpu
 
-ROOT = Path(__file__).parents[2]
 DEVICE = os.environ.get("EDGEPRUNE_DEVICE", "cuda")
 STAND_IN = os.environ.get("EDGEPRUNE_GPU_STAND_IN")
 ENGINES = [(precision, name) for precision in ("fp32", "fp16") for name in ("dense", "pomt", "fold")]
@@ -42,8 +42,7 @@ ENGINES = [(precision, name) for precision in ("fp32", "fp16") for name in ("den
 def gpu() -> Iterator[None]:
     """The GPU here; skips by name without one, without TensorRT or without pycuda."""
     if STAND_IN:
-        sys.path.insert(0, str(ROOT / "tests"))
-        from fake_trt import Fake
+        from support.fake_trt import Fake
 
         with pytest.MonkeyPatch.context() as patch:
             Fake(STAND_IN).install(patch)
@@ -71,7 +70,7 @@ def folder(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for module in ("torch", "timm", "onnxruntime"):
         pytest.importorskip(module, reason=f"{module} is missing: set EDGEPRUNE_GPU_FIXTURES, see prepare.py")
     made = tmp_path_factory.mktemp("fixtures")
-    subprocess.run([sys.executable, str(Path(__file__).with_name("prepare.py")), str(made)], check=True)
+    subprocess.run([sys.executable, str(GPU / "prepare.py"), str(made)], check=True)
     return made
 
 
@@ -103,10 +102,8 @@ def test_every_name_exists_here(real: None) -> None:
     """As tests/trt_api does for TensorRT's bindings without a GPU; pycuda can be asked nowhere else."""
     import pycuda.driver
     import tensorrt
-
-    sys.path.insert(0, str(ROOT / "tests/trt_api"))
-    from check import found
-    from collect import PYCUDA, TENSORRT, uses
+    from support.trt_check import found
+    from support.trt_names import PYCUDA, TENSORRT, uses
 
     sources = [ROOT / "edgeprune/runtimes" / name for name in ("trt.py", "trt_builder.py")]
     for module, library in ((tensorrt, TENSORRT), (pycuda.driver, PYCUDA)):

@@ -15,12 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.paths import ROOT, TESTS
+from support.trt_names import PYCUDA, RETURNS, uses
 
-sys.path.insert(0, os.path.dirname(__file__))
-from collect import PYCUDA, RETURNS, uses
-
-HERE = Path(__file__).parent
-ROOT = HERE.parents[1]
 SOURCES = [ROOT / "edgeprune/runtimes/trt.py", ROOT / "edgeprune/runtimes/trt_builder.py"]
 MODULE = "tensorrt_bindings"
 BINDINGS = {  # version: distribution
@@ -88,7 +85,7 @@ def test_every_name_exists(version: str, folder: Path, tmp_path: Path) -> None:
         "LD_LIBRARY_PATH": str(folder / f"lib{version.partition('.')[0]}"),
         "PYTHONPATH": f"{binding(folder, version)}:{ROOT}",
     }
-    command = [sys.executable, str(HERE / "check.py"), MODULE, str(names)]
+    command = [sys.executable, str(TESTS / "support/trt_check.py"), MODULE, str(names)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])

@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import pytest
 
+from support.paths import ROOT
+
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin")
 # edgeprune as on a Jetson: torch and its kind cannot be imported.
 PROGRAM = """#!{python}
@@ -75,7 +77,7 @@ def server(folder: Path) -> Iterator[Server]:
     home = folder / "home"
     home.mkdir()
     environment = {"HOME": str(home), "OMP_NUM_THREADS": "1", "EDGEPRUNE_THREADS": "1"}
-    program, root = folder / "edgeprune", str(Path(__file__).parents[1])
+    program, root = folder / "edgeprune", str(ROOT)
     program.write_text(PROGRAM.format(python=sys.executable, environment=environment, root=root))
     program.chmod(0o755)
     process = subprocess.Popen(

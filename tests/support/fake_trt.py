@@ -1,7 +1,7 @@
 """A TensorRT and a pycuda for machines without a GPU: the real call sequence, plans that ONNX Runtime executes.
 
 What is checked with it is our side: which calls come in which order, what is said when one fails. Whether the names
-exist in real TensorRT is checked in trt_api/, what they compute in gpu/.
+exist in real TensorRT is checked in tests/trt_api, what they compute in tests/gpu.
 """
 
 from __future__ import annotations
