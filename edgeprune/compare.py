@@ -6,14 +6,12 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
-import numpy as np
 
 from edgeprune import measure
 from edgeprune.errors import InputError, ScheduleError
-from edgeprune.job import Job, Options
+from edgeprune.job import BIASED, Job, Options
 from edgeprune.measure import Samples
 from edgeprune.planning import solve
 from edgeprune.profiling import staircase_of_model
@@ -22,9 +20,6 @@ from edgeprune.records import Latency, Progress, Report, Schedule, Setup, Stairc
 from edgeprune.reducers import reducer_named
 from edgeprune.schedule import Goal, published_schedule
 from edgeprune.target import alone
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
@@ -156,13 +151,13 @@ def _measured(job: Job, models: Sequence[Path]) -> Samples:
 
 
 def _reported(job: Job, jobs: dict[str, Job], entries: Sequence[Entry], samples: Samples) -> list[Entry]:
-    """Entries with their reports, on the pictures that no schedule was chosen on."""
+    """Entries with their reports, on the pictures that no schedule was chosen on, if enough are left."""
     dense = Latency(samples_ms=tuple(samples["dense"]), warmup=measure.WARMUP)
     drift = dense.median_ms / job.staircase.dense.median_ms
-    kept: NDArray[np.intp] = np.setdiff1d(np.arange(len(job.pixels)), job.chosen)
-    if not len(kept):
-        kept = np.arange(len(job.pixels))
-    labels = [job.pictures.labels[i] for i in kept] if job.pictures and job.pictures.labels else None
+    kept, held_out = job.held_out
+    if not held_out:
+        log.warning(BIASED, len(kept))
+    labels = job.labels_of(kept)
     unpruned = logits_on(job, dense_onnx(job))[kept]
     reported = []
     for index, entry in enumerate(entries):
@@ -180,6 +175,7 @@ def _reported(job: Job, jobs: dict[str, Job], entries: Sequence[Entry], samples:
             top1=measure.top1(logits, labels) if labels else None,
             dense_top1=measure.top1(unpruned, labels) if labels else None,
             images=len(kept),
+            held_out=held_out,
             probes=job.staircase.probes,
             predicted_ms=entry.schedule.predicted_ms * drift,
         )

@@ -15,7 +15,7 @@ from edgeprune import measure, zoo
 from edgeprune.adaptive import edge, on_edges, settled
 from edgeprune.devices import load_device
 from edgeprune.errors import InputError
-from edgeprune.images import ImageSet, drawn, load_images, load_pixels
+from edgeprune.images import ImageSet, calibration_indices, drawn, load_images, load_pixels
 from edgeprune.profiling import Sought, staircase_of_model
 from edgeprune.records import Progress, Staircase, replacing, silent
 from edgeprune.reducers import check_method
@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 ENGINES = Path("engines")
 ROUNDS = 60
+LEAST_HELD_OUT = 32  # pictures that chose nothing, below which figures are of all
+BIASED = "figures are of all %d images, the schedule was chosen on some of them: pass more --images for unbiased ones"
 
 
 @dataclass(frozen=True)
@@ -142,26 +144,43 @@ class Job:
         """Indices of the seeded random choice of pictures on which schedules are compared."""
         return drawn(len(self.pixels), self.options.search_images)
 
+    @property
+    def held_out(self) -> tuple[NDArray[np.int64], bool]:
+        """Indices of the pictures that figures are of, and whether none of them chose the schedule or INT8 ranges.
+
+        All pictures, and False, where fewer than LEAST_HELD_OUT would be left.
+        """
+        everything = np.arange(len(self.pixels))
+        seen = self.chosen if self.options.method != "none" else everything[:0]
+        if self.target.onnx_precision == "int8":
+            seen = np.union1d(seen, calibration_indices(len(everything)))
+        left = np.setdiff1d(everything, seen)
+        good = len(left) >= LEAST_HELD_OUT or not len(seen)
+        return (left if good else everything), good
+
+    def labels_of(self, images: NDArray[np.int64]) -> list[int] | None:
+        """Labels of some pictures; None where there are none."""
+        labels = self.pictures.labels if self.pictures else None
+        return [labels[i] for i in images] if labels else None
+
     @cached_property
     def evaluator(self) -> Evaluator:
         """Fidelity on the chosen pictures."""
         from edgeprune.fidelity import Evaluator
 
-        labels = self.pictures.labels if self.pictures else None
-        part = [labels[i] for i in self.chosen] if labels else None
-        return Evaluator(self.model, self.options.method, self.pixels[self.chosen], part, self.prefix_last)
+        labels = self.labels_of(self.chosen)
+        return Evaluator(self.model, self.options.method, self.pixels[self.chosen], labels, self.prefix_last)
 
     def drop(self, tokens: Sequence[int]) -> float:
-        """Points of top-1 that a schedule loses on all pictures; points of agreement without labels."""
+        """Points of top-1 that a schedule loses on the chosen pictures; points of agreement without labels."""
         from edgeprune.fidelity import logits_of_schedule
 
-        dense = (self.model.vit.tokens,) * self.model.vit.depth
+        dense, pixels = (self.model.vit.tokens,) * self.model.vit.depth, self.pixels[self.chosen]
         unpruned, pruned = (
-            logits_of_schedule(self.model, self.options.method, t, self.pixels, False, self.progress)
+            logits_of_schedule(self.model, self.options.method, t, pixels, False, self.progress)
             for t in (dense, tokens)
         )
-        if self.pictures and self.pictures.labels:
-            labels = self.pictures.labels
+        if labels := self.labels_of(self.chosen):
             return measure.top1(unpruned, labels) - measure.top1(pruned, labels)
         return 100 - measure.agreement(unpruned, pruned)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from edgeprune.errors import ExportError, PrecisionError
 from edgeprune.export import Convert
 from edgeprune.graph import save_graph, static_or_raise
 from edgeprune.images import batches, calibration_indices
-from edgeprune.job import Job
+from edgeprune.job import BIASED, Job
 from edgeprune.measure import Samples
 from edgeprune.precision import CONVERSIONS, calibrated, int8
 from edgeprune.profiling import export_probes, probes_folder
@@ -99,7 +100,7 @@ def timed(job: Job, files: dict[str, Path], what: str) -> Samples:
     """Latencies (ms) of ONNX files in interleaved rounds, by name; kept in the work folder."""
     target = job.target
     hashes = [sha256_file(file) for file in files.values()]
-    rounds = 1 if target.setup.simulated else job.options.rounds
+    rounds = 1 if target.setup.noiseless else job.options.rounds
 
     def time_all(path: Path) -> None:
         candidates = {name: target.opener(file) for name, file in files.items()}
@@ -115,7 +116,8 @@ def realise(job: Job, schedule: Schedule) -> tuple[Path, Report]:
     """A schedule's ONNX and its report: compiled, measured beside the unpruned model, their outputs compared.
 
     In fp16 and INT8 the unpruned model is measured in that precision too, outputs are compared with the fp32
-    one's, and the pruned model in fp32 is the measure of what the precision gains and loses (`gate`).
+    one's, and the pruned model in fp32 is the measure of what the precision gains and loses (`gate`). Fidelity is
+    of the pictures that chose nothing (`Job.held_out`).
     """
     target = job.target
     reference, exact = dense_onnx(job), pruned_onnx(job, schedule)
@@ -139,26 +141,37 @@ def realise(job: Job, schedule: Schedule) -> tuple[Path, Report]:
     if job.pictures is not None:
         unpruned, pruned, whole = (logits_on(job, file) for file in (reference, files["pruned"], exact))
         check_parity(job, schedule, whole)
+        kept, held_out = job.held_out
+        unpruned, pruned, whole = unpruned[kept], pruned[kept], whole[kept]
+        labels = job.labels_of(kept)
         if "fp32" in files:
-            gate(job, samples, pruned, whole)
-        labels = job.pictures.labels
+            gate(job, samples, pruned, whole, labels)
+        if not held_out:
+            log.warning(BIASED, len(kept))
         report = msgspec.structs.replace(
             report,
             agreement=measure.agreement(unpruned, pruned),
             kl=measure.kl_divergence(unpruned, pruned),
             top1=measure.top1(pruned, labels) if labels else None,
             dense_top1=measure.top1(unpruned, labels) if labels else None,
-            images=len(job.pictures),
+            images=len(kept),
+            held_out=held_out,
         )
     return files["pruned"], report
 
 
-def gate(job: Job, samples: Samples, logits: NDArray[np.float32], exact: NDArray[np.float32]) -> None:
+def gate(
+    job: Job,
+    samples: Samples,
+    logits: NDArray[np.float32],
+    exact: NDArray[np.float32],
+    labels: Sequence[int] | None,
+) -> None:
     """Raise PrecisionError where a precision is slower than fp32, or loses more than allowed.
 
     Allowed are the goal's --max-drop or MOST_LOST points of top-1; without labels MOST_CHANGED of agreement.
     """
-    precision, labels = job.target.setup.precision, job.pictures.labels if job.pictures else None
+    precision = job.target.setup.precision
     gain, _ = measure.ratio(samples["fp32"], samples["pruned"])
     if gain < 1:
         slow, fast = (float(np.median(samples[name])) for name in ("pruned", "fp32"))

@@ -142,6 +142,7 @@ class Setup(Record, frozen=True, kw_only=True):
     power_mode: str | None = None
     compute_capability: str | None = None  # of the GPU
     options: str | None = None  # builder options other than the defaults
+    noiseless: bool = False  # the runtime computes latencies: one measurement is exact
 
     def __post_init__(self) -> None:
         if not 0 < self.batch <= MOST_UNITS:
@@ -327,6 +328,7 @@ class Report(Record, frozen=True, kw_only=True):
     top1: float | None = None
     dense_top1: float | None = None
     images: int = 0
+    held_out: bool | None = None  # the figures are of pictures that no choice was made on; None where not known
     probes: int = 0
     predicted_ms: float | None = None
     fusable_attention: int | None = None  # attention layers in the form that TensorRT fuses

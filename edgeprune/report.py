@@ -42,6 +42,7 @@ def row_of(setup: Setup, schedule: Schedule, report: Report, bundle: Path | None
         "top1": report.top1,
         "dense_top1": report.dense_top1,
         "images": report.images,
+        "held_out": report.held_out,
         "probes": report.probes,
         "fusable_attention": report.fusable_attention,
         "fused_attention": report.fused_attention,
@@ -99,8 +100,18 @@ def build_table(manifest: Manifest) -> Table:
     table.add_row("KL, nats", "0", number(report.kl, 4))
     if report.fused_attention is not None:
         table.add_row("fused attention, layers", "", f"{report.fused_attention} of {report.fusable_attention}")
-    table.caption = f"{report.images} images, {len(report.latency.samples_ms)} interleaved rounds"
+    rounds = f"{len(report.latency.samples_ms)} interleaved rounds"
+    table.caption = f"{evaluated_on(report.images, report.held_out)}; {rounds}" if report.images else rounds
     return table
+
+
+def evaluated_on(images: int, held_out: bool | None) -> str:
+    """Which images figures are of, for a caption."""
+    if held_out is None:
+        return f"{images} images"
+    if held_out:
+        return f"{images} images that the schedule was not chosen on"
+    return f"all {images} images, the schedule was chosen on some of them: pass more --images for unbiased figures"
 
 
 def runs(tokens: tuple[int, ...]) -> str:
@@ -249,8 +260,9 @@ def compare_table(rows: list[dict[str, Any]]) -> Table:
     first = rows[0] if rows else {}
     simulated = ", SIMULATED latency" if first.get("simulated") else ""
     table = Table(
-        title=f"{first.get('model')} on {first.get('device')}{simulated}: {first.get('images')} pictures that no "
-        f"schedule was chosen on, unpruned top-1 {number(first.get('dense_top1'))} %"
+        title=f"{first.get('model')} on {first.get('device')}{simulated}: unpruned top-1 "
+        f"{number(first.get('dense_top1'))} %",
+        caption=evaluated_on(first.get("images", 0), first.get("held_out")),
     )
     for column in ("target", "method", "shape", "speed-up (95 %)", "predicted", "top-1", "agreement", "KL", "tokens"):
         table.add_column(column, justify="left" if column in ("method", "shape", "tokens") else "right")

@@ -179,7 +179,7 @@ def choose(
     """The candidate of a front (fastest first) that a goal asks for.
 
     Latency goals: the lowest KL within the limit. alpha: the highest utility, with agreement for A.
-    max_drop: the fastest whose `drop` (points of top-1, or of agreement without labels, on all images) is
+    max_drop: the fastest whose `drop` (points of top-1, or of agreement without labels) is
     within it, by bisection. Raises ScheduleError with what is possible.
     """
     limit = goal.limit_ms(staircase.dense.median_ms)

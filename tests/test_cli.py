@@ -237,13 +237,15 @@ def test_schedule_of_other_weights_is_refused_by_export(
     assert not (tmp_path / "m.onnx").exists()
 
 
-def test_compare_json(shared: Shared, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    common = ("--device", "orin-nano", "--simulate", "--images", few, "--search-images", "4", "--work", shared.work)
+def test_compare_json(shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    digits = few_digits(tmp_path / "digits", 36)
+    common = ("--device", "orin-nano", "--simulate", "--images", digits, "--search-images", "4", "--work", shared.work)
     rows = row_of(capsys, "compare", *common, "--methods", "topk,none", "--speedup", "1.3")["rows"]
     for row in rows:
         check_row(row | {"bundle": row["bundle"] or ""})
         assert row["simulated"] is True
-        assert row["images"] == 21 - 4  # schedules are not judged on the pictures they were chosen on
+        assert row["images"] == 36 - 4  # schedules are not judged on the pictures they were chosen on
+        assert row["held_out"] is True
     assert {(row["method"], row["policy"]) for row in rows} >= {("topk", "search"), ("none", "search")}
     searched = next(row for row in rows if (row["method"], row["policy"]) == ("topk", "search"))
     assert searched["speedup"] >= 1.3 * 0.97

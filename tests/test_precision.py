@@ -173,12 +173,9 @@ def test_sensitive_layers_stay_in_floating_point(
     assert spread[0] < spread[1]
 
 
-def job(labels: tuple[int, ...] | None, goal: Goal) -> Any:
-    pictures = SimpleNamespace(labels=labels) if labels else None
-    options = SimpleNamespace(goal=goal)
-    return SimpleNamespace(
-        target=SimpleNamespace(setup=SimpleNamespace(precision="int8")), pictures=pictures, options=options
-    )
+def job(goal: Goal) -> Any:
+    target = SimpleNamespace(setup=SimpleNamespace(precision="int8"))
+    return SimpleNamespace(target=target, options=SimpleNamespace(goal=goal))
 
 
 LABELS = tuple(range(10)) * 10
@@ -196,9 +193,9 @@ FASTER = {"fp32": [2.0, 2.1, 2.0], "pruned": [1.0, 1.1, 1.0]}
 
 
 def test_gate_lets_pass_what_is_faster_and_as_good() -> None:
-    realise.gate(job(LABELS, Goal()), FASTER, wrong(1), EXACT)
-    realise.gate(job(LABELS, Goal(max_drop=5)), FASTER, wrong(4), EXACT)
-    realise.gate(job(None, Goal()), FASTER, wrong(4), EXACT)
+    realise.gate(job(Goal()), FASTER, wrong(1), EXACT, LABELS)
+    realise.gate(job(Goal(max_drop=5)), FASTER, wrong(4), EXACT, LABELS)
+    realise.gate(job(Goal()), FASTER, wrong(4), EXACT, None)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +209,7 @@ def test_gate_lets_pass_what_is_faster_and_as_good() -> None:
 )
 def test_gate_refuses_with_the_figures(labels: Any, goal: Goal, samples: Any, count: int, told: str) -> None:
     with pytest.raises(PrecisionError, match=f"int8 is refused: .*{told}"):
-        realise.gate(job(labels, goal), samples, wrong(count), EXACT)
+        realise.gate(job(goal), samples, wrong(count), EXACT, labels)
 
 
 @pytest.mark.parametrize("kind", ["fp16", "int8"])
@@ -277,7 +274,7 @@ def test_build_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from edgeprune.pipeline import build
 
     asked: list[set[str]] = []
-    monkeypatch.setattr(realise, "gate", lambda job, samples, logits, exact: asked.append(set(samples)))
+    monkeypatch.setattr(realise, "gate", lambda job, samples, *_: asked.append(set(samples)))
     monkeypatch.setattr("edgeprune.images.CALIBRATION_IMAGES", 4)
     monkeypatch.setattr("edgeprune.profiling.ROUNDS", 3)
     options = Options(
