@@ -172,6 +172,21 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     return result
 
 
+def differences(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Largest |difference| of each image's outputs, (images,)."""
+    off: NDArray[np.float32] = np.atleast_2d(np.abs(found - wanted))
+    return off.reshape(len(off), -1).max(axis=1)
+
+
+def typical_difference(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+    """Median over images of their largest |difference|; NaN where an image has one.
+
+    Each runtime rounds in its own way, so that of two tokens with equal scores either may be kept: a single image may
+    differ. An engine that computes something else differs on most.
+    """
+    return float(np.median(differences(found, wanted)))
+
+
 def kl_divergence(dense: NDArray[np.float32], pruned: NDArray[np.float32]) -> float:
     """Mean over images of KL(unpruned || pruned) of the class distributions, nats."""
     p, q = log_softmax(dense), log_softmax(pruned)

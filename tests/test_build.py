@@ -112,7 +112,8 @@ def test_golden_input_gives_the_golden_output(shared: Shared) -> None:
     assert golden_in.shape == (1, 3, 28, 28) and golden_out.shape == (1, 10)
     np.testing.assert_allclose(logits_of(shared.bundle / "model.onnx", golden_in), golden_out, atol=1e-5)
     pictures, _ = labelled(zoo.images_dir() / "labels.csv")
-    np.testing.assert_allclose(golden_in, pictures[:1], atol=1e-6)  # real input, not noise
+    [index] = np.flatnonzero(np.abs(pictures - golden_in).max(axis=(1, 2, 3)) < 1e-6)  # real input, not noise
+    assert index < 8
 
 
 def test_fidelity_equals_an_independent_evaluation(shared: Shared) -> None:
