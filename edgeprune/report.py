@@ -96,8 +96,9 @@ def build_table(manifest: Manifest) -> Table:
         off = 100 * (report.predicted_ms / report.latency.median_ms - 1)
         table.add_row("predicted, ms", "", f"{report.predicted_ms:.3f} ({off:+.1f} %)")
     table.add_row("top-1, %", number(report.dense_top1), number(report.top1))
-    table.add_row("agreement, %", "100", number(report.agreement))
-    table.add_row("KL, nats", "0", number(report.kl, 4))
+    compared = report.agreement is not None
+    table.add_row("agreement, %", "100" if compared else "–", number(report.agreement))
+    table.add_row("KL, nats", "0" if compared else "–", number(report.kl, 4))
     if report.fused_attention is not None:
         table.add_row("fused attention, layers", "", f"{report.fused_attention} of {report.fusable_attention}")
     rounds = f"{len(report.latency.samples_ms)} interleaved rounds"

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import pytest
@@ -16,6 +17,7 @@ from edgeprune.bundle import MANIFEST, load_bundle
 from edgeprune.compiling import bundle_from_onnx
 from edgeprune.errors import EngineError
 from edgeprune.records import Card, Latency, Preprocessing, Report, Schedule, Vit, load_array, sha256_file
+from edgeprune.report import build_table
 from edgeprune.target import Target, target_for
 from edgeprune.verify import verify
 
@@ -64,6 +66,19 @@ def target(tmp_path: Path) -> Target:
 def made(target: Target, onnx: Path, out: Path, expected: NDArray[np.float32] | None = None) -> Any:
     report = Report(latency=Latency(samples_ms=(1.0,)))
     return bundle_from_onnx(target, out, onnx, card(), report, IMAGES, None, expected)
+
+
+@pytest.mark.parametrize(("figures", "unpruned"), [({}, "–"), ({"agreement": 98.0, "kl": 0.5}, "100 0")])
+def test_table_shows_dashes_where_nothing_was_compared(
+    figures: dict[str, float], unpruned: str, target: Target, flatten: Path, tmp_path: Path
+) -> None:
+    manifest = made(target, flatten, tmp_path / "bundle")
+    report = msgspec.structs.replace(manifest.report, **figures)
+    table = build_table(msgspec.structs.replace(manifest, report=report))
+    names, dense = (list(table.columns[index].cells) for index in (0, 1))
+    found = [dense[names.index(name)] for name in ("agreement, %", "KL, nats")]
+    assert " ".join(dict.fromkeys(found)) == unpruned
+    assert "speed-up (95 % interval)" not in names
 
 
 @pytest.mark.parametrize(("images", "by", "good"), CASES, ids=NAMES)
