@@ -25,7 +25,7 @@ from edgeprune.bundle import (
     load_bundle,
     write_bundle,
 )
-from edgeprune.errors import EdgepruneError, EngineError, InputError
+from edgeprune.errors import REPORT, EdgepruneError, EngineError, InputError
 from edgeprune.graph import card_of, input_shape, load_graph, weights_of
 from edgeprune.images import load_images, load_pixels, normalise
 from edgeprune.job import ENGINES
@@ -191,7 +191,7 @@ def bundle_from_onnx(
         typical, most = measure.typical_difference(golden, expected), max(TOLERANCE, target.runtime.parity)
         log.info("golden output: differs by %.2g from that of the bundle the ONNX lies in", typical)
         if target.setup.precision == "fp32" and not typical <= most:
-            raise EngineError(f"{onnx}: logits differ by {typical:.2g} from its bundle's, above {most}: report this")
+            raise EngineError(f"{onnx}: logits differ by {typical:.2g} from its bundle's, above {most}: {REPORT}")
     fusion.tell(fused, report.fusable_attention, target.setup.precision)
     report = msgspec.structs.replace(report, fused_attention=fused)
     old = _bundle_in(out)

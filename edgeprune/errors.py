@@ -19,6 +19,8 @@ EdgepruneError
 
 from __future__ import annotations
 
+REPORT = "please report it at https://github.com/edgeprune/edgeprune/issues with the command and its output"
+
 
 class EdgepruneError(Exception):
     """Base of all; the command line prints it as one line and exits with 1."""

@@ -14,7 +14,7 @@ import onnx
 from onnx.external_data_helper import load_external_data_for_model
 
 from edgeprune import graph
-from edgeprune.errors import ExportError
+from edgeprune.errors import REPORT, ExportError
 from edgeprune.graph import attach, infer, save_apart, save_graph, static_or_raise
 from edgeprune.passes import canonical_gelu, lower_opset, strip_traces
 from edgeprune.records import Card, writable
@@ -54,7 +54,7 @@ def trunk_from_module(module: nn.Module, example: Tensor, path: Path, convert: C
         model = _exported(module, example, ("x", "y"), 1, convert, folder)
         folded = [node.op_type for node in model.graph.node if node.op_type == "Shape"]
         if folded:
-            raise ExportError(f"the trunk computes {len(folded)} shapes at run time: report this model")
+            raise ExportError(f"the trunk computes {len(folded)} shapes at run time: {REPORT}")
         for value in (*model.graph.input, *model.graph.output):
             if not value.type.tensor_type.shape.dim[1].HasField("dim_value"):
                 value.type.tensor_type.shape.dim[1].dim_param = "tokens"

@@ -17,7 +17,7 @@ import onnx.helper
 from onnx import TensorProto, shape_inference
 from onnx.external_data_helper import ExternalDataInfo
 
-from edgeprune.errors import ExportError, InputError
+from edgeprune.errors import REPORT, ExportError, InputError
 from edgeprune.records import Card, decode, encode, replacing
 
 CARD = "edgeprune"  # key of the card in an ONNX file's metadata
@@ -196,11 +196,11 @@ def static_or_raise(model: onnx.ModelProto) -> None:
     for name in (*(o for node in graph.node for o in node.output if o), *(v.name for v in graph.input)):
         value = known.get(name)
         if value is None or not value.type.tensor_type.HasField("shape"):
-            raise ExportError(f"the shape of {name} is unknown after shape inference: report this model")
+            raise ExportError(f"the shape of {name} is unknown after shape inference: {REPORT}")
         dims = value.type.tensor_type.shape.dim
         if not all(dim.HasField("dim_value") and dim.dim_value > 0 for dim in dims):
             text = ", ".join(dim.dim_param or str(dim.dim_value or "?") for dim in dims)
-            raise ExportError(f"{name} has the dynamic shape ({text}): report this model")
+            raise ExportError(f"{name} has the dynamic shape ({text}): {REPORT}")
 
 
 def attention_forms(model: onnx.ModelProto) -> list[bool]:

@@ -9,7 +9,7 @@ import onnx
 import onnx.helper
 import onnx.numpy_helper
 
-from edgeprune.errors import ExportError
+from edgeprune.errors import REPORT, ExportError
 
 OPSET = 17
 REDUCTIONS = {
@@ -33,7 +33,7 @@ def lower_opset(model: onnx.ModelProto) -> None:
         elif node.op_type == "Split" and _parts_are_known(node, shapes.get(node.input[0], ())):
             _keep(node, "axis")
         elif node.op_type in {*CHANGED_IN_18, "Split"}:
-            raise ExportError(f"{node.op_type} has no opset-{OPSET} form here: report this model")
+            raise ExportError(f"{node.op_type} has no opset-{OPSET} form here: {REPORT}")
     for opset in model.opset_import:
         if opset.domain in ("", "ai.onnx"):
             opset.version = OPSET

@@ -12,7 +12,7 @@ import numpy as np
 import onnx as onnx_graph
 
 from edgeprune import export, fusion, measure
-from edgeprune.errors import ExportError, PrecisionError
+from edgeprune.errors import REPORT, ExportError, PrecisionError
 from edgeprune.export import Convert
 from edgeprune.graph import save_graph, static_or_raise
 from edgeprune.images import batches, calibration_indices
@@ -92,7 +92,7 @@ def check_parity(job: Job, schedule: Schedule, logits: NDArray[np.float32]) -> N
     typical = measure.typical_difference(logits[:count], wanted)
     most = job.target.runtime.parity
     if not typical <= most:  # NaN, even of one image, is worse than any number
-        raise ExportError(f"the engine's logits differ from PyTorch's by {typical:.2g}, above {most}: report this")
+        raise ExportError(f"the engine's logits differ from PyTorch's by {typical:.2g}, above {most}: {REPORT}")
     return np.argsort(measure.differences(logits[:count], wanted), kind="stable")
 
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from edgeprune import __version__, wire
 from edgeprune.board import locked_clocks
-from edgeprune.errors import EdgepruneError, EngineError, HostError, InputError
+from edgeprune.errors import REPORT, EdgepruneError, EngineError, HostError, InputError
 from edgeprune.records import key_of, sha256_file, writable
 from edgeprune.runtimes import Inspected, Runtime, Session, runtime_for
 
@@ -87,7 +87,7 @@ class Worker:
 
     def _file(self, sha256: str) -> Path:
         if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
-            raise InputError(f"{sha256[:80]!r} is no sha256: report this")
+            raise InputError(f"{sha256[:80]!r} is no sha256: {REPORT}")
         return self.files / sha256
 
     def _put(self, request: wire.Put) -> wire.Done | None:
@@ -116,7 +116,7 @@ class Worker:
             folder.mkdir(exist_ok=True)
             for name, sha256 in files.items():
                 if not name or main not in files or Path(name).name != name or name.startswith("."):
-                    raise InputError(f"{name!r} is no file name: report this")
+                    raise InputError(f"{name!r} is no file name: {REPORT}")
                 source, place = self._file(sha256), folder / name
                 if not source.is_file():
                     raise InputError(f"{name} has not arrived: run it again")
@@ -159,7 +159,7 @@ class Worker:
 
     def _session(self, number: int) -> Session:
         if number not in self.opened:
-            raise InputError(f"session {number} is not open: report this")
+            raise InputError(f"session {number} is not open: {REPORT}")
         return self.opened[number]
 
 
@@ -197,7 +197,7 @@ def serve(requests: IO[bytes], answers: IO[bytes], work: Path) -> None:
                 answer = wire.Failed(HostError.__name__, f"on the device: {error}: see to it there")
             except Exception as error:  # the workstation must hear of it, whatever it is
                 answer = wire.Failed(
-                    EngineError.__name__, f"on the device: {type(error).__name__}: {error}: report this"
+                    EngineError.__name__, f"on the device: {type(error).__name__}: {error}: {REPORT}"
                 )
             if answer is not None:
                 send(answer)

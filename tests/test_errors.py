@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -16,8 +17,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from support.builds import ONE_THREAD, Shared, call, few_digits, program, start
+from support.paths import ROOT
 
-from edgeprune import zoo
+from edgeprune import errors, zoo
 from edgeprune.devices import this_machine
 
 VIT_TINY = "vit_tiny_patch16_224"
@@ -425,6 +427,15 @@ def test_interrupted_build_leaves_nothing_and_goes_on(shared: Shared, tmp_path: 
     assert not list(work.glob("samples-*.json"))
     golden = np.load(out / "golden_output.npy")
     assert golden.shape == (1, 10)
+
+
+def test_what_is_to_be_reported_says_where() -> None:
+    """At the place that the package's metadata names; no message asks for a report in words of its own."""
+    [place] = re.findall(r"https://\S+", errors.REPORT)
+    assert f'Issues = "{place}"' in (ROOT / "pyproject.toml").read_text()
+    sources = {path.name: path.read_text() for path in Path(errors.__file__).parent.rglob("*.py")}
+    assert [name for name, text in sources.items() if re.search(r"report (this|it\b)", text)] == ["errors.py"]
+    assert sum("{REPORT}" in text for text in sources.values()) >= 6
 
 
 def test_error_is_one_line_in_a_process_too(tmp_path: Path) -> None:
