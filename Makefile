@@ -21,11 +21,11 @@ lint: $(VENV)/dev.stamp
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) -e ".[export,ort,report]"
+	$(PIP) -e ".[export,ort]"
 	touch $@
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
-	$(PIP) -e ".[export,ort,report,train]" -r requirements-dev.txt
+	$(PIP) -e ".[export,ort,train]" -r requirements-dev.txt
 	touch $@
 
 # What some tests drive for real: a browser and an SSH server. Without root or apt-get those tests are skipped by name.
@@ -41,7 +41,7 @@ $(VENV)/debian.stamp: $(VENV)/run.stamp
 picture: $(VENV)/run.stamp $(VENV)/debian.stamp
 	$(BIN)/edgeprune build --device orin-nano --simulate --precision fp16 --batch 32 --speedup 2.5 --out $(VENV)/picture
 	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --user-data-dir=$(abspath $(VENV))/chromium \
-	  --window-size=1120,1545 --screenshot=docs/report.png "file://$(abspath $(VENV))/picture/report.html"
+	  --window-size=1120,1565 --screenshot=docs/report.png "file://$(abspath $(VENV))/picture/report.html"
 
 clean:
 	rm -rf $(VENV) engines/.work

@@ -13,8 +13,8 @@ from typing import Any
 
 from edgeprune import console
 from edgeprune.compare import compare
+from edgeprune.html_report.files import compare_svg
 from edgeprune.job import Options
-from edgeprune.plots import compare_svg
 from edgeprune.report import compare_rows, runs
 
 GOALS = (  # target, published baseline, the most that fold's KL may be as a share of its KL
@@ -80,8 +80,7 @@ def main() -> None:
     for method, policy, target, reason in comparison.missing:
         print(f"\nnot reached: {method}, {policy}, {target:g}×: {reason}")
     if args.plot:
-        for drawn in compare_svg(rows).values():
-            args.plot.write_bytes(drawn)
+        args.plot.write_bytes(compare_svg(rows))
     print(json.dumps({"rows": rows, "goals": goals(rows), "missing": comparison.missing}))
 
 

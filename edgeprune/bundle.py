@@ -41,6 +41,7 @@ ONNX = "model.onnx"
 BUILD_LOG = "build.log"
 STORY = "story.json"
 PAGE = "report.html"
+PLOT = "staircase.svg"
 GOLDEN = ("golden_input.npy", "golden_output.npy")
 TOLERANCE = 1e-3
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h

@@ -156,7 +156,7 @@ def profile(
 ) -> None:
     """Measure the staircase of a model: latency over token counts, and its treads."""
     from edgeprune import profiling
-    from edgeprune.plots import staircase_svg
+    from edgeprune.html_report.files import staircase_svg
     from edgeprune.records import save, write_bytes
     from edgeprune.reducers import check_method
     from edgeprune.report import profile_row, profile_table
@@ -178,8 +178,7 @@ def profile(
                 loaded = load_model(model, weights)
                 staircase = profiling.staircase_of_model(target, loaded, (method,), exhaustive)
     save(staircase, out)
-    for plot in staircase_svg(staircase).values():
-        write_bytes(out.with_suffix(".svg"), plot)
+    write_bytes(out.with_suffix(".svg"), staircase_svg(staircase))
     console.show(profile_table(staircase), as_json)
     console.tell(f"staircase: {out}", as_json)
     if as_json:
@@ -468,8 +467,8 @@ def compare(
 ) -> None:
     """Methods side by side at equal measured latency, by the search and in their published shapes."""
     from edgeprune.compare import compare as run
+    from edgeprune.html_report.files import compare_svg
     from edgeprune.job import Options
-    from edgeprune.plots import compare_svg
     from edgeprune.records import write_bytes
     from edgeprune.report import compare_rows, compare_table
 
@@ -497,10 +496,9 @@ def compare(
     console.show(compare_table(rows), as_json)
     for method, policy, target, reason in comparison.missing:
         console.tell(f"not reached: {method}, {policy}, {target}x: {reason}", True)
-    if plot is not None:
-        for drawn in compare_svg(rows).values():
-            write_bytes(plot, drawn)
-            console.tell(f"plot: {plot}", as_json)
+    if plot is not None and rows:
+        write_bytes(plot, compare_svg(rows))
+        console.tell(f"plot: {plot}", as_json)
     if as_json:
         console.json_line({"rows": rows})
 
@@ -513,7 +511,7 @@ def report(
     as_json: AsJson = False,
 ) -> None:
     """Draw the page of a bundle again from what the bundle holds, and say where it is."""
-    from edgeprune.page import page_of_bundle
+    from edgeprune.html_report.page import page_of_bundle
 
     path = page_of_bundle(bundle, out)
     console.tell(f"report: {path}", as_json)

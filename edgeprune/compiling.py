@@ -19,6 +19,7 @@ from edgeprune.bundle import (
     MANIFEST,
     ONNX,
     PAGE,
+    PLOT,
     STORY,
     TOLERANCE,
     check_out,
@@ -27,11 +28,11 @@ from edgeprune.bundle import (
 )
 from edgeprune.errors import REPORT, EdgepruneError, EngineError, InputError
 from edgeprune.graph import card_of, input_shape, load_graph, weights_of
+from edgeprune.html_report.files import staircase_svg
+from edgeprune.html_report.page import page_html
 from edgeprune.images import load_images, load_pixels, normalise
 from edgeprune.job import ENGINES
 from edgeprune.measure import Open
-from edgeprune.page import page_html
-from edgeprune.plots import staircase_svg
 from edgeprune.records import (
     Card,
     Engine,
@@ -214,7 +215,7 @@ def bundle_from_onnx(
         labels=card.labels,
         golden=(example, golden),
         extra={DEVICE: encode(target.device), STORY: encode(told), PAGE: page.encode()}
-        | (staircase_svg(staircase, card.schedule) if staircase else {}),
+        | ({PLOT: staircase_svg(staircase, card.schedule)} if staircase else {}),
     )
 
 

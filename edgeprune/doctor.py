@@ -15,6 +15,7 @@ PACKAGES = {
     "numpy": "base",
     "onnx": "base",
     "pillow": "base",
+    "jinja2": "base",
     "torch": "export",
     "torchvision": "export",
     "timm": "export",
@@ -23,7 +24,6 @@ PACKAGES = {
     "onnxruntime-gpu": "ort-gpu",
     "tensorrt": "trt",
     "pycuda": "trt",
-    "matplotlib": "report",
 }
 CPU = Path("/sys/devices/system/cpu")
 HOT_C = 80.0

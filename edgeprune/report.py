@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.adaptive import settled
-from edgeprune.page import number
 from edgeprune.records import Latency, Manifest, Report, Schedule, Setup, Staircase
 
 if TYPE_CHECKING:
@@ -126,6 +125,11 @@ def runs(tokens: tuple[int, ...]) -> str:
     return ", ".join(f"{n} x {times}" if times > 1 else str(n) for n, times in parts)
 
 
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure for a table; a dash where it is unknown."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
 def _ms(latency: Latency | None) -> str:
     if latency is None:
         return "–"
@@ -196,24 +200,12 @@ def device_rows() -> list[dict[str, Any]]:
     """Every device file as a row."""
     from edgeprune.devices import load_device, names
 
+    fields = ("title", "runtime", "build", "compute_capability", "sm_count", "memory_gib", "tensorrt", "jetpack")
     rows = []
     for name in names():
         device = load_device(name)
-        rows.append(
-            {
-                "name": name,
-                "title": device.title,
-                "runtime": device.runtime,
-                "build": device.build,
-                "reason": device.reason or None,
-                "compute_capability": device.compute_capability,
-                "sm_count": device.sm_count,
-                "memory_gib": device.memory_gib,
-                "tensorrt": device.tensorrt,
-                "jetpack": device.jetpack,
-                "simulation": device.simulation is not None,
-            }
-        )
+        row = {"name": name} | {field: getattr(device, field) for field in fields}
+        rows.append(row | {"reason": device.reason or None, "simulation": device.simulation is not None})
     return rows
 
 

@@ -54,7 +54,7 @@ sys.argv = ["edgeprune", "--help"]
 try:
     main()
 finally:
-    heavy = {"torch", "timm", "onnx", "onnxruntime", "matplotlib", "numpy", "PIL", "msgspec"} & set(sys.modules)
+    heavy = {"torch", "timm", "onnx", "onnxruntime", "jinja2", "numpy", "PIL", "msgspec"} & set(sys.modules)
     print("HEAVY", sorted(heavy))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -238,8 +238,8 @@ def test_schedule_of_other_weights_is_refused_by_export(
 
 
 def test_compare_json(shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    digits = few_digits(tmp_path / "digits", 36)
-    common = ("--device", "orin-nano", "--simulate", "--images", digits, "--search-images", "4", "--work", shared.work)
+    few = few_digits(tmp_path / "digits", 36)
+    common = ("--device", "orin-nano", "--simulate", "--images", few, "--search-images", "4", "--work", shared.work)
     rows = row_of(capsys, "compare", *common, "--methods", "topk,none", "--speedup", "1.3")["rows"]
     for row in rows:
         check_row(row | {"bundle": row["bundle"] or ""})

@@ -26,8 +26,8 @@ from edgeprune.devices import parse
 from edgeprune.errors import EdgepruneError
 from edgeprune.graph import fix_tokens, precision_of
 from edgeprune.graph import load_graph as load_onnx
+from edgeprune.html_report.page import page_html
 from edgeprune.images import load_images, read_image
-from edgeprune.page import page_html
 from edgeprune.records import (
     Candidate,
     Device,

@@ -244,7 +244,7 @@ def test_runner_image_installs_what_the_job_imports() -> None:
     for source in (s for word, rest in lines if word == "COPY" for s in shlex.split(rest)[:-1]):
         assert (ROOT / source).exists(), source
     extras = {e for found in re.findall(r"/src\[([\w,-]+)\]", text) for e in found.split(",")}
-    assert extras == {"export", "ort", "report"}
+    assert extras == {"export", "ort"}
     assert [rest for word, rest in lines if word == "USER"] == ["runner"], "jobs do not run as root"
     assert "sha256sum --check" in text
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html.parser
-import io
 import json
 import re
 import shutil
@@ -12,127 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import pytest
-from PIL import Image
-from test_build import Shared, call, row_of
+from support.builds import Shared, call, row_of
+from support.page_records import HOSTILE, records
 
 from edgeprune.errors import InputError
-from edgeprune.page import page_html, page_of_bundle
-from edgeprune.records import (
-    Candidate,
-    Engine,
-    Latency,
-    Point,
-    Preprocessing,
-    Report,
-    Sample,
-    Schedule,
-    Setup,
-    Staircase,
-    Story,
-    Trial,
-    Vit,
-)
-
-HOSTILE = "\"'><img src=x onerror=document.title='broken'><script>document.title='broken'</script>&amp;"
-VIT = Vit(
-    name="toy",
-    weights_sha256="0" * 64,
-    family="vit",
-    image_px=16,
-    patch_px=4,
-    depth=4,
-    width=8,
-    heads=2,
-    head_dim=4,
-    mlp_width=16,
-    prefix=1,
-    tokens=17,
-    classes=2,
-    prefix_pooled=True,
-)
-TOKENS = (17, 12, 6, 6)
-
-
-def around(ms: float) -> Latency:
-    """Samples with this median."""
-    return Latency(samples_ms=tuple(ms * (1 + 0.01 * k) for k in range(-5, 6)))
-
-
-def picture() -> bytes:
-    """A small PNG."""
-    file = io.BytesIO()
-    Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)).save(file, "PNG")
-    return file.getvalue()
-
-
-def records(name: str = "toy", simulated: bool = False, method: str = "fold", **figures: Any) -> dict[str, Any]:
-    """What page_html takes, for a schedule with two cuts; `name` stands wherever a string is not ours."""
-    vit = msgspec.structs.replace(VIT, name=name)
-    setup = Setup(
-        device=name,
-        machine=name,
-        runtime="simulated" if simulated else name,
-        runtime_version=name,
-        precision="fp32",
-        batch=1,
-        power_mode=name,
-    )
-    report = {"top1": 81.9, "dense_top1": 82.8, "agreement": 95.25, "kl": 0.031, "images": 650, "probes": 9}
-    singles = ((12, 9.0, 0.01), (6, 7.0, 0.2))
-    candidates = [Candidate((17, n, n, n), ms, kl, 90.0, None) for n, ms, kl in singles]
-    return {
-        "engine": Engine(path="model.onnx", sha256="1" * 64, onnx_sha256="2" * 64, size_bytes=9, setup=setup),
-        "schedule": Schedule(vit=vit, method=method, policy="search", tokens=TOKENS, prefix_last=True),
-        "report": Report(
-            latency=around(8),
-            dense_latency=around(12),
-            speedup=1.5,
-            speedup_interval=(1.4, 1.6),
-            **report | figures,
-        ),
-        "staircase": Staircase(
-            vit=vit,
-            setup=setup,
-            fixed=around(1),
-            dense=around(12),
-            points=tuple(Point(tokens=n, latency=around(1 + n / 2)) for n in (4, 6, 12, 17)),
-        ),
-        "preprocessing": Preprocessing(
-            image_px=16, resize_px=16, interpolation="bicubic", crop_mode="center", mean=(0.5,) * 3, std=(0.5,) * 3
-        ),
-        "story": Story(
-            asked=name,
-            candidates=(
-                *candidates,
-                Candidate(TOKENS, 8.1, 0.03, 95.0, None),
-                Candidate((17,) * 4, 11.9, 0, 100, None),
-            ),
-            trials=(
-                Trial(tokens=(17, 12, 12, 12), predicted_ms=9.0, latency=around(9.2)),
-                Trial(tokens=TOKENS, predicted_ms=8.1, latency=around(8)),
-            ),
-            samples=tuple(
-                Sample(
-                    picture=picture(),
-                    label=name,
-                    unpruned=name,
-                    pruned=name,
-                    groups=(
-                        tuple(1 + k % 11 for k in range(16)),
-                        tuple(1 + k // 4 if k > 3 else -1 for k in range(16)),
-                    ),
-                )
-                for _ in range(2)
-            ),
-        ),
-    }
-
-
-def hostile_page() -> str:
-    """A page whose every foreign string tries to break out of the markup."""
-    return page_html(**records(HOSTILE))
+from edgeprune.html_report.page import page_html, page_of_bundle
+from edgeprune.records import Sample, Story
 
 
 class Tags(html.parser.HTMLParser):
@@ -202,7 +87,7 @@ def test_figures_are_those_of_the_records() -> None:
     for figure in ("8.000", "12.000", "1.500 (1.400 to 1.600)", "82.80", "81.90", "95.25", "0.0310", "17, 12, 6, 6"):
         assert figure in text
     assert "2, chosen: predicted 8.1, measured 8 ms (+1.2 %)" in text
-    assert "650 pictures" in text and "4 schedules weighed" in text
+    assert "650 pictures" in text and "4 schedules evaluated" in text
 
 
 def test_simulated_latency_says_so() -> None:
@@ -218,26 +103,41 @@ def test_what_is_unknown_is_left_out_or_said() -> None:
     bare = msgspec.structs.replace(given["report"], **figures)
     text = Tags(page_html(**given | {"report": bare, "staircase": None, "story": Story()})).text
     assert text.startswith("\n") and "8.00 ms, 81.9 % top-1" in text and "None" not in text
-    for missing in ("This bundle holds none", "No schedules were weighed", "Nothing was predicted"):
+    for missing in ("This bundle has no staircase", "No search was made", "There is no prediction"):
         assert missing in text
-    assert "asked for" not in text and "Every probe" not in text
+    assert "goal:" not in text and "Every measured token count" not in text
     predicted = msgspec.structs.replace(bare, predicted_ms=8.4)
     page = page_html(**given | {"report": predicted, "story": Story()})
     assert "1, chosen: predicted 8.4, measured 8 ms (+5.0 %)" in page
 
 
-def test_nothing_weighed_nothing_cut() -> None:
+def test_no_search_and_no_cut() -> None:
     given = records(method="none")
     given["schedule"] = msgspec.structs.replace(given["schedule"], tokens=(17,) * 4)
     given["story"] = msgspec.structs.replace(given["story"], candidates=(), samples=())
     text = Tags(page_html(**given)).text
-    assert "No schedules were weighed" in text and "Tokens kept" not in text
+    assert "No search was made" in text and "Tokens kept" not in text
 
 
 def test_patches_without_a_token_are_dimmed_and_explained() -> None:
     page = page_html(**records())
     assert 'class="gone" d="M0 0h1v1h-1zM1 0h1v1h-1zM2 0h1v1h-1zM3 0h1v1h-1z"' in page
     assert "dark patches have none" in page
+
+
+@pytest.mark.parametrize(
+    ("held_out", "words"),
+    [
+        (True, "650 pictures the schedule was not chosen on"),
+        (False, "650 pictures, some of which the schedule was chosen on"),
+        (None, "650 pictures"),
+    ],
+)
+def test_says_whether_the_schedule_was_chosen_on_the_pictures(held_out: bool | None, words: str) -> None:
+    page = page_html(**records(held_out=held_out))
+    assert f"<span>top-1 on {words}</span>" in page and f"accuracy on</th><td>{words}</td>" in page
+    unlabelled = page_html(**records(held_out=held_out, top1=None, dense_top1=None))
+    assert f"<span>agreement with the unpruned model, on {words}</span>" in unlabelled
 
 
 def test_chosen_counts_stand_on_the_staircase() -> None:

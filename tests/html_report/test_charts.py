@@ -8,8 +8,8 @@ from collections.abc import Callable
 import msgspec
 import pytest
 
-from edgeprune.charts import Axis, across, front_chart, staircase_chart, tokens_chart, trials_chart
-from edgeprune.gallery import colours
+from edgeprune.html_report.charts import Axis, across, front_chart, staircase_chart, tokens_chart, trials_chart
+from edgeprune.html_report.gallery import colours
 from edgeprune.records import Candidate, Latency, Schedule, Staircase, Trial, Vit
 
 
@@ -46,7 +46,7 @@ def schedule_of(vit: Vit, tokens: tuple[int, ...]) -> Schedule:
 
 def test_bars_are_as_high_as_their_tokens(make_vit: Callable[..., Vit]) -> None:
     vit = make_vit(depth=4, tokens=100)
-    drawn = tokens_chart(schedule_of(vit, (100, 50, 50, 25)))
+    drawn = str(tokens_chart(schedule_of(vit, (100, 50, 50, 25))))
     bars = re.findall(r'<rect class="(bar[ \w]*)" .*?height="([\d.]+)"', drawn)
     heights = [float(height) for _, height in bars]
     assert [height / heights[0] for height in heights] == pytest.approx([1, 0.5, 0.5, 0.25], abs=0.001)
@@ -56,7 +56,7 @@ def test_bars_are_as_high_as_their_tokens(make_vit: Callable[..., Vit]) -> None:
 def test_treads_are_steps(make_staircase: Callable[..., Staircase], make_vit: Callable[..., Vit]) -> None:
     staircase = make_staircase({25: 1.0, 50: 2.0, 75: 2.0, 100: 4.0})
     vit = msgspec.structs.replace(staircase.vit, depth=1)
-    drawn = staircase_chart(staircase, schedule_of(vit, (75,)))
+    drawn = str(staircase_chart(staircase, schedule_of(vit, (75,))))
     (path,) = re.findall(r'<path class="tread" d="M([^"]+)"', drawn)
     corners = [tuple(map(float, corner.split(","))) for corner in path.split()]
     assert len(corners) == 6  # three treads: 25, 75 and 100
@@ -67,10 +67,10 @@ def test_treads_are_steps(make_staircase: Callable[..., Staircase], make_vit: Ca
 def test_one_value_of_each_still_gives_charts(make_vit: Callable[..., Vit]) -> None:
     schedule = schedule_of(make_vit(depth=1, tokens=20), (20,))
     only = Candidate((20,), 2.0, 0.0, 100.0, None)
-    drawn = front_chart([only], [], schedule, 2.0)
+    drawn = str(front_chart([only], [], schedule, 2.0))
     assert "chosen: 2.000 ms (1.00×), KL 0.0000, tokens 20" in drawn and "nan" not in drawn
     trial = Trial(tokens=(20,), predicted_ms=2.0, latency=Latency(samples_ms=(2.0,)))
-    assert "1, chosen: predicted 2, measured 2 ms (+0.0 %)" in trials_chart([trial], schedule)
+    assert "1, chosen: predicted 2, measured 2 ms (+0.0 %)" in str(trials_chart([trial], schedule))
 
 
 def test_patches_are_coloured_by_group() -> None:

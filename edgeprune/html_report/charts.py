@@ -1,11 +1,11 @@
-"""Charts as inline SVG, a few kilobytes each, coloured by the classes of the page around them."""
+"""Charts as SVG of a few kilobytes each, coloured by the classes in chart.css."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
 from itertools import pairwise
-from math import ceil, floor, log10
+from math import ceil, cos, floor, log10, pi, sin
 from typing import NamedTuple
 
 from edgeprune.records import Candidate, Latency, Schedule, Staircase, Trial
@@ -48,23 +48,16 @@ def across(low: float, high: float) -> Axis:
     return Axis(low - room, high + room, LEFT, WIDTH - RIGHT)
 
 
-class Chart:
-    """One SVG: grid and axes first, then whatever is added, in order."""
+class Drawing:
+    """Parts of an SVG, in the order in which they are drawn; x, y and sizes in user units."""
 
-    def __init__(
-        self, name: str, x: Axis, y: Axis, labels: tuple[str, str], height: float = HEIGHT, numbered: str = "xy"
-    ) -> None:
-        self.name, self.x, self.y, self.height, self.parts = name, x, y, height, list[str]()
-        bottom = height - BOTTOM
-        for tick, text in x.ticks() if "x" in numbered else ():
-            self.text(text, x(tick), bottom + 16)
-        for tick, text in y.ticks() if "y" in numbered else ():
-            self.line([(LEFT, y(tick)), (WIDTH - RIGHT, y(tick))], "grid")
-            self.text(text, LEFT - 6, y(tick) + 4, "end")
-        self.line([(LEFT, bottom), (WIDTH - RIGHT, bottom)], "axis")
-        self.text(labels[0], WIDTH - RIGHT, height - 6, "end", "label")
-        if labels[1]:
-            self.text(labels[1], 0, 12, "start", "label")
+    def __init__(self) -> None:
+        self.parts: list[str] = []
+
+    @property
+    def body(self) -> str:
+        """All parts, without the `svg` around them."""
+        return "".join(self.parts)
 
     def text(self, text: str, x: float, y: float, anchor: str = "middle", kind: str = "tick") -> None:
         """A line of text with its foot at (x, y)."""
@@ -77,28 +70,52 @@ class Chart:
         self.parts.append(f'<path class="{kind}" d="M{_places(points)}"/>')
 
     def dot(self, x: float, y: float, kind: str, says: str, radius: float = 3) -> None:
-        """A circle that says what it is where one points at it."""
+        """A circle with a tooltip."""
         title = f"<title>{escape(says)}</title>"
         self.parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">{title}</circle>')
 
+    def star(self, x: float, y: float, kind: str, says: str, radius: float = 8) -> None:
+        """A star of five points with a tooltip."""
+        turns = ((-pi / 2 + k * pi / 5, radius * (0.4 if k % 2 else 1)) for k in range(10))
+        outline = _places([(x + length * cos(turn), y + length * sin(turn)) for turn, length in turns])
+        self.parts.append(f'<path class="{kind}" d="M{outline}z"><title>{escape(says)}</title></path>')
+
     def bar(self, x: float, y: float, width: float, height: float, kind: str, says: str) -> None:
-        """A rectangle that says what it is where one points at it."""
+        """A rectangle with a tooltip."""
         box = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
         self.parts.append(f'<rect class="{kind}" {box}><title>{escape(says)}</title></rect>')
 
+
+class Chart(Drawing):
+    """One SVG: grid and axes first, then whatever is added, in order."""
+
+    def __init__(
+        self, name: str, x: Axis, y: Axis, labels: tuple[str, str], height: float = HEIGHT, numbered: str = "xy"
+    ) -> None:
+        super().__init__()
+        self.name, self.x, self.y, self.height = name, x, y, height
+        bottom = height - BOTTOM
+        for tick, text in x.ticks() if "x" in numbered else ():
+            self.text(text, x(tick), bottom + 16)
+        for tick, text in y.ticks() if "y" in numbered else ():
+            self.line([(LEFT, y(tick)), (WIDTH - RIGHT, y(tick))], "grid")
+            self.text(text, LEFT - 6, y(tick) + 4, "end")
+        self.line([(LEFT, bottom), (WIDTH - RIGHT, bottom)], "axis")
+        self.text(labels[0], WIDTH - RIGHT, height - 6, "end", "label")
+        if labels[1]:
+            self.text(labels[1], 0, 12, "start", "label")
+
     def __str__(self) -> str:
-        head = (
-            f'<svg class="chart" viewBox="0 0 {WIDTH} {self.height:g}" role="img" aria-label="{escape(self.name)}">'
-        )
-        return head + "".join(self.parts) + "</svg>"
+        box = f'viewBox="0 0 {WIDTH} {self.height:g}"'
+        return f'<svg class="chart" {box} role="img" aria-label="{escape(self.name)}">{self.body}</svg>'
 
 
 def _places(points: Sequence[tuple[float, float]]) -> str:
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
 
-def staircase_chart(staircase: Staircase, schedule: Schedule) -> str:
-    """Latency over tokens: every probe with its interval, the treads, and the counts that were chosen."""
+def staircase_chart(staircase: Staircase, schedule: Schedule | None) -> Chart:
+    """Latency over tokens: every measured point with its interval, the treads, and the counts in `schedule`."""
     points, ends = staircase.points, treads(staircase)
     x = across(points[0].tokens, points[-1].tokens)
     y = Axis(0, 1.06 * max(p.latency.interval_ms[1] for p in points), HEIGHT - BOTTOM, TOP)
@@ -110,19 +127,20 @@ def staircase_chart(staircase: Staircase, schedule: Schedule) -> str:
         level = y(trunk_ms(staircase, end))
         steps += [(x(start), level), (x(end), level)]
     chart.line(steps, "tread")
-    for count in sorted(set(schedule.tokens)):
+    chosen = sorted(set(schedule.tokens)) if schedule else []
+    for count in chosen:
         chart.line([(x(count), y(trunk_ms(staircase, count))), (x(count), y(0))], "drop")
     for point in points:
-        kind = "tread-end" if point.tokens in ends else "probe"
+        kind = "tread-end" if point.tokens in ends else "point"
         chart.dot(x(point.tokens), y(point.latency.median_ms), kind, _says(point.tokens, point.latency), 2.2)
     free = float("inf")
-    for count in sorted(set(schedule.tokens), reverse=True):
+    for count in reversed(chosen):
         ms = trunk_ms(staircase, count)
         chart.dot(x(count), y(ms), "chosen", f"{count} tokens, chosen: {ms:.3f} ms", 4.5)
         if x(count) < free - 24:  # room for three digits beside the last
             chart.text(str(count), max(x(count), LEFT + 12), y(ms) - 10, kind="strong")
             free = x(count)
-    return str(chart)
+    return chart
 
 
 def _says(tokens: int, latency: Latency) -> str:
@@ -130,17 +148,17 @@ def _says(tokens: int, latency: Latency) -> str:
     return f"{tokens} tokens: {latency.median_ms:.3f} ms ({low:.3f} to {high:.3f})"
 
 
-def tokens_chart(schedule: Schedule) -> str:
-    """A bar a block, as high as the tokens it hands on."""
+def tokens_chart(schedule: Schedule) -> Chart:
+    """One bar per block, as high as the number of tokens that leave it."""
     vit, tokens = schedule.vit, schedule.tokens
     x, y = across(0, vit.depth), Axis(0, 1.1 * vit.tokens, HEIGHT - BOTTOM, TOP)
-    chart = Chart("Tokens that each block hands on", x, y, ("block", "tokens leaving the block"), numbered="y")
+    chart = Chart("Tokens leaving each block", x, y, ("block", "tokens leaving the block"), numbered="y")
     chart.line([(LEFT, y(vit.tokens)), (WIDTH - RIGHT, y(vit.tokens))], "dense")
     wide = x(1) - x(0)
     for block, count in enumerate(tokens):
-        alone = schedule.prefix_last and block == vit.depth - 1
-        kind = "bar alone" if alone else "bar cut" if block in schedule.cuts else "bar"
-        says = f"block {block}: {count} tokens" + (", computed for the prefix alone" if alone else "")
+        prefix_only = schedule.prefix_last and block == vit.depth - 1
+        kind = "bar prefix-only" if prefix_only else "bar cut" if block in schedule.cuts else "bar"
+        says = f"block {block}: {count} tokens" + (", only its prefix tokens are computed" if prefix_only else "")
         chart.bar(x(block) + 0.12 * wide, y(count), 0.76 * wide, y(0) - y(count), kind, says)
         if wide > 24 or block in schedule.cuts or block == 0:
             chart.text(
@@ -148,11 +166,13 @@ def tokens_chart(schedule: Schedule) -> str:
             )
         if wide > 18 or block % 4 == 0:
             chart.text(str(block), x(block + 0.5), y(0) + 16)
-    return str(chart)
+    return chart
 
 
-def front_chart(front: Sequence[Candidate], others: Sequence[Candidate], schedule: Schedule, dense_ms: float) -> str:
-    """KL over predicted latency: the Pareto front (fastest first), what it beats, and the schedule chosen."""
+def front_chart(
+    front: Sequence[Candidate], others: Sequence[Candidate], schedule: Schedule, dense_ms: float
+) -> Chart:
+    """KL over predicted latency: the Pareto front (fastest first), dominated schedules, and the one chosen."""
     seen = (*others, *front)
     ms = [c.predicted_ms for c in seen] + [dense_ms]
     room = 0.04 * (max(ms) - min(ms))
@@ -168,26 +188,26 @@ def front_chart(front: Sequence[Candidate], others: Sequence[Candidate], schedul
         return x(candidate.predicted_ms), y(max(candidate.kl, LEAST_KL))
 
     for candidate in others:
-        chart.dot(*place(candidate), "probe", _weighs(candidate, dense_ms), 2)
+        chart.dot(*place(candidate), "point", _figures(candidate, dense_ms), 2)
     chart.line([place(c) for c in front], "front")
     for candidate in front:
-        chart.dot(*place(candidate), "on-front", _weighs(candidate, dense_ms), 3)
+        chart.dot(*place(candidate), "on-front", _figures(candidate, dense_ms), 3)
     for candidate in seen:
         if candidate.tokens == schedule.tokens:
             across_px, down_px = place(candidate)
-            chart.dot(across_px, down_px, "chosen", f"chosen: {_weighs(candidate, dense_ms)}", 5)
+            chart.dot(across_px, down_px, "chosen", f"chosen: {_figures(candidate, dense_ms)}", 5)
             chart.text("chosen", across_px + 9, down_px - 7, "start", "strong")
-    return str(chart)
+    return chart
 
 
-def _weighs(candidate: Candidate, dense_ms: float) -> str:
+def _figures(candidate: Candidate, dense_ms: float) -> str:
     tokens = ", ".join(map(str, candidate.tokens))
     faster = dense_ms / candidate.predicted_ms
     return f"{candidate.predicted_ms:.3f} ms ({faster:.2f}×), KL {candidate.kl:.4f}, tokens {tokens}"
 
 
-def trials_chart(trials: Sequence[Trial], schedule: Schedule) -> str:
-    """A row a schedule that was built: where its latency was predicted, and where it was measured."""
+def trials_chart(trials: Sequence[Trial], schedule: Schedule) -> Chart:
+    """One row per schedule that was built: its predicted and its measured latency."""
     values = [v for t in trials for v in (t.predicted_ms, t.latency.median_ms, *t.latency.interval_ms)]
     room = 0.08 * (max(values) - min(values))
     x, row = across(min(values) - room, max(values) + room), 46
@@ -208,4 +228,4 @@ def trials_chart(trials: Sequence[Trial], schedule: Schedule) -> str:
         chart.line([(x(low), middle), (x(high), middle)], "interval")
         chart.dot(x(trial.predicted_ms), middle, "predicted", f"predicted {trial.predicted_ms:.3f} ms", 5)
         chart.dot(x(ms), middle, "chosen" if chosen else "measured", f"measured {ms:.3f} ms", 5)
-    return str(chart)
+    return chart

@@ -1,0 +1,227 @@
+"""The page of a bundle: figures, charts and pictures in one HTML file that runs no script and loads nothing."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+
+from edgeprune import __version__
+from edgeprune.bundle import PAGE, STAIRCASE, STORY, load_bundle, staircase_of
+from edgeprune.errors import InputError
+from edgeprune.html_report.charts import LEAST_KL, front_chart, staircase_chart, tokens_chart, trials_chart
+from edgeprune.html_report.gallery import pictures
+from edgeprune.records import (
+    Engine,
+    Latency,
+    Preprocessing,
+    Report,
+    Schedule,
+    Setup,
+    Staircase,
+    Story,
+    Trial,
+    load,
+    sha256_bytes,
+    write_bytes,
+)
+from edgeprune.schedule import pareto
+from edgeprune.staircase import treads
+
+HERE = Path(__file__).parent
+Rows = list[tuple[str, ...]]  # cells of a table; the first of a row names it
+
+
+def page_html(
+    engine: Engine,
+    schedule: Schedule,
+    report: Report,
+    preprocessing: Preprocessing,
+    staircase: Staircase | None,
+    story: Story,
+) -> str:
+    """The whole page. The same records give the same text, and the template escapes every string in them."""
+    return _template().render(
+        version=__version__,
+        css=Markup("".join((HERE / name).read_text(encoding="utf-8") for name in ("chart.css", "page.css"))),
+        setup=engine.setup,
+        schedule=schedule,
+        goal=story.asked,
+        summary=_summary(report, engine.setup),
+        tiles=_tiles(report),
+        staircase=staircase and Markup(staircase_chart(staircase, schedule)),
+        tokens=Markup(tokens_chart(schedule)),
+        front=staircase and _front(staircase, schedule, story),
+        candidates=len(story.candidates),
+        least_kl=f"{LEAST_KL:.5f}" if any(c.kl <= LEAST_KL for c in story.candidates) else None,
+        trials=_trials(schedule, report, story),
+        pictures=pictures(schedule, story.samples),
+        figures=_figures(schedule, report),
+        setup_rows=_setup(engine, schedule, report, preprocessing),
+        points=_points(staircase) if staircase else [],
+    )
+
+
+def page_of_bundle(bundle: Path, out: Path | None = None) -> Path:
+    """Draw the page of a bundle again from its records; where it is.
+
+    A bundle is never changed: without `out` its own page is returned where that is what would be drawn. A page by
+    another version of edgeprune is left alone and the new one written beside the bundle, as BUNDLE.html.
+    Raises InputError, RecordError, OutputError.
+    """
+    manifest = load_bundle(bundle)
+    if STORY not in manifest.files:
+        raise InputError(f"{bundle}: {STORY} is missing: build the bundle again")
+    text = page_html(
+        manifest.engine,
+        manifest.schedule,
+        manifest.report,
+        manifest.preprocessing,
+        staircase_of(bundle) if STAIRCASE in manifest.files else None,
+        load(bundle / STORY, Story),
+    ).encode()
+    if out is None:
+        if manifest.files.get(PAGE) == sha256_bytes(text):
+            return bundle / PAGE
+        out = bundle.resolve().with_name(f"{bundle.resolve().name}.html")
+    write_bytes(out, text)
+    return out
+
+
+@cache
+def _template() -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template("template.html.j2")
+
+
+def _summary(report: Report, setup: Setup) -> str:
+    """What was gained and what it cost, in one line."""
+    if report.speedup is None:
+        gain = f"{report.latency.median_ms:.2f} ms"
+    else:
+        gain = f"{report.speedup:.2f}× {'faster' if report.speedup >= 1 else 'as fast'}"
+    gain += " (SIMULATED)" if setup.simulated else ""
+    if report.top1 is not None and report.dense_top1 is not None:
+        points = round(report.dense_top1 - report.top1, 1)
+        lost = f"{abs(points):.1f} points of top-1 {'lost' if points > 0 else 'gained'}"
+        return f"{gain}, {lost}" if points else f"{gain}, no top-1 lost"
+    if report.agreement is not None:
+        return f"{gain}, {report.agreement:.1f} % of answers unchanged"
+    return f"{gain}, " + ("accuracy not measured" if report.top1 is None else f"{report.top1:.1f} % top-1")
+
+
+def _tiles(report: Report) -> list[tuple[str, str]]:
+    """The main figures, each with what it is; unknown ones are left out."""
+    before = f"{report.dense_latency.median_ms:.2f} → " if report.dense_latency else ""
+    tiles = [(f"{before}{report.latency.median_ms:.2f} ms", "median latency of one inference")]
+    if report.speedup is not None and report.speedup_interval is not None:
+        low, high = report.speedup_interval
+        tiles.append((f"{report.speedup:.2f}×", f"speed-up, 95 % interval {low:.2f} to {high:.2f}"))
+    evaluated = _evaluated(report)
+    if report.top1 is not None:
+        before = f"{report.dense_top1:.2f} → " if report.dense_top1 is not None else ""
+        tiles.append((f"{before}{report.top1:.2f} %", f"top-1 on {evaluated}"))
+    if report.agreement is not None and report.kl is not None:
+        kl = f"{report.kl:.4f}" if report.kl >= 1e-4 else "below 0.0001"
+        where = f", on {evaluated}" if report.top1 is None else ""
+        tiles.append((f"{report.agreement:.2f} %", f"agreement with the unpruned model{where}"))
+        tiles.append((f"{kl} nats", "KL from the unpruned model"))
+    return tiles
+
+
+def _evaluated(report: Report) -> str:
+    """The pictures of the accuracy figures, and whether the schedule was chosen on them."""
+    known = {
+        None: "",
+        True: " the schedule was not chosen on",
+        False: ", some of which the schedule was chosen on",
+    }
+    return f"{report.images} pictures{known[report.held_out]}"
+
+
+def _front(staircase: Staircase, schedule: Schedule, story: Story) -> Markup | None:
+    """The chart of the schedules that the search evaluated; None where there was no search."""
+    if not story.candidates:
+        return None
+    front = pareto(story.candidates)
+    others = [c for c in story.candidates if c not in front]
+    return Markup(front_chart(front, others, schedule, staircase.dense.median_ms))
+
+
+def _trials(schedule: Schedule, report: Report, story: Story) -> Markup | None:
+    """The chart of predicted and measured latencies; None where nothing was predicted."""
+    trials = story.trials
+    if not trials and report.predicted_ms is not None:
+        trials = (Trial(tokens=schedule.tokens, predicted_ms=report.predicted_ms, latency=report.latency),)
+    return Markup(trials_chart(trials, schedule)) if trials else None
+
+
+def _figures(schedule: Schedule, report: Report) -> Rows:
+    vit, dense, pruned = schedule.vit, report.dense_latency, report.latency
+    speedup = _number(report.speedup, 3)
+    if report.speedup_interval is not None:
+        speedup += " ({:.3f} to {:.3f})".format(*report.speedup_interval)
+    rows: Rows = [
+        ("tokens per block", f"{vit.tokens} × {vit.depth}", ", ".join(map(str, schedule.tokens))),
+        ("latency, median, ms", _number(dense.median_ms if dense else None, 3), f"{pruned.median_ms:.3f}"),
+        ("95 % interval, ms", _interval(dense), _interval(pruned)),
+        ("99th percentile, ms", _number(dense.p99_ms if dense else None, 3), f"{pruned.p99_ms:.3f}"),
+        ("predicted, ms", "", _number(report.predicted_ms, 3)),
+        ("speed-up (95 % interval)", "1", speedup),
+        ("top-1, %", _number(report.dense_top1), _number(report.top1)),
+        ("agreement, %", "100", _number(report.agreement)),
+        ("KL, nats", "0", _number(report.kl, 4)),
+    ]
+    if report.fused_attention is not None:
+        rows.append(("fused attention, layers", "", f"{report.fused_attention} of {report.fusable_attention}"))
+    return rows
+
+
+def _setup(engine: Engine, schedule: Schedule, report: Report, preprocessing: Preprocessing) -> Rows:
+    setup, how = engine.setup, preprocessing
+    together = ", interleaved with the unpruned model" if report.dense_latency else ""
+    values: dict[str, Any] = {
+        "machine": setup.machine,
+        "runtime": f"{setup.runtime} {setup.runtime_version}" + (", SIMULATED" if setup.simulated else ""),
+        "precision, batch": f"{setup.precision}, {setup.batch}",
+        "threads": setup.threads,
+        "power mode": setup.power_mode,
+        "builder options": setup.options,
+        "rounds": f"{len(report.latency.samples_ms)}{together}",
+        "probes": f"{report.probes} latency measurements" if report.probes else None,
+        "accuracy on": _evaluated(report) if report.images else None,
+        "preprocessing": f"{how.resize_px} px {how.interpolation}, {how.crop_mode} crop of {how.image_px} px",
+        "engine": f"{engine.path}, {engine.size_bytes / 1e6:.1f} MB, sha256 {engine.sha256[:12]}…",
+        "weights": f"sha256 {schedule.vit.weights_sha256[:12]}…",
+    }
+    return [(name, str(value)) for name, value in values.items() if value is not None]
+
+
+def _points(staircase: Staircase) -> Rows:
+    """A row for each measured token count, the largest first."""
+    ends = treads(staircase)
+    return [
+        (str(p.tokens), f"{p.latency.median_ms:.3f}", _interval(p.latency), "tread" if p.tokens in ends else "")
+        for p in reversed(staircase.points)
+    ]
+
+
+def _interval(latency: Latency | None) -> str:
+    if latency is None:
+        return "–"
+    low, high = latency.interval_ms
+    return f"{low:.3f} to {high:.3f}"
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"
