@@ -174,8 +174,9 @@ def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
 
 def differences(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDArray[np.float32]:
     """Largest |difference| of each image's outputs, (images,)."""
-    off: NDArray[np.float32] = np.atleast_2d(np.abs(found - wanted))
-    return off.reshape(len(off), -1).max(axis=1)
+    off = np.atleast_2d(np.abs(found - wanted))
+    most: NDArray[np.float32] = off.reshape(len(off), -1).max(axis=1)
+    return most
 
 
 def typical_difference(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
