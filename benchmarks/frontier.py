@@ -11,11 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from edgeprune import console
-from edgeprune.compare import compare
+from edgeprune.cli import output
+from edgeprune.cli.rows import compare_rows
+from edgeprune.cli.tables import runs
 from edgeprune.html_report.files import compare_svg
-from edgeprune.job import Options
-from edgeprune.report import compare_rows, runs
+from edgeprune.pipeline.compare import compare
+from edgeprune.pipeline.context import Options
 
 GOALS = (  # target, published baseline, the most that fold's KL may be as a share of its KL
     (1.5, "pomt", 0.4),
@@ -73,7 +74,7 @@ def main() -> None:
         rounds=args.rounds,
         work=args.work,
     )
-    with console.progress() as progress:
+    with output.progress() as progress:
         comparison = compare(options, args.methods.split(","), [float(t) for t in args.targets.split(",")], progress)
     rows = compare_rows(comparison)
     print(markdown(rows))

@@ -18,23 +18,24 @@ from typing import Any
 
 import numpy as np
 
-from edgeprune import console
-from edgeprune.board import clocks
+from edgeprune.cli import output
 from edgeprune.devices import run
-from edgeprune.fusion import foretold
-from edgeprune.graph import card_of, input_shape, load_graph
-from edgeprune.measure import interleave, ratio
-from edgeprune.profiling import staircase_of_folder
+from edgeprune.devices.power import clocks
+from edgeprune.latency.profiling import staircase_of_folder
+from edgeprune.latency.staircase import treads
+from edgeprune.latency.timing import interleave
+from edgeprune.onnx_graph.attention_fusion import expected
+from edgeprune.onnx_graph.graph import input_shape, load_graph, metadata_in
 from edgeprune.records import Latency, Staircase
 from edgeprune.runtimes import Inspected
-from edgeprune.staircase import treads
-from edgeprune.target import Target, target_for
+from edgeprune.runtimes.target import Target, target_for
+from edgeprune.stats import ratio
 
 ROOT = Path(__file__).parents[1]
 PRECISIONS = ("fp32", "fp16")
 CANDIDATES = ("dense", "pomt", "fold")
 SMI = "nvidia-smi --query-gpu=name,driver_version,power.limit,temperature.gpu --format=csv,noheader"
-HEAD = "| precision | model | median, ms (95 %) | against unpruned (95 %) | against fp32 (95 %) | fused, foretold |"
+HEAD = "| precision | model | median, ms (95 %) | against unpruned (95 %) | against fp32 (95 %) | fused, expected |"
 Row = dict[str, Any]
 
 
@@ -70,12 +71,12 @@ def staircase_row(target: Target, folder: Path, exhaustive: bool) -> Row:
 
 
 def fused(target: Target, onnx: Path) -> tuple[int | None, int | None]:
-    """Attention layers that the engine runs as one kernel, and those foretold by its ONNX; None: not told."""
-    card = card_of(onnx)
-    assert card is not None, f"{onnx} was not written by prepare.py"
+    """Attention layers that the engine runs as one kernel, and those expected by its ONNX; None: not told."""
+    metadata = metadata_in(onnx)
+    assert metadata is not None, f"{onnx} was not written by prepare.py"
     with target.opener(onnx)() as session:
         counted = session.fused_attention() if isinstance(session, Inspected) else None
-    return counted, foretold(onnx, card.schedule, target.setup)
+    return counted, expected(onnx, metadata.schedule, target.setup)
 
 
 def latency_rows(targets: dict[str, Target], folder: Path, rounds: int) -> list[Row]:
@@ -87,13 +88,13 @@ def latency_rows(targets: dict[str, Target], folder: Path, rounds: int) -> list[
     samples = interleave(openers, rounds, progress=progress, what="candidates", warmup=200)
     rows = []
     for precision, name in names:
-        mine, card = samples[f"{precision} {name}"], card_of(files[precision, name])
-        assert card is not None
+        mine, metadata = samples[f"{precision} {name}"], metadata_in(files[precision, name])
+        assert metadata is not None
         speedup, interval = ratio(samples[f"{precision} dense"], mine)
         gain, gain_interval = ratio(samples[f"fp32 {name}"], mine)
         counted, expected = fused(targets[precision], files[precision, name])
         rows.append(
-            {"precision": precision, "name": name, "tokens": list(card.schedule.tokens)}
+            {"precision": precision, "name": name, "tokens": list(metadata.schedule.tokens)}
             | {"latency_ms": Latency(samples_ms=tuple(mine)).summary(), "speedup": speedup, "interval": interval}
             | {"against_fp32": gain, "against_fp32_interval": gain_interval}
             | {"fused": counted, "fusable": expected, "samples_ms": mine}
@@ -136,7 +137,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="keeps engines and samples of an interrupted run")
     args = parser.parse_args()
     args.weights = args.weights or (None if args.model == "vit_digits" else "random")
-    with tempfile.TemporaryDirectory() as scratch, console.progress() as progress:
+    with tempfile.TemporaryDirectory() as scratch, output.progress() as progress:
         folder = prepared(Path(scratch) / "fixtures", args)
         batch = input_shape(load_graph(folder / "fp32/dense.onnx"))[0]
         work = args.work or Path(scratch) / "work"

@@ -31,14 +31,15 @@ import timm
 import torch
 
 from edgeprune.errors import EdgepruneError
-from edgeprune.families import family_of
-from edgeprune.fidelity import pruned_module
-from edgeprune.graph import INLINE_BYTES, load_graph, static_or_raise, weights_of
-from edgeprune.models import load_model
-from edgeprune.passes import OPSET
-from edgeprune.pipeline import export_model
-from edgeprune.records import Schedule, Vit, save, write_bytes
-from edgeprune.target import target_for
+from edgeprune.io import save, write_bytes
+from edgeprune.onnx_graph.graph import INLINE_BYTES, load_graph, static_or_raise, weights_of
+from edgeprune.onnx_graph.passes import OPSET
+from edgeprune.pipeline.build import export_model
+from edgeprune.records import Schedule, Vit
+from edgeprune.runtimes.target import target_for
+from edgeprune.vit.families import family_of
+from edgeprune.vit.fidelity import pruned_module
+from edgeprune.vit.models import load_model
 
 METHOD = "fold"
 KEPT = (0.7, 0.5, 0.35)  # of all tokens, after a cut at a quarter, half and three quarters of the depth

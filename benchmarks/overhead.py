@@ -14,12 +14,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from edgeprune.export import onnx_from_module
-from edgeprune.fidelity import pruned_module
-from edgeprune.measure import interleave, ratio
-from edgeprune.models import load_model
+from edgeprune.latency.timing import interleave
 from edgeprune.records import check_tokens
-from edgeprune.target import target_for
+from edgeprune.runtimes.target import target_for
+from edgeprune.stats import ratio
+from edgeprune.vit.export import onnx_from_module
+from edgeprune.vit.fidelity import pruned_module
+from edgeprune.vit.models import load_model
 
 METHODS = ("pomt", "fold", "tome", "topk", "evit")
 SHARES = (1, 1, 1, 0.77, 0.77, 0.57, 0.57, 0.41, 0.41, 0.28, 0.28, 0.28)  # four cuts, about 2x

@@ -19,12 +19,15 @@ from typing import NamedTuple
 import numpy as np
 
 from edgeprune import devices
-from edgeprune.adaptive import FEW, all_counts, on_edges, probe, settled
-from edgeprune.measure import WARMUP, Open
-from edgeprune.records import Setup, Staircase, Vit, load
-from edgeprune.runtimes.simulated import latency_ms, products_of_trunk
-from edgeprune.schedule import Goal, paper_schedule
-from edgeprune.staircase import DENSE, FIXED, SampleKey, treads
+from edgeprune.io import load
+from edgeprune.latency.probing import FEW, all_counts, confirmed_edges, on_confirmed_edges, probe
+from edgeprune.latency.staircase import DENSE, FIXED, SampleKey, treads
+from edgeprune.latency.timing import WARMUP
+from edgeprune.records import Setup, Staircase, Vit
+from edgeprune.runtimes.inference import Open
+from edgeprune.runtimes.simulated import latency_ms, matmuls_of_trunk
+from edgeprune.scheduling.goals import Goal
+from edgeprune.scheduling.paper import paper_schedule
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 ROUNDS = 3 * FEW
@@ -157,9 +160,9 @@ def outcomes(
     for alpha, accuracy in goals:
         tokens = paper_schedule(probed, "pomt", Goal(alpha=alpha), accuracy).tokens
         staircase, machine.spent_ms = probed, 0.0
-        if missing := {*tokens} - {*settled(probed)}:
+        if missing := {*tokens} - {*confirmed_edges(probed)}:
             staircase, _ = probe(*how, samples={name: [*ms] for name, ms in samples.items()}, used=missing)
-        chosen = on_edges(staircase, tokens)[-1]
+        chosen = on_confirmed_edges(staircase, tokens)[-1]
         best = source.utility(alpha, accuracy, source.best(alpha, accuracy))
         found.append(
             Outcome(
@@ -168,7 +171,7 @@ def outcomes(
                 counts=len(staircase.points),
                 seconds=spent_s + machine.spent_ms / 1e3,
                 regret=1 - source.utility(alpha, accuracy, chosen) / best,
-                exact=chosen in settled(staircase) and source.is_edge(chosen),
+                exact=chosen in confirmed_edges(staircase) and source.is_edge(chosen),
             )
         )
     return found
@@ -181,7 +184,7 @@ def simulated(device: str, vit: Vit, precision: str, batch: int) -> Source:
         device=device, machine=record.title, runtime="simulated", runtime_version="", precision=precision,
         batch=batch, noiseless=True,
     )  # fmt: skip
-    trunk = {n: [latency_ms(products_of_trunk(vit, n, batch), record, precision)] for n in all_counts(vit)}
+    trunk = {n: [latency_ms(matmuls_of_trunk(vit, n, batch), record, precision)] for n in all_counts(vit)}
     return Source(vit, setup, trunk, {FIXED: [0.1], DENSE: [trunk[vit.tokens][0] + 0.1]})
 
 

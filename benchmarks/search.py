@@ -15,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 
-from edgeprune import console
-from edgeprune.fidelity import Evaluator, logits_of_schedule
-from edgeprune.job import Job, Options
-from edgeprune.measure import agreement, kl_divergence
+from edgeprune.cli import output
+from edgeprune.pipeline.context import Job, Options
 from edgeprune.records import Candidate
-from edgeprune.search import Search, Tokens
+from edgeprune.scheduling.search import Search, Tokens
+from edgeprune.stats import agreement, kl_divergence
+from edgeprune.vit.fidelity import Evaluator, logits_of_schedule
 
 STRIDES = (1, 2)  # treads that one move may go down
 HEAD = "| target | search | evaluations | KL, seen | KL, others | agreement, % |"
@@ -117,7 +117,7 @@ def main() -> None:
         model=args.model, weights=args.weights, images=Path(args.images), method=args.method,
         search_images=args.search_images, work=args.work,
     )  # fmt: skip
-    with console.progress() as progress:
+    with output.progress() as progress:
         job = Job(options, progress)
         dense_ms = job.staircase.dense.median_ms
         others = np.setdiff1d(np.arange(len(job.pixels)), job.chosen)

@@ -14,7 +14,8 @@ import numpy as np
 from PIL import Image
 
 from edgeprune.errors import ImageError
-from edgeprune.records import Preprocessing, key_of, sha256_file
+from edgeprune.io import key_of, sha256_file
+from edgeprune.records import Preprocessing
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -6,27 +6,17 @@ registers) and any fused or mean token included. One definition, from the profil
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import math
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from math import isqrt
-from pathlib import Path
-from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
-from edgeprune.errors import OutputError, RecordError
+from edgeprune.stats import median_interval
 
 SCHEMA = 1
-MAX_RECORD_BYTES = 64 << 20
 # What no real model or picture exceeds: files are untrusted, and sizes in them are allocated.
 MOST = 1e12  # of any figure
 MOST_PX, MOST_UNITS, MOST_BLOCKS, MOST_CLASSES = 1 << 13, 1 << 17, 1 << 10, 1 << 20
@@ -147,6 +137,8 @@ class Setup(Record, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if not 0 < self.batch <= MOST_UNITS:
             raise ValueError(f"batch is 1 to {MOST_UNITS}")
+        if self.simulated:  # files of earlier versions do not say it
+            msgspec.structs.force_setattr(self, "noiseless", True)
 
     @property
     def simulated(self) -> bool:
@@ -197,15 +189,6 @@ class Latency(Record, frozen=True, kw_only=True):
 def _median(samples: tuple[float, ...]) -> float:
     """A search asks for the same medians a million times."""
     return float(np.median(samples))
-
-
-def median_interval(values: Sequence[float], z: float = 1.96) -> tuple[float, float]:
-    """Interval of the median, 95 % at z = 1.96, by the binomial sign test (normal approximation of the ranks)."""
-    ordered = sorted(values)
-    n = len(ordered)
-    reach = z / 2 * n**0.5  # z * sqrt(n / 4)
-    low = max(int(np.floor((n - 1) / 2 - reach)), 0)
-    return ordered[low], ordered[n - 1 - low]
 
 
 class Point(Record, frozen=True, kw_only=True):
@@ -339,7 +322,7 @@ class Report(Record, frozen=True, kw_only=True):
         check_figures([self.agreement, self.kl, self.top1, self.dense_top1, self.images, self.probes], -1.0)
 
 
-class Card(Record, frozen=True, kw_only=True):
+class ModelMetadata(Record, frozen=True, kw_only=True):
     """What an ONNX file is, in its metadata: all that a bundle takes besides the graph."""
 
     schema: int = SCHEMA
@@ -388,7 +371,7 @@ class Sample(Record, frozen=True, kw_only=True):
             raise ValueError("groups need the same square number of patches after every cut")
 
 
-class Story(Record, frozen=True, kw_only=True):
+class BuildTrace(Record, frozen=True, kw_only=True):
     """How a build came to its schedule: what it weighed, what it tried, and what that does to pictures."""
 
     schema: int = SCHEMA
@@ -421,129 +404,6 @@ class Manifest(Record, frozen=True, kw_only=True):
         for name in self.files:
             if not re.fullmatch(FILE_NAME, name):
                 raise ValueError(f"{name!r} is no name of a file in a bundle")
-
-
-T = TypeVar("T", bound=Record)
-
-
-def decode(data: bytes, kind: type[T], source: str) -> T:
-    """JSON bytes to a record. Raises RecordError naming the bad field and an unknown schema."""
-    try:
-        record = msgspec.json.decode(data, type=kind)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RecordError(f"{source}: not a valid {kind.__name__.lower()} file: {error}") from None
-    schema = getattr(record, "schema", SCHEMA)
-    if schema != SCHEMA:
-        raise RecordError(f"{source}: schema {schema}, not {SCHEMA}: install the edgeprune that wrote it")
-    return record
-
-
-def load(path: Path, kind: type[T]) -> T:
-    """Read a record from a JSON file. Raises RecordError."""
-    return decode(read_bytes(path), kind, str(path))
-
-
-def read_bytes(path: Path, limit: int = MAX_RECORD_BYTES) -> bytes:
-    """A whole file, refused above `limit` bytes before it is read. Raises RecordError."""
-    try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > limit:
-                raise RecordError(f"{path}: {size} bytes, more than the {limit} allowed: not such a file")
-            return file.read()
-    except OSError as error:
-        raise RecordError(f"{path}: cannot be read ({error.strerror}): check the path") from None
-
-
-def load_array(path: Path) -> NDArray[np.float32]:
-    """An fp32 .npy file, whose size is checked against its header before it is read. Raises RecordError."""
-    try:
-        with open(path, "rb") as file:
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, _, kind = read[np.lib.format.read_magic(file)](file)
-            left = os.fstat(file.fileno()).st_size - file.tell()
-            if kind != np.float32 or left != 4 * math.prod(shape):
-                raise ValueError("not fp32, or cut short")
-        array: NDArray[np.float32] = np.load(path, allow_pickle=False)
-    except Exception as error:  # numpy reads the header as Python and lets through what its parser raises
-        raise RecordError(
-            f"{path}: not an array of fp32 ({' '.join(str(error).split())[:120]}): build again"
-        ) from None
-    return array
-
-
-def encode(record: Record) -> bytes:
-    """A record as indented JSON."""
-    return msgspec.json.format(msgspec.json.encode(record), indent=1) + b"\n"
-
-
-def save(record: Record, path: Path) -> None:
-    """Write a record atomically. Raises OutputError."""
-    write_bytes(path, encode(record))
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Write a file atomically: a reader sees the old content or the new, never a part. Raises OutputError."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-
-
-@contextmanager
-def writable(path: Path) -> Iterator[None]:
-    """Turn the operating system's complaints about a place into one OutputError."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            hint = "free some space or choose another --out / --work"
-        else:
-            hint = "choose a folder you may write to"
-        raise OutputError(f"{path}: cannot be written ({error.strerror or error}): {hint}") from None
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well. Raises OutputError."""
-    with writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        os.close(handle)
-        temporary = Path(name)
-        try:
-            yield temporary
-            os.chmod(temporary, 0o644)
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def sha256_bytes(data: bytes) -> str:
-    """Hex digest."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def sha256_file(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while piece := file.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def key_of(*parts: Any) -> str:
-    """A content key: the first 16 hex digits of the hash of the parts' JSON."""
-    return sha256_bytes(msgspec.json.encode(parts, order="deterministic"))[:16]
-
-
-@lru_cache(maxsize=1)
-def code_key() -> str:
-    """Hash of the package's Python and TOML files, taken once per process: what other code made is not reused."""
-    package = Path(__file__).parent
-    files = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".toml"))
-    return key_of([(path.relative_to(package).as_posix(), sha256_file(path)) for path in files])
 
 
 Progress = Callable[[str, int, int], None]  # what, done, of how many

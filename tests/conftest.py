@@ -41,9 +41,9 @@ def tiny() -> Callable[..., Any]:
     import timm.models.vision_transformer as vits
     import torch
 
-    from edgeprune.families import family_of
-    from edgeprune.models import Model
     from edgeprune.records import Preprocessing
+    from edgeprune.vit.families import family_of
+    from edgeprune.vit.models import Model
 
     @cache
     def make(kind: str, depth: int = 3) -> Model:

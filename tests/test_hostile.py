@@ -19,16 +19,23 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from edgeprune import devices, profiling, report
-from edgeprune.bundle import load_bundle
-from edgeprune.compiling import described
+from edgeprune import devices
+from edgeprune.bundles.format import load_bundle
+from edgeprune.bundles.ship import fleet
+from edgeprune.cli import rows
+from edgeprune.cli import tables as report
 from edgeprune.devices import parse
 from edgeprune.errors import EdgepruneError
-from edgeprune.graph import fix_tokens, precision_of
-from edgeprune.graph import load_graph as load_onnx
 from edgeprune.html_report.page import page_html
 from edgeprune.images import load_images, read_image
+from edgeprune.io import decode, encode, load_array, sha256_bytes
+from edgeprune.latency import profiling
+from edgeprune.latency.staircase import predict_ms, snap, treads
+from edgeprune.onnx_graph.graph import fix_tokens, precision_of
+from edgeprune.onnx_graph.graph import load_graph as load_onnx
+from edgeprune.pipeline.compile import described
 from edgeprune.records import (
+    BuildTrace,
     Candidate,
     Device,
     Engine,
@@ -39,18 +46,12 @@ from edgeprune.records import (
     Sample,
     Schedule,
     Staircase,
-    Story,
     Trial,
-    decode,
-    encode,
-    load_array,
-    sha256_bytes,
 )
-from edgeprune.runtimes.simulated import latency_ms, products_of_ends
-from edgeprune.schedule import Goal, paper_schedule
-from edgeprune.ship import fleet
-from edgeprune.staircase import predict_ms, snap, treads
-from edgeprune.target import target_for
+from edgeprune.runtimes.simulated import latency_ms, matmuls_of_ends
+from edgeprune.runtimes.target import target_for
+from edgeprune.scheduling.goals import Goal
+from edgeprune.scheduling.paper import paper_schedule
 
 ROUGH = [
     None,
@@ -168,7 +169,7 @@ def use_staircase(data: bytes) -> None:
     ends = treads(found)
     assert ends[-1] == vit.tokens and snap(found, vit.tokens) == vit.tokens
     predict_ms(found, (vit.tokens,) * vit.depth, "fold")
-    report.profile_row(found, Path("s.json"))
+    rows.profile_row(found, Path("s.json"))
     paper_schedule(found, "pomt", Goal(alpha=0.5), lambda n: 50.0, 0)
 
 
@@ -176,7 +177,7 @@ def use_manifest(data: bytes, folder: Path) -> None:
     """All that a command asks of a bundle before it opens the engine."""
     (folder / "manifest.json").write_bytes(data)
     found = load_bundle(folder)
-    json.dumps(report.row_of(found.engine.setup, found.schedule, found.report, folder), allow_nan=False)
+    json.dumps(rows.row_of(found.engine.setup, found.schedule, found.report, folder), allow_nan=False)
     report.build_table(found)
     assert (folder / found.engine.path).resolve().is_relative_to(folder.resolve())
     assert described(folder / "model.onnx")[0].vit == found.vit
@@ -204,7 +205,7 @@ def test_mutated_pages(manifest: Manifest, staircase: Staircase) -> None:
     """`report` on a bundle that somebody else made: whatever decodes is drawn, and as text."""
     ms, bad = Latency(samples_ms=(1.0, 2.0)), "<script>alert(1)</script>"
     patches = tuple(range(196))
-    story = Story(
+    trace = BuildTrace(
         asked=bad,
         candidates=tuple(Candidate((197,) * 12, float(k), k / 10, 90.0, None) for k in range(1, 4)),
         trials=(Trial(tokens=(197,) * 12, predicted_ms=1.5, latency=ms),),
@@ -213,9 +214,9 @@ def test_mutated_pages(manifest: Manifest, staircase: Staircase) -> None:
     kinds = {"engine": Engine, "schedule": Schedule, "report": Report, "preprocessing": Preprocessing}
     whole: dict[str, Any] = {name: getattr(manifest, name) for name in kinds} | {
         "staircase": staircase,
-        "story": story,
+        "trace": trace,
     }
-    kinds |= {"staircase": Staircase, "story": Story}
+    kinds |= {"staircase": Staircase, "trace": BuildTrace}
 
     def use(document: dict[str, Any]) -> None:
         records = {name: decode(json.dumps(document[name]).encode(), kind, name) for name, kind in kinds.items()}
@@ -236,9 +237,7 @@ def test_mutated_devices_and_hosts(tmp_path: Path) -> None:
         device = parse(data, "device.toml")
         if device.simulation is not None:
             vit = profiling.vit_of("vit_digits")
-            assert (
-                latency_ms(products_of_ends(vit, 1), device, next(iter(device.simulation.fma_per_clock_per_sm))) > 0
-            )
+            assert latency_ms(matmuls_of_ends(vit, 1), device, next(iter(device.simulation.fma_per_clock_per_sm))) > 0
 
     worked = count = 0
     for name in devices.names():

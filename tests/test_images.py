@@ -12,15 +12,7 @@ import pytest
 from PIL import Image
 
 from edgeprune.errors import ImageError
-from edgeprune.images import (
-    batches,
-    calibration_indices,
-    drawn,
-    load_images,
-    load_pixels,
-    normalise,
-    read_image,
-)
+from edgeprune.images import batches, calibration_indices, drawn, load_images, load_pixels, normalise, read_image
 from edgeprune.records import Preprocessing
 
 HOW = Preprocessing(
@@ -52,7 +44,7 @@ def test_equals_timm(
 ) -> None:
     from timm.data import create_transform, resolve_model_data_config
 
-    from edgeprune.models import _preprocessing
+    from edgeprune.vit.models import _preprocessing
 
     config = {
         "input_size": (3, image_px, image_px),

@@ -171,9 +171,9 @@ print(len({light!r}))
 
 def test_adapters_are_named_as_strings() -> None:
     """A socket's table names its adapters without importing them; the names must lead somewhere."""
-    from edgeprune.families import FAMILIES
-    from edgeprune.reducers import REDUCERS
     from edgeprune.runtimes import RUNTIMES
+    from edgeprune.vit.families import FAMILIES
+    from edgeprune.vit.reducers import REDUCERS
 
     for socket, table in (("families", FAMILIES), ("reducers", REDUCERS), ("runtimes", RUNTIMES)):
         for entry in table.values():

@@ -12,22 +12,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from edgeprune import records
+from edgeprune import io
 from edgeprune.errors import OutputError, RecordError
-from edgeprune.records import (
-    CutCost,
-    Latency,
-    Schedule,
-    Staircase,
-    Vit,
-    key_of,
-    load,
-    median_interval,
-    read_bytes,
-    replacing,
-    save,
-    write_bytes,
-)
+from edgeprune.io import key_of, load, read_bytes, replacing, save, write_bytes
+from edgeprune.records import CutCost, Latency, Schedule, Staircase, Vit
+from edgeprune.stats import median_interval
 
 MakeVit = Callable[..., Vit]
 MakeStaircase = Callable[..., Staircase]
@@ -54,7 +43,7 @@ def test_round_trips(staircase: Staircase, schedule: Schedule, tmp_path: Path) -
 
 def changed(record: Any, **fields: Any) -> bytes:
     """The JSON of a record with other fields; a dotted name leads inside."""
-    content = msgspec.json.decode(records.encode(record))
+    content = msgspec.json.decode(io.encode(record))
     for name, value in fields.items():
         *way, last = name.split("__")
         inside = content
@@ -117,7 +106,7 @@ def test_order_of_points(staircase: Staircase) -> None:
 
 def test_unreadable_files(schedule: Schedule, tmp_path: Path) -> None:
     path = tmp_path / "schedule.json"
-    whole = records.encode(schedule)
+    whole = io.encode(schedule)
     for content in (b"", whole[: len(whole) // 2], b"\xff\xfe", b"[" * 100_000):
         path.write_bytes(content)
         with pytest.raises(RecordError, match=r"schedule\.json: not a valid schedule file"):

@@ -12,7 +12,8 @@ from pathlib import Path
 import msgspec
 
 from edgeprune.errors import DeviceError, RecordError
-from edgeprune.records import Device, TrtOptions, read_bytes
+from edgeprune.io import read_bytes
+from edgeprune.records import Device, TrtOptions
 
 MAX_TOML_BYTES = 64 << 10
 DEVICE_TREE = Path("/proc/device-tree/model")

@@ -8,8 +8,8 @@ from itertools import pairwise
 from math import ceil, cos, floor, log10, pi, sin
 from typing import NamedTuple
 
+from edgeprune.latency.staircase import treads, trunk_ms
 from edgeprune.records import Candidate, Latency, Schedule, Staircase, Trial
-from edgeprune.staircase import treads, trunk_ms
 
 WIDTH, HEIGHT = 440, 280  # user units; text of 12 is then readable on a phone and not huge on a desk
 LEFT, RIGHT, TOP, BOTTOM = 40, 18, 30, 40

@@ -10,26 +10,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
 from edgeprune import __version__
-from edgeprune.bundle import PAGE, STAIRCASE, STORY, load_bundle, staircase_of
+from edgeprune.bundles.format import PAGE, STAIRCASE, TRACE, load_bundle, staircase_of
 from edgeprune.errors import InputError
 from edgeprune.html_report.charts import LEAST_KL, front_chart, staircase_chart, tokens_chart, trials_chart
 from edgeprune.html_report.gallery import pictures
-from edgeprune.records import (
-    Engine,
-    Latency,
-    Preprocessing,
-    Report,
-    Schedule,
-    Setup,
-    Staircase,
-    Story,
-    Trial,
-    load,
-    sha256_bytes,
-    write_bytes,
-)
-from edgeprune.schedule import pareto
-from edgeprune.staircase import treads
+from edgeprune.io import load, sha256_bytes, write_bytes
+from edgeprune.latency.staircase import treads
+from edgeprune.records import BuildTrace, Engine, Latency, Preprocessing, Report, Schedule, Setup, Staircase, Trial
+from edgeprune.scheduling.goals import pareto
 
 HERE = Path(__file__).parent
 Rows = list[tuple[str, ...]]  # cells of a table; the first of a row names it
@@ -41,7 +29,7 @@ def page_html(
     report: Report,
     preprocessing: Preprocessing,
     staircase: Staircase | None,
-    story: Story,
+    trace: BuildTrace,
 ) -> str:
     """The whole page. The same records give the same text, and the template escapes every string in them."""
     return _template().render(
@@ -49,16 +37,16 @@ def page_html(
         css=Markup("".join((HERE / name).read_text(encoding="utf-8") for name in ("chart.css", "page.css"))),
         setup=engine.setup,
         schedule=schedule,
-        goal=story.asked,
+        goal=trace.asked,
         summary=_summary(report, engine.setup),
         tiles=_tiles(report),
         staircase=staircase and Markup(staircase_chart(staircase, schedule)),
         tokens=Markup(tokens_chart(schedule)),
-        front=staircase and _front(staircase, schedule, story),
-        candidates=len(story.candidates),
-        least_kl=f"{LEAST_KL:.5f}" if any(c.kl <= LEAST_KL for c in story.candidates) else None,
-        trials=_trials(schedule, report, story),
-        pictures=pictures(schedule, story.samples),
+        front=staircase and _front(staircase, schedule, trace),
+        candidates=len(trace.candidates),
+        least_kl=f"{LEAST_KL:.5f}" if any(c.kl <= LEAST_KL for c in trace.candidates) else None,
+        trials=_trials(schedule, report, trace),
+        pictures=pictures(schedule, trace.samples),
         figures=_figures(schedule, report),
         setup_rows=_setup(engine, schedule, report, preprocessing),
         points=_points(staircase) if staircase else [],
@@ -73,15 +61,15 @@ def page_of_bundle(bundle: Path, out: Path | None = None) -> Path:
     Raises InputError, RecordError, OutputError.
     """
     manifest = load_bundle(bundle)
-    if STORY not in manifest.files:
-        raise InputError(f"{bundle}: {STORY} is missing: build the bundle again")
+    if TRACE not in manifest.files:
+        raise InputError(f"{bundle}: {TRACE} is missing: build the bundle again")
     text = page_html(
         manifest.engine,
         manifest.schedule,
         manifest.report,
         manifest.preprocessing,
         staircase_of(bundle) if STAIRCASE in manifest.files else None,
-        load(bundle / STORY, Story),
+        load(bundle / TRACE, BuildTrace),
     ).encode()
     if out is None:
         if manifest.files.get(PAGE) == sha256_bytes(text):
@@ -149,18 +137,18 @@ def _evaluated(report: Report) -> str:
     return f"{report.images} pictures{known[report.held_out]}"
 
 
-def _front(staircase: Staircase, schedule: Schedule, story: Story) -> Markup | None:
+def _front(staircase: Staircase, schedule: Schedule, trace: BuildTrace) -> Markup | None:
     """The chart of the schedules that the search evaluated; None where there was no search."""
-    if not story.candidates:
+    if not trace.candidates:
         return None
-    front = pareto(story.candidates)
-    others = [c for c in story.candidates if c not in front]
+    front = pareto(trace.candidates)
+    others = [c for c in trace.candidates if c not in front]
     return Markup(front_chart(front, others, schedule, staircase.dense.median_ms))
 
 
-def _trials(schedule: Schedule, report: Report, story: Story) -> Markup | None:
+def _trials(schedule: Schedule, report: Report, trace: BuildTrace) -> Markup | None:
     """The chart of predicted and measured latencies; None where nothing was predicted."""
-    trials = story.trials
+    trials = trace.trials
     if not trials and report.predicted_ms is not None:
         trials = (Trial(tokens=schedule.tokens, predicted_ms=report.predicted_ms, latency=report.latency),)
     return Markup(trials_chart(trials, schedule)) if trials else None

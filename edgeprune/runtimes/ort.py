@@ -14,8 +14,9 @@ import numpy as np
 
 from edgeprune.devices import check_is_here, this_machine
 from edgeprune.errors import EngineError, MissingError
-from edgeprune.graph import copy_graph
-from edgeprune.records import Device, Engine, Progress, Setup, sha256_file, silent
+from edgeprune.io import sha256_file
+from edgeprune.onnx_graph.graph import copy_graph
+from edgeprune.records import Device, Engine, Progress, Setup, silent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -12,8 +12,9 @@ import numpy as np
 
 from edgeprune import __version__, devices
 from edgeprune.errors import DeviceError, EngineError, MissingError
-from edgeprune.products import Product, products_of_onnx
-from edgeprune.records import Device, Engine, Progress, Setup, Simulation, Vit, replacing, sha256_file, silent
+from edgeprune.io import replacing, sha256_file
+from edgeprune.onnx_graph.matmuls import Matmul, matmuls_of_onnx
+from edgeprune.records import Device, Engine, Progress, Setup, Simulation, Vit, silent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,30 +24,30 @@ SLICE = 64  # inner elements per step of a thread block's main loop
 BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 
 
-def products_of_trunk(vit: Vit, tokens: int, batch: int) -> list[Product]:
+def matmuls_of_trunk(vit: Vit, tokens: int, batch: int) -> list[Matmul]:
     """The matrix products of all blocks of `vit` at a constant `tokens` (prefix included)."""
     rows, inside, gated = batch * tokens, vit.heads * vit.head_dim, vit.mlp_matrices - 1
     block = [
-        Product(rows, 3 * inside, vit.width, weight=True),
-        Product(tokens, tokens, vit.head_dim, batch * vit.heads),
-        Product(tokens, vit.head_dim, tokens, batch * vit.heads),
-        Product(rows, vit.width, inside, weight=True),
-        Product(rows, gated * vit.mlp_width, vit.width, weight=True),
-        Product(rows, vit.width, vit.mlp_width, weight=True),
+        Matmul(rows, 3 * inside, vit.width, weight=True),
+        Matmul(tokens, tokens, vit.head_dim, batch * vit.heads),
+        Matmul(tokens, vit.head_dim, tokens, batch * vit.heads),
+        Matmul(rows, vit.width, inside, weight=True),
+        Matmul(rows, gated * vit.mlp_width, vit.width, weight=True),
+        Matmul(rows, vit.width, vit.mlp_width, weight=True),
     ]
     return block * vit.depth
 
 
-def products_of_ends(vit: Vit, batch: int) -> list[Product]:
+def matmuls_of_ends(vit: Vit, batch: int) -> list[Matmul]:
     """The matrix products outside the blocks: patch embedding and head."""
     patches = (vit.image_px // vit.patch_px) ** 2
     return [
-        Product(batch * patches, vit.width, 3 * vit.patch_px**2, weight=True),
-        Product(batch, vit.classes, vit.width, weight=True),
+        Matmul(batch * patches, vit.width, 3 * vit.patch_px**2, weight=True),
+        Matmul(batch, vit.classes, vit.width, weight=True),
     ]
 
 
-def latency_ms(products: Iterable[Product], device: Device, precision: str) -> float:
+def latency_ms(products: Iterable[Matmul], device: Device, precision: str) -> float:
     """Time of the products one after another, in ms, by the formula of SimulatedRuntime.
 
     Raises DeviceError for a device without a simulation or a precision it has no rate for.
@@ -79,7 +80,7 @@ def _model(device: Device, precision: str) -> tuple[Simulation, int]:
 class _Timed:
     """What a session and a trunk share: a latency computed once, and nothing to free."""
 
-    def __init__(self, products: Iterable[Product], device: Device, precision: str) -> None:
+    def __init__(self, products: Iterable[Matmul], device: Device, precision: str) -> None:
         self._ms = latency_ms(products, device, precision)
 
     def time_ms(self) -> float:
@@ -93,7 +94,7 @@ class _Timed:
         pass
 
 
-class SimulatedProducts(_Timed):
+class SimulatedMatmuls(_Timed):
     """A list of products timed like a session, without torch or an ONNX file.
 
     Raises DeviceError as latency_ms does.
@@ -108,7 +109,7 @@ class SimulatedSession(_Timed):
     """Simulated time, real maths: `infer` runs the ONNX on this CPU."""
 
     def __init__(self, path: Path, device: Device, precision: str) -> None:
-        super().__init__(products_of_onnx(path), device, precision)
+        super().__init__(matmuls_of_onnx(path), device, precision)
         self.path = path
         self._ort: Any = None
 
@@ -181,7 +182,7 @@ class SimulatedRuntime:
 
     def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> Engine:
         """Check that the model covers the ONNX file and copy it to `out`. Raises EngineError, OutputError."""
-        products_of_onnx(onnx)
+        matmuls_of_onnx(onnx)
         with replacing(out) as temporary:
             shutil.copyfile(onnx, temporary)
         digest, size = sha256_file(out), out.stat().st_size

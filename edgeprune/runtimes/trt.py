@@ -12,21 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune.board import power_mode
 from edgeprune.devices import check_is_here, this_machine
+from edgeprune.devices.power import power_mode
 from edgeprune.errors import DeviceError, EngineError, MissingError
-from edgeprune.records import (
-    Device,
-    Engine,
-    Progress,
-    Setup,
-    TrtOptions,
-    read_bytes,
-    replacing,
-    sha256_file,
-    silent,
-    writable,
-)
+from edgeprune.io import read_bytes, replacing, sha256_file, writable
+from edgeprune.records import Device, Engine, Progress, Setup, TrtOptions, silent
 from edgeprune.runtimes.cuda_graph import Graph
 from edgeprune.runtimes.trt_builder import fusion_of, make_logger, plan_from_onnx, plan_trouble, tensorrt
 

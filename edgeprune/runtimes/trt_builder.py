@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgeprune.errors import EngineError, MissingError
-from edgeprune.records import Progress, TrtOptions, replacing, silent, writable
+from edgeprune.io import replacing, writable
+from edgeprune.records import Progress, TrtOptions, silent
 
 log = logging.getLogger(__name__)
 
@@ -177,7 +178,7 @@ def make_monitor(trt: Any, progress: Progress) -> Any:
 
 
 def _parser_errors(parser: Any, onnx: Path) -> str:
-    from edgeprune.graph import load_graph
+    from edgeprune.onnx_graph.graph import load_graph
 
     nodes = load_graph(onnx).graph.node
     told = []

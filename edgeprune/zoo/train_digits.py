@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from edgeprune.models import load_model
-from edgeprune.records import save as save_record
+from edgeprune.io import save as save_record
+from edgeprune.vit.models import load_model
 from edgeprune.zoo import EMBEDDED, WEIGHTS, images_dir, vit_digits
 
 Array = np.ndarray[Any, Any]

@@ -16,11 +16,13 @@ import onnxruntime
 
 from edgeprune import zoo
 from edgeprune.images import load_images, load_pixels, normalise
-from edgeprune.models import load_model
-from edgeprune.pipeline import export_model
-from edgeprune.profiling import export_probes
-from edgeprune.records import Schedule, Vit, replacing, save
-from edgeprune.schedule import PAPER_BLOCK, single_cut
+from edgeprune.io import replacing, save
+from edgeprune.latency.profiling import export_probes
+from edgeprune.pipeline.build import export_model
+from edgeprune.records import Schedule, Vit
+from edgeprune.scheduling.goals import single_cut
+from edgeprune.scheduling.paper import PAPER_BLOCK
+from edgeprune.vit.models import load_model
 
 PICTURES = 16  # at least
 KEPT = {"pomt": (0.5,), "fold": (0.75, 0.55, 0.35)}  # of all tokens: POMT's one cut, folding at each quarter

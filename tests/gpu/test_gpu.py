@@ -21,15 +21,16 @@ import numpy as np
 import pytest
 from support.paths import GPU, ROOT
 
-from edgeprune import devices, measure, zoo
-from edgeprune.bundle import load_bundle
-from edgeprune.fusion import foretold
-from edgeprune.graph import card_of, input_shape, load_graph
-from edgeprune.profiling import staircase_of_folder
+from edgeprune import devices, stats, zoo
+from edgeprune.bundles.format import load_bundle
+from edgeprune.latency import timing as measure
+from edgeprune.latency.profiling import staircase_of_folder
+from edgeprune.latency.staircase import treads
+from edgeprune.onnx_graph.attention_fusion import expected
+from edgeprune.onnx_graph.graph import input_shape, load_graph, metadata_in
 from edgeprune.runtimes import Session
+from edgeprune.runtimes.target import Target, target_for
 from edgeprune.runtimes.trt import TrtSession
-from edgeprune.staircase import treads
-from edgeprune.target import Target, target_for
 
 pytestmark = pytest.mark.gpu
 
@@ -137,23 +138,23 @@ def test_engine_gives_what_onnx_runtime_gives(
         np.testing.assert_allclose(found, wanted, atol=target.runtime.parity, rtol=0)
         assert (found.argmax(1) == wanted.argmax(1)).all()
     else:
-        assert measure.agreement(wanted, found) >= 90 and measure.kl_divergence(wanted, found) < 0.05
+        assert stats.agreement(wanted, found) >= 90 and stats.kl_divergence(wanted, found) < 0.05
 
 
 @pytest.mark.parametrize(("precision", "name"), ENGINES)
 def test_inspector_tells_of_attention(precision: str, name: str, targets: dict[str, Target], folder: Path) -> None:
-    """What is foretold from the ONNX is what TensorRT 10 and later fuse; 8.6 does as it can."""
+    """What is expected from the ONNX is what TensorRT 10 and later fuse; 8.6 does as it can."""
     target, onnx = targets[precision], folder / precision / f"{name}.onnx"
-    card = card_of(onnx)
-    assert card is not None
-    expected = foretold(onnx, card.schedule, target.setup)
-    assert expected == card.schedule.vit.depth - len(card.schedule.cuts)
+    metadata = metadata_in(onnx)
+    assert metadata is not None
+    fusable = expected(onnx, metadata.schedule, target.setup)
+    assert fusable == metadata.schedule.vit.depth - len(metadata.schedule.cuts)
     with target.opener(onnx)() as session:
         assert isinstance(session, TrtSession)
         fused, memory = session.fused_attention(), session.memory_bytes()
     assert memory > target.engine(onnx).stat().st_size
     assert fused is not None, "the plan holds no layer details"
-    assert 0 <= fused <= card.schedule.vit.depth
+    assert 0 <= fused <= metadata.schedule.vit.depth
     if precision == "fp16" and not target.setup.runtime_version.startswith("8."):
         assert fused >= expected
 
@@ -179,7 +180,7 @@ def test_timing_repeats(real: None, targets: dict[str, Target], folder: Path) ->
     """Two sessions of one engine, interleaved, agree within 5 %."""
     opener = targets["fp32"].opener(folder / "fp32/dense.onnx")
     samples = measure.interleave({"one": opener, "other": opener}, 50, warmup=200)
-    ratio, _ = measure.ratio(samples["one"], samples["other"])
+    ratio, _ = stats.ratio(samples["one"], samples["other"])
     assert abs(ratio - 1) < 0.05
     assert statistics.median(samples["one"]) > 0.01, "shorter than any ViT: events do not enclose the inference"
 
@@ -206,7 +207,7 @@ def test_device_half(
         monkeypatch.setitem(sys.modules, module, None)
     pictures, bundle, work = zoo.images_dir(), tmp_path / "bundle", ("--work", targets[precision].work)
     files = (folder / precision / "fold.onnx", "--dense", folder / precision / "dense.onnx")
-    digits = targets[precision].setup.batch == 1 and card_of(files[0]).vit.name == zoo.EMBEDDED  # type: ignore[union-attr]
+    digits = targets[precision].setup.batch == 1 and metadata_in(files[0]).vit.name == zoo.EMBEDDED  # type: ignore[union-attr]
     images = ("--images", pictures / "labels.csv") if digits else ()
     options = ("--device", DEVICE, "--rounds", "20", *work)
     row = called(capsys, monkeypatch, "compile", *files, *options, *images, "--out", bundle)
@@ -243,9 +244,9 @@ def test_whole_build(gpu: None, tmp_path: Path) -> None:
     """`build`, from staircase to bundle; any trade-off will do, since a large GPU may be flat for a small model."""
     for module in ("torch", "timm"):
         pytest.importorskip(module)
-    from edgeprune.job import Options
-    from edgeprune.pipeline import build
-    from edgeprune.schedule import Goal
+    from edgeprune.pipeline.build import build
+    from edgeprune.pipeline.context import Options
+    from edgeprune.scheduling.goals import Goal
 
     options = Options(
         device=DEVICE, goal=Goal(alpha=0.5), search_images=16, rounds=20, neighbours=1,

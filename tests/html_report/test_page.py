@@ -17,7 +17,7 @@ from support.page_records import HOSTILE, records
 
 from edgeprune.errors import InputError
 from edgeprune.html_report.page import page_html, page_of_bundle
-from edgeprune.records import Sample, Story
+from edgeprune.records import BuildTrace, Sample
 
 
 class Tags(html.parser.HTMLParser):
@@ -101,20 +101,20 @@ def test_what_is_unknown_is_left_out_or_said() -> None:
     given = records()
     figures = dict.fromkeys(("dense_latency", "speedup", "speedup_interval", "dense_top1", "agreement", "kl"))
     bare = msgspec.structs.replace(given["report"], **figures)
-    text = Tags(page_html(**given | {"report": bare, "staircase": None, "story": Story()})).text
+    text = Tags(page_html(**given | {"report": bare, "staircase": None, "trace": BuildTrace()})).text
     assert text.startswith("\n") and "8.00 ms, 81.9 % top-1" in text and "None" not in text
     for missing in ("This bundle has no staircase", "No search was made", "There is no prediction"):
         assert missing in text
     assert "goal:" not in text and "Every measured token count" not in text
     predicted = msgspec.structs.replace(bare, predicted_ms=8.4)
-    page = page_html(**given | {"report": predicted, "story": Story()})
+    page = page_html(**given | {"report": predicted, "trace": BuildTrace()})
     assert "1, chosen: predicted 8.4, measured 8 ms (+5.0 %)" in page
 
 
 def test_no_search_and_no_cut() -> None:
     given = records(method="none")
     given["schedule"] = msgspec.structs.replace(given["schedule"], tokens=(17,) * 4)
-    given["story"] = msgspec.structs.replace(given["story"], candidates=(), samples=())
+    given["trace"] = msgspec.structs.replace(given["trace"], candidates=(), samples=())
     text = Tags(page_html(**given)).text
     assert "No search was made" in text and "Tokens kept" not in text
 
@@ -150,16 +150,16 @@ def test_chosen_counts_stand_on_the_staircase() -> None:
 
 def test_bundle_holds_its_page(shared: Shared, capsys: pytest.CaptureFixture[str]) -> None:
     assert row_of(capsys, "report", shared.bundle) == {"path": str(shared.bundle / "report.html")}
-    story = json.loads((shared.bundle / "story.json").read_text())
+    trace = json.loads((shared.bundle / "story.json").read_text())
     row = shared.row
-    assert row["tokens"] in [trial["tokens"] for trial in story["trials"]]
-    assert row["tokens"] in [candidate["tokens"] for candidate in story["candidates"]]
+    assert row["tokens"] in [trial["tokens"] for trial in trace["trials"]]
+    assert row["tokens"] in [candidate["tokens"] for candidate in trace["candidates"]]
     cuts = sum(a > b for a, b in zip([197, *row["tokens"]], row["tokens"], strict=False))
     if cuts:  # on a noisy machine the last block alone may pass for what was asked
-        assert [len(sample["groups"]) for sample in story["samples"]] == [cuts] * 4
-        assert {len(groups) for sample in story["samples"] for groups in sample["groups"]} == {196}
+        assert [len(sample["groups"]) for sample in trace["samples"]] == [cuts] * 4
+        assert {len(groups) for sample in trace["samples"] for groups in sample["groups"]} == {196}
     else:
-        assert story["samples"] == []
+        assert trace["samples"] == []
 
 
 def copied(bundle: Path, folder: Path, change: Callable[[Path, dict[str, Any]], None]) -> Path:

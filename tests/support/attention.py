@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgeprune.tokens import Attended
+from edgeprune.vit.tokens import Attended
 
 BODY, HEADS, HEAD_DIM, WIDTH = 14, 3, 4, 6
 PREFIXES = (0, 1, 2, 5)

@@ -11,6 +11,7 @@ from PIL import Image
 
 from edgeprune.html_report.page import page_html
 from edgeprune.records import (
+    BuildTrace,
     Candidate,
     Engine,
     Latency,
@@ -21,7 +22,6 @@ from edgeprune.records import (
     Schedule,
     Setup,
     Staircase,
-    Story,
     Trial,
     Vit,
 )
@@ -93,7 +93,7 @@ def records(name: str = "toy", simulated: bool = False, method: str = "fold", **
         "preprocessing": Preprocessing(
             image_px=16, resize_px=16, interpolation="bicubic", crop_mode="center", mean=(0.5,) * 3, std=(0.5,) * 3
         ),
-        "story": Story(
+        "trace": BuildTrace(
             asked=name,
             candidates=(
                 *candidates,

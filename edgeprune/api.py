@@ -1,0 +1,227 @@
+"""The Python API: what the commands do, as functions that return records. Nothing prints; progress is a callback."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune import zoo
+from edgeprune.bundles.bundle import Bundle
+from edgeprune.records import Progress, Schedule, Staircase, silent
+from edgeprune.runtimes.remote.ssh import Host
+from edgeprune.runtimes.target import WORK
+from edgeprune.scheduling.goals import Goal
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgeprune.benchmark.bench import Bench
+    from edgeprune.pipeline.compare import Comparison
+
+__all__ = ["Goal", "bench", "build", "compare", "profile", "prune", "schedule"]
+
+METHODS = ("fold", "pomt", "tome", "topk", "evit", "none")
+
+
+def build(
+    model: str | nn.Module = zoo.EMBEDDED,
+    *,
+    device: str = "cpu",
+    images: str | Path | None = None,
+    goal: Goal | None = None,
+    weights: str | None = None,
+    method: str = "fold",
+    policy: str = "search",
+    precision: str = "fp32",
+    batch: int = 1,
+    simulate: bool = False,
+    exhaustive: bool = False,
+    search_images: int = 128,
+    rounds: int = 60,
+    neighbours: int = 3,
+    preprocessing: Mapping[str, Any] | None = None,
+    host: str | None = None,
+    host_program: str = "edgeprune",
+    work: str | Path = WORK,
+    out: str | Path | None = None,
+    progress: Progress = silent,
+) -> Bundle:
+    """Measure the staircase, choose a schedule, export, compile, time and evaluate it; write a bundle.
+
+    Args:
+        model: A timm name, `hf-hub:ORG/NAME`, `local-dir:PATH`, or a timm VisionTransformer with the weights it has
+            (copied, never changed). The embedded digit classifier by default.
+        device: `cpu`, `cuda`, a Jetson of `edgeprune devices`, or a path to your own .toml.
+        images: A folder of class folders, a CSV `image[,label]`, or a folder of pictures. Labels are optional.
+        goal: A speed-up, a latency budget, a bound on lost top-1, or a trade-off; alpha 0.5 by default.
+        weights: `pretrained`, `embedded`, `random`, or a checkpoint file; for names only.
+        method: How tokens are lost: fold, pomt, tome, evit, topk, none.
+        policy: `search` (cuts in any blocks, least KL) or `paper` (one block, utility).
+        precision: fp32, fp16 or int8; refused with the figures where it is slower or loses too much.
+        batch: Images in one inference; part of the static shapes.
+        simulate: Latencies from the device's tail-effect model instead of hardware.
+        exhaustive: Measure every token count.
+        search_images: Pictures that schedules are compared on; figures are of the others.
+        rounds: Interleaved rounds of the final measurement.
+        neighbours: Similar schedules to build and time beside the best.
+        preprocessing: Replaces keys of the model's data config: crop_pct, interpolation, mean, std, crop_mode.
+        host: USER@HOST of the device, over ssh; `host_program` is edgeprune there.
+        work: Folder that keeps finished steps: the same call again continues or reuses them.
+        out: Folder of the bundle; default engines/<device>/<model>/<method>-<precision>-b<batch>.
+        progress: Called with (what, done, total).
+
+    Raises:
+        EdgepruneError: One of edgeprune.errors, whose message says what to do; nothing half-written is left.
+    """
+    from edgeprune.pipeline.build import build as run
+    from edgeprune.pipeline.context import Options
+
+    options = Options(
+        device=device,
+        model=model,
+        weights=weights,
+        images=_path(images),
+        method=method,
+        policy=policy,
+        goal=goal or Goal(),
+        precision=precision,
+        batch=batch,
+        work=Path(work),
+        out=_path(out),
+        simulate=simulate,
+        exhaustive=exhaustive,
+        search_images=search_images,
+        rounds=rounds,
+        neighbours=neighbours,
+        overrides=preprocessing or {},
+        host=Host(host, host_program) if host else None,
+    )
+    built = run(options, progress)
+    return Bundle(built.path, built.manifest)
+
+
+def profile(
+    model: str | nn.Module = zoo.EMBEDDED,
+    *,
+    device: str = "cpu",
+    weights: str | None = None,
+    trunk: str | Path | None = None,
+    method: str = "none",
+    precision: str = "fp32",
+    batch: int = 1,
+    simulate: bool = False,
+    exhaustive: bool = False,
+    host: str | None = None,
+    host_program: str = "edgeprune",
+    work: str | Path = WORK,
+    progress: Progress = silent,
+) -> Staircase:
+    """Measure latency over token counts: `points` (tokens, samples in ms) of the whole trunk, embedding and head.
+
+    With `trunk` (trunk.onnx of `edgeprune export --trunk`) no torch is needed; `method` adds the cost of its cuts.
+    Other arguments are those of `build`. Raises EdgepruneError.
+    """
+    from edgeprune.pipeline.profile import profile as run
+    from edgeprune.runtimes.target import target_for
+
+    there = Host(host, host_program) if host else None
+    target = target_for(device, precision, batch, simulate, Path(work), progress, there)
+    return run(target, model, weights, _path(trunk), method, exhaustive)
+
+
+def schedule(
+    staircase: Staircase | str | Path,
+    model: str | nn.Module = zoo.EMBEDDED,
+    *,
+    images: str | Path | None = None,
+    goal: Goal | None = None,
+    weights: str | None = None,
+    method: str = "fold",
+    policy: str = "search",
+    search_images: int = 128,
+    work: str | Path = WORK,
+    progress: Progress = silent,
+) -> Schedule:
+    """Choose the tokens that each block keeps, from a staircase and pictures; nothing is measured.
+
+    `Schedule.tokens` holds one count per block, prefix tokens included. Arguments are those of `build`. Raises
+    ScheduleError where the goal is out of reach, and any EdgepruneError.
+    """
+    from edgeprune.io import load
+    from edgeprune.pipeline.context import Options
+    from edgeprune.pipeline.schedule import schedule_from_staircase
+
+    measured = staircase if isinstance(staircase, Staircase) else load(Path(staircase), Staircase)
+    options = Options(
+        model=model, weights=weights, images=_path(images), method=method, policy=policy, goal=goal or Goal(),
+        search_images=search_images, work=Path(work),
+    )  # fmt: skip
+    return schedule_from_staircase(measured, options, progress)
+
+
+def prune(model: nn.Module, schedule: Schedule | str | Path) -> nn.Module:
+    """A timm VisionTransformer with a schedule, as a torch module: (B, 3, P, P) images to (B, classes) logits.
+
+    It shares its parameters with `model`, takes any batch size and any device, and can be trained: choices of tokens
+    are fixed by scores, gradients flow through what is kept and folded. Raises ModelError for a model that is not
+    supported, InputError where the schedule is of another shape of model.
+    """
+    from edgeprune.io import load
+    from edgeprune.vit.pruned import pruned_from_module
+
+    found = schedule if isinstance(schedule, Schedule) else load(Path(schedule), Schedule)
+    return pruned_from_module(model, found)
+
+
+def compare(
+    model: str | nn.Module = zoo.EMBEDDED,
+    *,
+    device: str = "cpu",
+    images: str | Path | None = None,
+    weights: str | None = None,
+    methods: Sequence[str] = METHODS,
+    speedups: Sequence[float] = (1.25, 1.5, 2.0),
+    precision: str = "fp32",
+    batch: int = 1,
+    simulate: bool = False,
+    exhaustive: bool = False,
+    search_images: int = 128,
+    rounds: int = 40,
+    work: str | Path = WORK,
+    progress: Progress = silent,
+) -> Comparison:
+    """Methods side by side at equal measured latency, by the search and in their published shapes.
+
+    `Comparison.entries` holds a schedule and a report for each; what is out of reach is in `missing` with the reason.
+    Arguments are those of `build`. Raises EdgepruneError.
+    """
+    from edgeprune.pipeline.compare import compare as run
+    from edgeprune.pipeline.context import Options
+
+    options = Options(
+        device=device, model=model, weights=weights, images=_path(images), precision=precision, batch=batch,
+        work=Path(work), simulate=simulate, exhaustive=exhaustive, search_images=search_images, rounds=rounds,
+    )  # fmt: skip
+    return run(options, list(methods), list(speedups), progress)
+
+
+def bench(
+    bundles: Sequence[str | Path | Bundle],
+    *,
+    rounds: int = 60,
+    baseline: str | Path | None = None,
+    progress: Progress = silent,
+) -> Bench:
+    """Time bundles side by side on this machine, in interleaved rounds; ms, bootstrap intervals of 95 %.
+
+    `baseline` is a stored result of an earlier bench, to which ratios are given. Raises InputError, DeviceError.
+    """
+    from edgeprune.benchmark.bench import bench_bundles
+
+    paths = [bundle.path if isinstance(bundle, Bundle) else Path(bundle) for bundle in bundles]
+    return bench_bundles(paths, rounds, progress, _path(baseline))
+
+
+def _path(place: str | Path | None) -> Path | None:
+    return Path(place) if place is not None else None

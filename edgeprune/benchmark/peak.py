@@ -1,0 +1,90 @@
+"""What a device computes at best: products of large square matrices, compiled and run by its own runtime."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from edgeprune.io import write_bytes
+from edgeprune.latency.timing import warm_up
+from edgeprune.onnx_graph.passes import OPSET
+from edgeprune.records import Setup
+from edgeprune.runtimes import Runtime
+from edgeprune.runtimes.inference import Open
+
+CHAIN = 8  # products in a row, so that casts at both ends do not count
+SIZES = (256, 512, 1024, 2048, 4096, 8192)
+GAIN = 1.05  # what a doubled size must be faster by for a larger one to be tried
+LIMIT_MS = 40.0  # of one run: it is measured between bundles
+WARMUP = 40
+RUNS = 9
+
+
+@dataclass(frozen=True)
+class Gemm:
+    """CHAIN products of two `size` × `size` matrices, compiled for a setup."""
+
+    setup: Setup
+    size: int
+    open: Open
+    searched_ms: float  # median alone, before bundles were measured
+
+    @property
+    def gflop(self) -> float:
+        """Operations of one run, 10⁹; two for each multiply-add."""
+        return 2 * CHAIN * self.size**3 / 1e9
+
+
+def largest_useful(runtime: Runtime, setup: Setup, folder: Path, only: int | None = None) -> Gemm:
+    """The size at which the most operations per second are reached, of SIZES; `only` compiles this one.
+
+    It is doubled while that gains and a run stays below LIMIT_MS. Raises EngineError, OutputError.
+    """
+    if only is not None:
+        return _compiled(runtime, setup, only, folder)
+    best = _compiled(runtime, setup, SIZES[0], folder)
+    for size in SIZES[1:]:
+        if best.searched_ms * 8 > LIMIT_MS:  # twice the size is eight times the work
+            break
+        found = _compiled(runtime, setup, size, folder)
+        gain = _rate(found) / _rate(best)
+        best = found if gain > 1 else best
+        if gain < GAIN:
+            break
+    return best
+
+
+def _compiled(runtime: Runtime, setup: Setup, size: int, folder: Path) -> Gemm:
+    onnx_file, engine = folder / f"gemm-{size}.onnx", folder / f"gemm-{size}-engine{runtime.suffix}"
+    fp16 = setup.precision == "fp16" and not setup.simulated  # a simulation knows its own precision
+    write_bytes(onnx_file, gemm_onnx(size, fp16).SerializeToString())
+    runtime.compile(onnx_file, setup, engine)
+    with runtime.open(engine, setup) as session:
+        warm_up(session, WARMUP)
+        times = [session.time_ms() for _ in range(RUNS)]
+    return Gemm(setup, size, lambda: runtime.open(engine, setup), float(np.median(times)))
+
+
+def gemm_onnx(size: int, fp16: bool) -> onnx.ModelProto:
+    """x · W · W · … as a static ONNX, (size, size) fp32 in and out; W keeps the variance of x."""
+    kind = np.float16 if fp16 else np.float32
+    weight = (np.random.default_rng(0).standard_normal((size, size), np.float32) / size**0.5).astype(kind)
+    names = [f"x{i}" for i in range(CHAIN + 1)]
+    nodes = [helper.make_node("MatMul", [a, "w"], [b], name=b) for a, b in pairwise(names)]
+    first, last = names[0], names[-1]
+    if fp16:
+        nodes.insert(0, helper.make_node("Cast", ["x"], [first], to=TensorProto.FLOAT16))
+        nodes.append(helper.make_node("Cast", [last], ["y"], to=TensorProto.FLOAT))
+        first, last = "x", "y"
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [size, size]) for name in (first, last)]
+    graph = helper.make_graph(nodes, "gemm", ends[:1], ends[1:], [numpy_helper.from_array(weight, "w")])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=8)
+
+
+def _rate(gemm: Gemm) -> float:
+    return gemm.gflop / gemm.searched_ms

@@ -1,0 +1,63 @@
+"""A bundle as an entry of a Triton model repository: the plain engine, its configuration and its labels."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from edgeprune.bundles.format import ONNX, load_bundle
+from edgeprune.errors import InputError
+from edgeprune.io import writable
+from edgeprune.onnx_graph.graph import load_graph, weights_of
+
+# Triton Inference Server, "Model Configuration": backend names and the file that each loads by default.
+BACKENDS = {".engine": ("tensorrt", "model.plan"), ".onnx": ("onnxruntime", "model.onnx")}
+
+
+def triton_entry(bundle: Path, repository: Path, name: str | None = None) -> Path:
+    """Write `repository`/NAME/{config.pbtxt, labels.txt, 1/model.plan or model.onnx}; the folder appears whole.
+
+    The batch is part of the static shapes, so `max_batch_size` is 0 and dims hold it. Raises InputError where
+    the entry is there already, OutputError.
+    """
+    manifest = load_bundle(bundle)
+    setup, vit, engine = manifest.engine.setup, manifest.vit, bundle / manifest.engine.path
+    name = name or f"{vit.name}-{manifest.schedule.method}-{setup.precision}-b{setup.batch}"
+    if Path(name).name != name or name.startswith("."):
+        raise InputError(f"{name!r} is no name of a model: use letters, digits, - and _")
+    out = repository / name
+    if out.exists():
+        raise InputError(f"{out} is there already: choose another --name, or remove it")
+    backend, file = BACKENDS[engine.suffix]
+    graph = load_graph(bundle / ONNX).graph
+    inputs = _tensor("input", graph.input[0].name, (setup.batch, 3, vit.image_px, vit.image_px))
+    outputs = _tensor("output", graph.output[0].name, (setup.batch, vit.classes), 'label_filename: "labels.txt"')
+    kind = "KIND_CPU" if setup.runtime == "ort-cpu" else "KIND_GPU"
+    config = (
+        f"name: {json.dumps(name)}\nbackend: {json.dumps(backend)}\nmax_batch_size: 0\n"
+        f"{inputs}{outputs}instance_group [ {{ kind: {kind} count: 1 }} ]\n"
+    )
+    labels = "".join(" ".join(label.split()) + "\n" for label in manifest.labels)
+    with writable(out):
+        repository.mkdir(parents=True, exist_ok=True)
+        fresh = Path(tempfile.mkdtemp(dir=repository, prefix=f".{name}.", suffix=".tmp"))
+        try:
+            (fresh / "1").mkdir()
+            shutil.copyfile(engine, fresh / "1" / file)
+            for weights in weights_of(bundle / ONNX) if engine.suffix == ".onnx" else ():
+                shutil.copyfile(weights, fresh / "1" / weights.name)
+            (fresh / "config.pbtxt").write_text(config)
+            (fresh / "labels.txt").write_text(labels)
+            os.chmod(fresh, 0o755)
+            os.rename(fresh, out)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+    return out
+
+
+def _tensor(kind: str, name: str, dims: tuple[int, ...], more: str = "") -> str:
+    """One tensor in protobuf's text format; JSON's strings are valid there."""
+    return f"{kind} [ {{ name: {json.dumps(name)} data_type: TYPE_FP32 dims: {list(dims)} {more} }} ]\n"

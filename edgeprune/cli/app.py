@@ -1,0 +1,48 @@
+"""The application: where commands are registered, and how errors reach the user."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from edgeprune.errors import EdgepruneError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Prune the tokens of timm Vision Transformers along the latency staircase of the target device.",
+)
+
+
+def main() -> None:
+    """Entry point: an EdgepruneError is one line on stderr and exit 1; Ctrl-C exits 130."""
+    try:
+        app()
+    except EdgepruneError as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)
+    except SystemExit as end:
+        if end.code == 130:  # typer has met Ctrl-C
+            typer.echo("interrupted: finished steps are kept, the same command goes on from there", err=True)
+        raise
+
+
+def _version(value: bool) -> None:
+    if value:
+        from edgeprune import __version__
+
+        typer.echo(f"edgeprune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    pass

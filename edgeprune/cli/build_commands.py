@@ -1,0 +1,250 @@
+"""Commands that make bundles: build, compare, export, compile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeprune.cli import output
+from edgeprune.cli.app import app
+from edgeprune.cli.options import (
+    Alpha,
+    AsJson,
+    Batch,
+    Block,
+    Budget,
+    CropPct,
+    Device,
+    Exhaustive,
+    HostProgram,
+    Images,
+    Interpolation,
+    LockClocks,
+    MaxDrop,
+    Mean,
+    Method,
+    Model,
+    OnHost,
+    Policy,
+    Precision,
+    SearchImages,
+    Simulate,
+    Speedup,
+    Std,
+    Weights,
+    WholeLast,
+    Work,
+    goal_from,
+    overrides_from,
+)
+from edgeprune.runtimes.target import WORK
+from edgeprune.zoo import EMBEDDED
+
+
+@app.command()
+def build(
+    device: Device = "cpu",
+    model: Model = EMBEDDED,
+    weights: Weights = None,
+    images: Images = None,
+    method: Method = "fold",
+    policy: Policy = "search",
+    alpha: Alpha = None,
+    speedup: Speedup = None,
+    budget_ms: Budget = None,
+    max_drop: MaxDrop = None,
+    precision: Precision = "fp32",
+    batch: Batch = 1,
+    block: Block = 3,
+    whole_last: WholeLast = False,
+    simulate: Simulate = False,
+    lock_clocks: LockClocks = False,
+    exhaustive: Exhaustive = False,
+    search_images: SearchImages = 128,
+    rounds: Annotated[int, typer.Option(help="interleaved rounds of the final measurement", min=5)] = 60,
+    neighbours: Annotated[int, typer.Option(help="similar schedules to build and time", min=0)] = 3,
+    crop_pct: CropPct = None,
+    interpolation: Interpolation = None,
+    mean: Mean = None,
+    std: Std = None,
+    host: OnHost = None,
+    host_program: HostProgram = "edgeprune",
+    work: Work = WORK,
+    out: Annotated[Path | None, typer.Option(help="folder of the bundle")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Model to bundle: staircase, schedule, ONNX, engine, measurement."""
+    from edgeprune.cli.rows import row_of
+    from edgeprune.cli.tables import build_table
+    from edgeprune.pipeline.build import build as run
+    from edgeprune.pipeline.context import Options
+    from edgeprune.runtimes.remote.ssh import Host
+
+    options = Options(
+        device=device,
+        model=model,
+        weights=weights,
+        images=images,
+        method=method,
+        policy=policy,
+        goal=goal_from(alpha, speedup, budget_ms, max_drop),
+        precision=precision,
+        batch=batch,
+        work=work,
+        out=out,
+        simulate=simulate,
+        exhaustive=exhaustive,
+        block=block,
+        whole_last=whole_last,
+        search_images=search_images,
+        rounds=rounds,
+        neighbours=neighbours,
+        overrides=overrides_from(crop_pct, interpolation, mean, std),
+        host=Host(host, host_program) if host else None,
+        lock_clocks=lock_clocks,
+    )
+    with output.progress() as progress, output.clocks(device, lock_clocks, host):
+        built = run(options, progress)
+    output.show(build_table(built.manifest), as_json)
+    output.tell(f"bundle: {built.path}", as_json)
+    if as_json:
+        manifest = built.manifest
+        output.json_line(row_of(manifest.engine.setup, manifest.schedule, manifest.report, built.path))
+
+
+@app.command()
+def compare(
+    device: Device = "cpu",
+    model: Model = EMBEDDED,
+    weights: Weights = None,
+    images: Images = None,
+    methods: Annotated[str, typer.Option(help="separated by commas")] = "fold,pomt,tome,topk,evit,none",
+    speedup: Annotated[str, typer.Option(help="targets, separated by commas")] = "1.25,1.5,2.0",
+    precision: Precision = "fp32",
+    batch: Batch = 1,
+    simulate: Simulate = False,
+    exhaustive: Exhaustive = False,
+    whole_last: WholeLast = False,
+    search_images: SearchImages = 128,
+    rounds: Annotated[int, typer.Option(help="interleaved rounds of a measurement", min=5)] = 40,
+    work: Work = WORK,
+    plot: Annotated[Path | None, typer.Option(help="where the Pareto plot goes (.svg)")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Methods side by side at equal measured latency, by the search and in their published shapes."""
+    from edgeprune.cli.rows import compare_rows
+    from edgeprune.cli.tables import compare_table
+    from edgeprune.html_report.files import compare_svg
+    from edgeprune.io import write_bytes
+    from edgeprune.pipeline.compare import compare as run
+    from edgeprune.pipeline.context import Options
+
+    try:
+        targets = [float(part) for part in speedup.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"--speedup {speedup!r}: pass factors as 1.25,1.5,2.0") from None
+    options = Options(
+        device=device,
+        model=model,
+        weights=weights,
+        images=images,
+        precision=precision,
+        batch=batch,
+        work=work,
+        simulate=simulate,
+        exhaustive=exhaustive,
+        whole_last=whole_last,
+        search_images=search_images,
+        rounds=rounds,
+    )
+    with output.progress() as progress:
+        comparison = run(options, [name.strip() for name in methods.split(",")], targets, progress)
+    rows = compare_rows(comparison)
+    output.show(compare_table(rows), as_json)
+    for method, policy, target, reason in comparison.missing:
+        output.tell(f"not reached: {method}, {policy}, {target}x: {reason}", True)
+    if plot is not None and rows:
+        write_bytes(plot, compare_svg(rows))
+        output.tell(f"plot: {plot}", as_json)
+    if as_json:
+        output.json_line({"rows": rows})
+
+
+@app.command()
+def export(
+    model: Model = EMBEDDED,
+    weights: Weights = None,
+    schedule: Annotated[Path | None, typer.Option(help="schedule.json of `edgeprune schedule`")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="the unpruned model")] = False,
+    trunk: Annotated[bool, typer.Option("--trunk", help="a folder of probes for `profile --trunk`")] = False,
+    method: Method = "none",
+    precision: Precision = "fp32",
+    batch: Batch = 1,
+    images: Images = None,
+    out: Annotated[Path, typer.Option(help="ONNX file, or folder with --trunk")] = Path("model.onnx"),
+    as_json: AsJson = False,
+) -> None:
+    """Export a pruned or unpruned model as ONNX in which every shape is static."""
+    if (schedule is not None) + dense + trunk != 1:
+        raise typer.BadParameter("pass exactly one of --schedule FILE, --dense and --trunk")
+    from edgeprune.onnx_graph.graph import weights_of
+    from edgeprune.pipeline.context import Options, image_set
+    from edgeprune.pipeline.export import export_model
+    from edgeprune.runtimes.target import check_batch, check_precision
+
+    check_batch(batch)
+    check_precision(precision)
+    with output.progress() as progress:
+        from edgeprune.vit.models import load_model
+
+        loaded = load_model(model, weights)
+        progress("exporting", 0, 1)
+        if trunk:
+            from edgeprune.vit.probes import export_probes
+
+            out = out if out != Path("model.onnx") else Path("probes")
+            export_probes(loaded, (method,), batch, out, precision)
+            path = out / "trunk.onnx"
+        else:
+            pictures = image_set(Options(model=model, images=images))
+            path = export_model(loaded, schedule, batch, out, precision, pictures, progress)
+        progress("exporting", 1, 1)
+    files = (path, *weights_of(path))
+    output.tell(f"onnx: {' '.join(map(str, files))}", as_json)
+    if as_json:
+        size = sum(file.stat().st_size for file in files)
+        output.json_line(
+            {"model": model, "precision": precision, "batch": batch, "path": str(path), "size_bytes": size}
+        )
+
+
+@app.command(name="compile")
+def compile_(
+    onnx: Annotated[Path, typer.Argument(help="MODEL.onnx of `edgeprune export`, or in a bundle")],
+    device: Device = "cpu",
+    dense: Annotated[Path | None, typer.Option(help="the unpruned ONNX: measures the speed-up beside it")] = None,
+    images: Images = None,
+    staircase: Annotated[Path | None, typer.Option(help="this device's staircase.json, for the prediction")] = None,
+    rounds: Annotated[int, typer.Option(help="interleaved rounds of the measurement", min=5)] = 60,
+    lock_clocks: LockClocks = False,
+    work: Work = WORK,
+    out: Annotated[Path | None, typer.Option(help="folder of the bundle")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """ONNX to bundle on the device itself, without torch: compiled, measured, checked."""
+    from edgeprune.cli.rows import row_of
+    from edgeprune.cli.tables import build_table
+    from edgeprune.onnx_graph.graph import input_shape, load_graph, precision_of
+    from edgeprune.pipeline.compile import Inputs, compile_onnx
+    from edgeprune.runtimes.target import target_for
+
+    graph = load_graph(onnx)
+    with output.progress() as progress, output.clocks(device, lock_clocks):
+        target = target_for(device, precision_of(graph), input_shape(graph)[0], False, work, progress)
+        path, manifest = compile_onnx(target, Inputs(onnx, dense, images, staircase, rounds, out))
+    output.show(build_table(manifest), as_json)
+    output.tell(f"bundle: {path}", as_json)
+    if as_json:
+        output.json_line(row_of(manifest.engine.setup, manifest.schedule, manifest.report, path))

@@ -1,0 +1,163 @@
+"""Commands on finished bundles: bench, run, verify, ship, export-triton, report."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeprune.cli import output
+from edgeprune.cli.app import app
+from edgeprune.cli.options import (
+    AsJson,
+    HostProgram,
+    LockClocks,
+)
+from edgeprune.errors import HostError, VerifyError
+
+
+@app.command()
+def bench(
+    bundles: Annotated[list[Path], typer.Argument(help="folders that `edgeprune build` wrote")],
+    rounds: Annotated[int, typer.Option(help="interleaved rounds", min=5)] = 60,
+    baseline: Annotated[Path | None, typer.Option(help="earlier --out (or saved --json) to compare with")] = None,
+    fail_slower: Annotated[
+        float | None, typer.Option(help="exit 3 if slower than the baseline by more than this percentage", min=0)
+    ] = None,
+    summary: Annotated[Path | None, typer.Option(help="Markdown for the summary of a CI job")] = None,
+    out: Annotated[Path | None, typer.Option(help="where the JSON goes, a baseline for later")] = None,
+    lock_clocks: LockClocks = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure bundles, interleaved, on this machine; exit 3 where one is slower than a baseline allows."""
+    if fail_slower is not None and (baseline is None or not fail_slower < 1e6):
+        raise typer.BadParameter("--fail-slower is a percentage over a stored bench: pass --baseline FILE too")
+    import json
+
+    from edgeprune.benchmark.baseline import failure
+    from edgeprune.benchmark.bench import bench_bundles
+    from edgeprune.cli.summary import bench_markdown, bench_table
+    from edgeprune.io import write_bytes
+
+    with output.progress() as progress:
+        result = bench_bundles(bundles, rounds, progress, baseline, lock_clocks)
+    result["failed"] = None if fail_slower is None else failure(result["rows"], fail_slower)
+    for path, text in (
+        (out, json.dumps(result, allow_nan=False)),
+        (summary, bench_markdown(result, result["failed"])),
+    ):
+        if path is not None:
+            write_bytes(path, text.encode())
+    output.show(bench_table(result), as_json)
+    if as_json:
+        output.json_line(result)
+    if result["failed"] is not None:
+        output.tell(f"failed: {result['failed']}", True)
+        raise typer.Exit(3)
+
+
+@app.command()
+def run(
+    bundle: Annotated[Path, typer.Argument(help="folder that `edgeprune build` or `compile` wrote")],
+    images: Annotated[list[Path], typer.Argument(help="pictures, or folders of them")],
+    top: Annotated[int, typer.Option(help="classes listed per image", min=1)] = 5,
+    as_json: AsJson = False,
+) -> None:
+    """Classify pictures with a bundle's engine."""
+    from edgeprune.bundles.predict import predict
+    from edgeprune.cli.rows import predictions_row
+    from edgeprune.cli.tables import run_table
+
+    with output.progress() as progress:
+        found = predict(bundle, images, top, progress)
+    output.show(run_table(found), as_json)
+    if as_json:
+        output.json_line(predictions_row(found))
+
+
+@app.command()
+def verify(
+    bundle: Annotated[Path, typer.Argument(help="folder that `edgeprune build` or `compile` wrote")],
+    as_json: AsJson = False,
+) -> None:
+    """Check that a bundle is whole, belongs on this machine, and computes and times what it did."""
+    from edgeprune.bundles.verify import SIMULATED
+    from edgeprune.bundles.verify import verify as run
+    from edgeprune.cli.tables import verify_table
+
+    checks = run(bundle)
+    failed = next((check for check in checks if check.status == "failed"), None)
+    output.show(verify_table(str(bundle), checks), as_json)
+    if as_json:
+        result = {"bundle": str(bundle), "ok": failed is None, "checks": [check._asdict() for check in checks]}
+        simulated = any(check.name == SIMULATED for check in checks)
+        output.json_line(result | ({"simulated": True} if simulated else {}))
+    if failed is not None:
+        advice = f": {failed.advice}" if failed.advice else ""
+        raise VerifyError(f"{bundle}: {failed.name}: expected {failed.expected}, found {failed.found}{advice}")
+
+
+@app.command()
+def ship(
+    bundle: Annotated[Path | None, typer.Argument(help="folder that `edgeprune build` or `compile` wrote")] = None,
+    to: Annotated[str | None, typer.Argument(help="USER@HOST:DIR")] = None,
+    all_: Annotated[Path | None, typer.Option("--all", help="hosts.toml: several destinations at once")] = None,
+    roll_back: Annotated[bool, typer.Option("--roll-back", help="switch to the version before instead")] = False,
+    host_program: HostProgram = "edgeprune",
+    as_json: AsJson = False,
+) -> None:
+    """Copy a bundle to devices over ssh, verify it there, and switch DIR/current to it."""
+    from edgeprune.bundles import ship as shipping
+    from edgeprune.cli.tables import ship_table
+
+    if to is None and roll_back and bundle is not None:  # `ship --roll-back USER@HOST:DIR`
+        bundle, to = None, str(bundle)
+    if (to is None) == (all_ is None) or (bundle is None) != roll_back:
+        raise typer.BadParameter("pass BUNDLE and USER@HOST:DIR, or --all hosts.toml; --roll-back takes no bundle")
+    where = shipping.fleet(all_) if all_ else (shipping.destination(to or "", host_program),)
+    with output.progress() as progress:
+        if bundle is None:
+            results = shipping.each(shipping.roll_back, where, progress)
+        else:
+            results = shipping.ship_all(bundle, where, progress)
+    output.show(ship_table(results), as_json)
+    if as_json:
+        output.json_line({"rows": [result._asdict() for result in results]})
+    failed = [result for result in results if result.state == "failed"]
+    if failed:
+        raise HostError(f"{len(failed)} of {len(results)} failed: {failed[0].to}: {failed[0].detail}")
+
+
+@app.command(name="export-triton")
+def export_triton(
+    bundle: Annotated[Path, typer.Argument(help="folder that `edgeprune build` or `compile` wrote")],
+    repository: Annotated[Path, typer.Argument(help="Triton model repository")],
+    name: Annotated[str | None, typer.Option(help="of the model there")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write a bundle's engine as an entry of a Triton model repository."""
+    from edgeprune.bundles.triton import triton_entry
+
+    path = triton_entry(bundle, repository, name)
+    output.tell(f"triton: {path}", as_json)
+    if as_json:
+        output.json_line({"path": str(path)})
+
+
+@app.command()
+def report(
+    bundle: Annotated[Path, typer.Argument(help="folder that `edgeprune build` wrote")],
+    out: Annotated[Path | None, typer.Option(help="where the page goes; default: the one in the bundle")] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="show it in the browser")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Draw the page of a bundle again from what the bundle holds, and say where it is."""
+    from edgeprune.html_report.page import page_of_bundle
+
+    path = page_of_bundle(bundle, out)
+    output.tell(f"report: {path}", as_json)
+    if as_json:
+        output.json_line({"path": str(path)})
+    if open_it:
+        output.open_in_browser(path)

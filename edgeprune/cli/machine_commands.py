@@ -1,0 +1,54 @@
+"""Commands about this machine: devices, doctor, worker."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeprune.cli import output
+from edgeprune.cli.app import app
+from edgeprune.cli.options import (
+    AsJson,
+)
+
+
+@app.command()
+def devices(as_json: AsJson = False) -> None:
+    """List the devices that edgeprune knows."""
+    from edgeprune.cli.rows import device_rows
+    from edgeprune.cli.tables import device_table
+
+    rows = device_rows()
+    output.show(device_table(rows), as_json)
+    if as_json:
+        output.json_line({"devices": rows})
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is installed here, what this machine is, and what would make its figures untrustworthy."""
+    from edgeprune.cli.tables import doctor_table
+    from edgeprune.devices.doctor import examine
+
+    findings = examine()
+    output.show(doctor_table(findings), as_json)
+    if as_json:
+        output.json_line({"checks": [finding._asdict() for finding in findings]})
+
+
+WORKER_WORK = Path("~/.cache/edgeprune")
+
+
+@app.command(hidden=True)
+def worker(work: Annotated[Path, typer.Option(help="folder that keeps what was sent")] = WORKER_WORK) -> None:
+    """The device's end of `--host`: speaks to a workstation over stdin and stdout."""
+    import os
+
+    from edgeprune.runtimes.remote.worker import serve
+
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints must not come between the answers
+    serve(sys.stdin.buffer, answers, work)

@@ -1,0 +1,135 @@
+"""Commands that plan: profile, schedule."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeprune.cli import output
+from edgeprune.cli.app import app
+from edgeprune.cli.options import (
+    Alpha,
+    AsJson,
+    Batch,
+    Block,
+    Budget,
+    Device,
+    Exhaustive,
+    HostProgram,
+    Images,
+    LockClocks,
+    MaxDrop,
+    Method,
+    Model,
+    OnHost,
+    Policy,
+    Precision,
+    SearchImages,
+    Simulate,
+    Speedup,
+    Weights,
+    WholeLast,
+    Work,
+    goal_from,
+)
+from edgeprune.runtimes.target import WORK
+from edgeprune.zoo import EMBEDDED
+
+
+@app.command()
+def profile(
+    device: Device = "cpu",
+    model: Model = EMBEDDED,
+    weights: Weights = None,
+    trunk: Annotated[Path | None, typer.Option(help="trunk.onnx of `export --trunk`: needs no torch")] = None,
+    method: Method = "none",
+    precision: Precision = "fp32",
+    batch: Batch = 1,
+    simulate: Simulate = False,
+    lock_clocks: LockClocks = False,
+    exhaustive: Exhaustive = False,
+    host: OnHost = None,
+    host_program: HostProgram = "edgeprune",
+    work: Work = WORK,
+    out: Annotated[Path, typer.Option(help="where the staircase goes")] = Path("staircase.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Measure the staircase of a model: latency over token counts, and its treads."""
+    from edgeprune.cli.rows import profile_row
+    from edgeprune.cli.tables import profile_table
+    from edgeprune.html_report.files import staircase_svg
+    from edgeprune.io import save, write_bytes
+    from edgeprune.pipeline.profile import profile as run
+    from edgeprune.runtimes.remote.ssh import Host
+    from edgeprune.runtimes.target import target_for
+
+    with output.progress() as progress, output.clocks(device, lock_clocks, host):
+        there = Host(host, host_program) if host else None
+        target = target_for(device, precision, batch, simulate, work, progress, there, lock_clocks)
+        staircase = run(target, model, weights, trunk, method, exhaustive)
+    save(staircase, out)
+    write_bytes(out.with_suffix(".svg"), staircase_svg(staircase))
+    output.show(profile_table(staircase), as_json)
+    output.tell(f"staircase: {out}", as_json)
+    if as_json:
+        output.json_line(profile_row(staircase, out))
+
+
+@app.command()
+def schedule(
+    staircase: Annotated[Path, typer.Argument(help="staircase.json of `edgeprune profile`")],
+    model: Model = EMBEDDED,
+    weights: Weights = None,
+    images: Images = None,
+    method: Method = "fold",
+    policy: Policy = "search",
+    alpha: Alpha = None,
+    speedup: Speedup = None,
+    budget_ms: Budget = None,
+    max_drop: MaxDrop = None,
+    block: Block = 3,
+    whole_last: WholeLast = False,
+    search_images: SearchImages = 128,
+    work: Work = WORK,
+    out: Annotated[Path, typer.Option(help="where the schedule goes")] = Path("schedule.json"),
+    as_json: AsJson = False,
+) -> None:
+    """Choose the tokens that each block keeps, from a staircase and pictures."""
+    from edgeprune.cli.tables import runs
+    from edgeprune.io import save
+    from edgeprune.pipeline.context import Options
+    from edgeprune.pipeline.schedule import schedule_from_file
+
+    options = Options(
+        model=model,
+        weights=weights,
+        images=images,
+        method=method,
+        policy=policy,
+        goal=goal_from(alpha, speedup, budget_ms, max_drop),
+        block=block,
+        whole_last=whole_last,
+        search_images=search_images,
+        work=work,
+    )
+    with output.progress() as progress:
+        found, dense_ms = schedule_from_file(staircase, options, progress)
+    save(found, out)
+    assert found.predicted_ms is not None
+    output.tell(f"tokens per block: {runs(found.tokens)}", as_json)
+    output.tell(f"predicted: {found.predicted_ms:.3f} ms, {dense_ms / found.predicted_ms:.3f}x", as_json)
+    output.tell(f"schedule: {out}", as_json)
+    if as_json:
+        output.json_line(
+            {
+                "model": found.vit.name,
+                "method": method,
+                "policy": policy,
+                "tokens": list(found.tokens),
+                "predicted_ms": found.predicted_ms,
+                "predicted_speedup": dense_ms / found.predicted_ms,
+                "path": str(out),
+            }
+        )

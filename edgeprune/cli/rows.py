@@ -1,0 +1,111 @@
+"""The JSON rows of the command contract."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.latency.probing import confirmed_edges
+from edgeprune.records import Report, Schedule, Setup, Staircase
+
+if TYPE_CHECKING:
+    from edgeprune.bundles.predict import Predictions
+    from edgeprune.pipeline.compare import Comparison
+
+
+def row_of(setup: Setup, schedule: Schedule, report: Report, bundle: Path | None) -> dict[str, Any]:
+    """A measured schedule as the JSON row of the command contract; an unknown figure is None."""
+    row: dict[str, Any] = {
+        "bundle": str(bundle) if bundle else None,
+        "model": schedule.vit.name,
+        "device": setup.device,
+        "runtime": setup.runtime,
+        "runtime_version": setup.runtime_version,
+        "precision": setup.precision,
+        "batch": setup.batch,
+        "method": schedule.method,
+        "policy": schedule.policy,
+        "tokens": list(schedule.tokens),
+        "prefix_last": schedule.prefix_last,
+        "latency_ms": report.latency.summary(),
+        "dense_latency_ms": report.dense_latency.summary() if report.dense_latency else None,
+        "speedup": report.speedup,
+        "speedup_interval": list(report.speedup_interval) if report.speedup_interval else None,
+        "predicted_ms": report.predicted_ms,
+        "agreement": report.agreement,
+        "kl": report.kl,
+        "top1": report.top1,
+        "dense_top1": report.dense_top1,
+        "images": report.images,
+        "held_out": report.held_out,
+        "probes": report.probes,
+        "fusable_attention": report.fusable_attention,
+        "fused_attention": report.fused_attention,
+    }
+    if setup.simulated:
+        row["simulated"] = True
+    return row
+
+
+def profile_row(staircase: Staircase, path: Path) -> dict[str, Any]:
+    """A staircase as the JSON object of `profile --json`."""
+    points = []
+    for point in staircase.points:
+        low, high = point.latency.interval_ms
+        points.append({"tokens": point.tokens, "median_ms": point.latency.median_ms, "low": low, "high": high})
+    return {
+        "device": staircase.setup.device,
+        "model": staircase.vit.name,
+        "runtime": staircase.setup.runtime,
+        "simulated": staircase.setup.simulated,
+        "precision": staircase.setup.precision,
+        "batch": staircase.setup.batch,
+        "probes": staircase.probes,
+        "points": points,
+        "treads": list(confirmed_edges(staircase)),
+        "fixed_ms": staircase.fixed.median_ms,
+        "dense_ms": staircase.dense.median_ms,
+        "path": str(path),
+    }
+
+
+def device_rows() -> list[dict[str, Any]]:
+    """Every device file as a row."""
+    from edgeprune.devices import load_device, names
+
+    fields = ("title", "runtime", "build", "compute_capability", "sm_count", "memory_gib", "tensorrt", "jetpack")
+    rows = []
+    for name in names():
+        device = load_device(name)
+        row = {"name": name} | {field: getattr(device, field) for field in fields}
+        rows.append(row | {"reason": device.reason or None, "simulation": device.simulation is not None})
+    return rows
+
+
+def compare_rows(comparison: Comparison) -> list[dict[str, Any]]:
+    """Entries of a comparison as rows of the contract, with the target speed-up of each."""
+    rows = []
+    for entry in comparison.entries:
+        assert entry.report is not None
+        rows.append({"target": entry.target, **row_of(comparison.setup, entry.schedule, entry.report, None)})
+    return rows
+
+
+def predictions_row(found: Predictions) -> dict[str, Any]:
+    """Predictions as the JSON object of `run --json`."""
+    row: dict[str, Any] = {
+        "bundle": str(found.bundle),
+        "model": found.model,
+        "device": found.setup.device,
+        "runtime": found.setup.runtime,
+        "batch": found.setup.batch,
+        "rows": [
+            {
+                "image": str(image),
+                "top": [{"class": c.index, "label": c.label, "percent": c.percent} for c in top],
+            }
+            for image, top in found.rows
+        ],
+        "latency_ms": found.latency.summary(),
+    }
+    return row | ({"simulated": True} if found.setup.simulated else {})

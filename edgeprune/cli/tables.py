@@ -1,0 +1,194 @@
+"""What a person reads and a program parses: tables, and the rows of the command contract."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from edgeprune.latency.probing import confirmed_edges
+from edgeprune.records import Latency, Manifest, Staircase
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from edgeprune.bundles.predict import Predictions
+    from edgeprune.bundles.ship import Shipped
+    from edgeprune.bundles.verify import Check
+
+
+def build_table(manifest: Manifest) -> Table:
+    """Unpruned against pruned."""
+    from rich.table import Table
+
+    setup, schedule, report = manifest.engine.setup, manifest.schedule, manifest.report
+    simulated = ", SIMULATED latency" if setup.simulated else ""
+    table = Table(
+        title=f"{manifest.vit.name} on {setup.device} ({setup.runtime} {setup.runtime_version}, "
+        f"{setup.precision}, batch {setup.batch}{simulated})"
+    )
+    table.add_column("")
+    table.add_column("unpruned", justify="right")
+    table.add_column(f"{schedule.method} ({schedule.policy})", justify="right")
+    table.add_row("tokens per block", f"{manifest.vit.tokens} x {manifest.vit.depth}", runs(schedule.tokens))
+    table.add_row("latency, ms (95 % interval)", _ms(report.dense_latency), _ms(report.latency))
+    if report.speedup is not None and report.speedup_interval is not None:
+        low, high = report.speedup_interval
+        table.add_row("speed-up (95 % interval)", "1", f"{report.speedup:.3f} ({low:.3f} to {high:.3f})")
+    if report.predicted_ms is not None:
+        off = 100 * (report.predicted_ms / report.latency.median_ms - 1)
+        table.add_row("predicted, ms", "", f"{report.predicted_ms:.3f} ({off:+.1f} %)")
+    table.add_row("top-1, %", number(report.dense_top1), number(report.top1))
+    compared = report.agreement is not None
+    table.add_row("agreement, %", "100" if compared else "–", number(report.agreement))
+    table.add_row("KL, nats", "0" if compared else "–", number(report.kl, 4))
+    if report.fused_attention is not None:
+        table.add_row("fused attention, layers", "", f"{report.fused_attention} of {report.fusable_attention}")
+    rounds = f"{len(report.latency.samples_ms)} interleaved rounds"
+    table.caption = f"{evaluated_on(report.images, report.held_out)}; {rounds}" if report.images else rounds
+    return table
+
+
+def evaluated_on(images: int, held_out: bool | None) -> str:
+    """Which images figures are of, for a caption."""
+    if held_out is None:
+        return f"{images} images"
+    if held_out:
+        return f"{images} images that the schedule was not chosen on"
+    return f"all {images} images, the schedule was chosen on some of them: pass more --images for unbiased figures"
+
+
+def runs(tokens: tuple[int, ...]) -> str:
+    """(197, 197, 120) as "197 x 2, 120"."""
+    parts: list[list[int]] = []
+    for count in tokens:
+        if parts and parts[-1][0] == count:
+            parts[-1][1] += 1
+        else:
+            parts.append([count, 1])
+    return ", ".join(f"{n} x {times}" if times > 1 else str(n) for n, times in parts)
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A figure for a table; a dash where it is unknown."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def _ms(latency: Latency | None) -> str:
+    if latency is None:
+        return "–"
+    low, high = latency.interval_ms
+    return f"{latency.median_ms:.3f} ({low:.3f} to {high:.3f})"
+
+
+def profile_table(staircase: Staircase) -> Table:
+    """Treads with their latency."""
+    from rich.table import Table
+
+    simulated = " (simulated)" if staircase.setup.simulated else ""
+    table = Table(title=f"{staircase.vit.name} on {staircase.setup.device}{simulated}: treads")
+    for column in ("tokens", "trunk, ms (95 % interval)", "of unpruned"):
+        table.add_column(column, justify="right")
+    ends = set(confirmed_edges(staircase))
+    most = staircase.points[-1].latency.median_ms
+    for point in reversed(staircase.points):
+        if point.tokens in ends:
+            low, high = point.latency.interval_ms
+            median = point.latency.median_ms
+            table.add_row(str(point.tokens), f"{median:.3f} ({low:.3f} to {high:.3f})", f"{median / most:.3f}")
+    table.caption = f"{len(staircase.points)} counts, {staircase.probes} probes"
+    return table
+
+
+def run_table(found: Predictions) -> Table:
+    """Pictures with their likeliest classes."""
+    from rich.table import Table
+
+    simulated = ", SIMULATED latency" if found.setup.simulated else ""
+    table = Table(title=f"{found.model} on {found.setup.device} ({found.setup.runtime}{simulated})")
+    table.add_column("image", overflow="fold")
+    table.add_column("likeliest classes, %")
+    for image, top in found.rows:
+        table.add_row(str(image), "; ".join(f"{c.label} {c.percent:.1f}" for c in top))
+    table.caption = f"{_ms(found.latency)} ms for a batch of {found.setup.batch}"
+    return table
+
+
+def verify_table(bundle: str, checks: Sequence[Check]) -> Table:
+    """What was expected of a bundle and what was found."""
+    from rich.table import Table
+
+    table = Table(title=bundle)
+    for column in ("check", "", "expected", "found", "what to do"):
+        table.add_column(column, overflow="fold")
+    for check in checks:
+        table.add_row(check.name, check.status, check.expected, check.found, check.advice)
+    return table
+
+
+def ship_table(results: Sequence[Shipped]) -> Table:
+    """Destinations and how it went."""
+    from rich.table import Table
+
+    table = Table(title="shipped")
+    for column in ("to", "state", "MB sent", "version, or what failed"):
+        table.add_column(column, overflow="fold", justify="right" if column == "MB sent" else "left")
+    for result in results:
+        table.add_row(result.to, result.state, f"{result.sent_bytes / 1e6:.1f}", result.detail)
+    return table
+
+
+def device_table(rows: list[dict[str, Any]]) -> Table:
+    """The devices."""
+    from rich.table import Table
+
+    table = Table(title="devices")
+    for column in ("name", "what it is", "runtime", "SMs", "GiB", "TensorRT", "JetPack", "--simulate"):
+        table.add_column(column)
+    for row in rows:
+        runtime = row["runtime"] if row["build"] else "planning only"
+        cells = (row[key] for key in ("sm_count", "memory_gib", "tensorrt", "jetpack"))
+        shown = ("–" if cell is None else f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in cells)
+        table.add_row(row["name"], row["title"], runtime, *shown, "yes" if row["simulation"] else "–")
+    return table
+
+
+def doctor_table(findings: list[Any]) -> Table:
+    """What the doctor found."""
+    from rich.table import Table
+
+    colours = {"ok": "green", "info": "dim", "warning": "yellow"}
+    table = Table(title="edgeprune doctor")
+    for column in ("", "status", "finding"):
+        table.add_column(column, overflow="fold")
+    for name, status, detail in findings:
+        table.add_row(name, f"[{colours[status]}]{status}[/]", detail.replace("[", r"\["))
+    return table
+
+
+def compare_table(rows: list[dict[str, Any]]) -> Table:
+    """Entries by target speed-up, the lowest KL first."""
+    from rich.table import Table
+
+    first = rows[0] if rows else {}
+    simulated = ", SIMULATED latency" if first.get("simulated") else ""
+    table = Table(
+        title=f"{first.get('model')} on {first.get('device')}{simulated}: unpruned top-1 "
+        f"{number(first.get('dense_top1'))} %",
+        caption=evaluated_on(first.get("images", 0), first.get("held_out")),
+    )
+    for column in ("target", "method", "shape", "speed-up (95 %)", "predicted", "top-1", "agreement", "KL", "tokens"):
+        table.add_column(column, justify="left" if column in ("method", "shape", "tokens") else "right")
+    for row in sorted(rows, key=lambda r: (r["target"], r["kl"])):
+        low, high = row["speedup_interval"]
+        table.add_row(
+            f"{row['target']:g}x",
+            row["method"],
+            row["policy"],
+            f"{row['speedup']:.2f} ({low:.2f}–{high:.2f})",
+            f"{row['dense_latency_ms']['median'] / row['predicted_ms']:.2f}",
+            number(row["top1"]),
+            number(row["agreement"]),
+            number(row["kl"], 4),
+            runs(tuple(row["tokens"])),
+        )
+    return table

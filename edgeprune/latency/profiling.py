@@ -1,0 +1,194 @@
+"""A staircase from a folder of probes (ONNX files), measured on a target and resumed where interrupted. No torch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgeprune.errors import InputError
+from edgeprune.io import encode, load, read_bytes, save, sha256_bytes, write_bytes
+from edgeprune.latency.probing import FEW, probe, unconfirmed
+from edgeprune.latency.staircase import DENSE, FIXED, SampleKey, Samples, block
+from edgeprune.onnx_graph import graph
+from edgeprune.records import Staircase, Vit
+from edgeprune.runtimes.inference import Open
+from edgeprune.runtimes.target import Target
+
+log = logging.getLogger(__name__)
+
+ROUNDS = 3 * FEW
+Pairs = list[tuple[SampleKey, list[float]]]  # how samples are stored: a JSON object takes no records as keys
+
+
+def cut_pairs(vit: Vit) -> tuple[tuple[int, int], ...]:
+    """Token counts (entering, leaving) on which the cost of a cut is measured."""
+    shares = ((1.0, 0.6), (0.5, 0.3))
+    lowest = vit.prefix + 2
+    return tuple((max(round(a * vit.tokens), lowest + 1), max(round(b * vit.tokens), lowest)) for a, b in shares)
+
+
+def check_probes(folder: Path, vit: Vit | None, batch: int, precision: str) -> None:
+    """Raise InputError where a folder holds probes of another model, batch size or precision."""
+    if vit is not None and (folder / "vit.json").exists() and load(folder / "vit.json", Vit) != vit:
+        raise InputError(f"{folder} holds the probes of another model: choose another --out")
+    if (folder / "trunk.onnx").exists():
+        trunk = graph.load_graph(folder / "trunk.onnx")
+        if (found := trunk.graph.input[0].type.tensor_type.shape.dim[0].dim_value) != batch:
+            raise InputError(
+                f"{folder} holds probes of batch {found}, not {batch}: pass --batch {found} or export again"
+            )
+        if (held := graph.precision_of(trunk)) != precision:
+            raise InputError(
+                f"{folder} holds probes in {held}, not {precision}: pass --precision {held} or export again"
+            )
+
+
+def probes_folder(target: Target, vit: Vit) -> Path:
+    """Where the probes of a model lie in the work folder."""
+    return target.path("probes", "", vit, target.setup.batch, target.onnx_precision)
+
+
+def staircase_of_folder(target: Target, trunk: Path, methods: Sequence[str], exhaustive: bool = False) -> Staircase:
+    """The staircase of exported probes. Raises InputError where one is missing."""
+    folder = trunk.parent
+    for name in ("trunk.onnx", "fixed.onnx", "dense.onnx", "vit.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder / name} is missing: make the folder with edgeprune export --trunk")
+    if trunk.name != "trunk.onnx":
+        raise InputError(f"{trunk}: pass the trunk.onnx that edgeprune export --trunk wrote")
+    check_probes(folder, None, target.setup.batch, target.onnx_precision)
+    return measured_staircase(target, load(folder / "vit.json", Vit), methods, lambda: folder, exhaustive)
+
+
+def simulated_staircase(target: Target, vit: Vit, exhaustive: bool = False) -> Staircase:
+    """The staircase of the tail-effect model from a model's shape: no torch, no ONNX file."""
+    from edgeprune.runtimes.simulated import SimulatedMatmuls, matmuls_of_ends, matmuls_of_trunk
+
+    device, setup = target.device, target.setup
+    ends, batch = matmuls_of_ends(vit, setup.batch), setup.batch
+
+    def opens(matmuls: Any) -> Open:
+        return lambda: SimulatedMatmuls(matmuls, device, setup.precision)
+
+    others = {FIXED: opens(ends), DENSE: opens(ends + matmuls_of_trunk(vit, vit.tokens, batch))}
+    staircase, _ = probe(
+        vit, setup, lambda n: opens(matmuls_of_trunk(vit, n, batch)), others, 1, exhaustive,
+        progress=target.progress,
+    )  # fmt: skip
+    return staircase
+
+
+def measured_staircase(
+    target: Target, vit: Vit, methods: Sequence[str], probes: Callable[[], Path], exhaustive: bool = False
+) -> Staircase:
+    """The staircase of the ONNX files in the folder that `probes` gives, with the cost of these methods' cuts.
+
+    Reused or resumed from the work folder. Raises what the target's runtime raises.
+    """
+    return _measured(target, vit, methods, probes, exhaustive)
+
+
+def confirmed_staircase(
+    target: Target,
+    staircase: Staircase,
+    methods: Sequence[str],
+    probes: Callable[[], Path],
+    exhaustive: bool,
+    tokens: Iterable[int],
+) -> Staircase:
+    """The staircase with the right ends of the treads that hold `tokens` confirmed: those not known are probed."""
+    missing = unconfirmed(staircase, tokens)
+    return _measured(target, staircase.vit, methods, probes, exhaustive, staircase, missing) if missing else staircase
+
+
+def _measured(
+    target: Target,
+    vit: Vit,
+    methods: Sequence[str],
+    probes: Callable[[], Path],
+    exhaustive: bool,
+    base: Staircase | None = None,
+    sought: tuple[int, ...] = (),
+) -> Staircase:
+    """A staircase, or `base` probed further for the edges of `sought`."""
+    rounds = 1 if target.setup.noiseless else ROUNDS
+    parts = (vit, target.setup, methods, exhaustive, rounds, _digest(base) if base else None, sought)
+    partial = target.path("samples", ".json", *parts)
+
+    def make(path: Path) -> None:
+        folder = probes()
+        samples = _stored(partial)
+        if base is not None and not samples:
+            samples = _stored(target.path("probed", ".json", _digest(base)))
+        staircase, samples = probe(
+            vit,
+            target.setup,
+            lambda n: _static(target, vit, folder / "trunk.onnx", n),
+            _others(target, vit, methods, folder),
+            rounds,
+            exhaustive,
+            samples,
+            lambda state: _keep(state, partial),
+            target.progress,
+            keep_open=_fits(folder / "trunk.weights", target.runtime.free_bytes()),
+            used=sought,
+        )
+        _keep(samples, target.path("probed", ".json", _digest(staircase)))
+        save(staircase, path)
+        partial.unlink(missing_ok=True)
+
+    return load(target.step("staircase", ".json", parts, make), Staircase)
+
+
+def _digest(staircase: Staircase) -> str:
+    return sha256_bytes(encode(staircase))
+
+
+def _others(target: Target, vit: Vit, methods: Sequence[str], folder: Path) -> Mapping[SampleKey, Open]:
+    others = {key: target.opener(folder / f"{key.kind}.onnx") for key in (FIXED, DENSE)}
+    if (folder / "last.onnx").is_file():
+        for n in sorted({n for pair in cut_pairs(vit) for n in pair}):
+            others[block(n)] = _static(target, vit, folder / "block.onnx", n)
+            others[SampleKey("last", (n,))] = _static(target, vit, folder / "last.onnx", n)
+    for method in methods:
+        for entering, leaving in cut_pairs(vit):
+            cut = folder / f"cut-{method}-{entering}-{leaving}.onnx"
+            if cut.is_file():
+                others[SampleKey("cut", (entering, leaving), method)] = target.opener(cut)
+                for n in (entering, leaving):
+                    others[block(n)] = _static(target, vit, folder / "block.onnx", n)
+    return others
+
+
+def _static(target: Target, vit: Vit, trunk: Path, tokens: int) -> Open:
+    """The trunk fixed to `tokens` and compiled; opened when called."""
+    static = trunk.with_name(f"{trunk.stem}-{tokens}.onnx")
+    if not static.exists():
+        graph.fix_tokens(trunk, tokens, static)
+    return target.opener(static, vit.weights_sha256)
+
+
+def _keep(samples: Samples, path: Path) -> None:
+    write_bytes(path, msgspec.json.encode(list(samples.items())))
+
+
+def _stored(path: Path) -> Samples:
+    """Samples of an earlier run; none where there are none or they cannot be read."""
+    if not path.exists():
+        return {}
+    try:
+        samples = dict(msgspec.json.decode(read_bytes(path), type=Pairs))
+    except msgspec.DecodeError:
+        log.warning("%s cannot be read: measuring again", path)
+        return {}
+    log.info("staircase: continuing with %d samples", sum(map(len, samples.values())))
+    return samples
+
+
+def _fits(weights: Path, free_bytes: int | None) -> bool:
+    """Do some thirty sessions, each with its own copy of the weights, fit half of the free memory?"""
+    return free_bytes is None or weights.stat().st_size * 3 * 40 < free_bytes / 2

@@ -1,0 +1,1 @@
+"""ONNX graphs without torch: passes, precision, matrix products, attention fusion."""

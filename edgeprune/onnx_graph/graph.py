@@ -1,0 +1,235 @@
+"""ONNX graphs, without torch: loaded, saved, fixed to a token count, checked.
+
+Promises that a graph is held to: opset 17 (TensorRT 8.6 reads no later one), every dimension a number,
+attention of blocks without a cut in the form that TensorRT fuses (scale before the first product, one
+consumer of the softmax).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import onnx
+import onnx.helper
+from onnx import TensorProto, shape_inference
+from onnx.external_data_helper import ExternalDataInfo
+
+from edgeprune.errors import REPORT, ExportError, InputError
+from edgeprune.io import decode, encode, replacing
+from edgeprune.records import ModelMetadata
+
+METADATA_KEY = "edgeprune"  # key of the metadata in an ONNX file's metadata
+PROTOBUF_BYTES = 2 << 30  # where protobuf ends
+INLINE_BYTES = 1 << 30  # weights above this lie in a file beside the ONNX
+OUTSIDE_BYTES = 1024  # of a tensor that moves to such a file
+ALIGNED_BYTES = 4096  # where a tensor begins in it, so that it can be mapped (onnx/docs/ExternalData.md)
+
+
+def load_graph(path: Path) -> onnx.ModelProto:
+    """An ONNX file without its external weights. Raises InputError."""
+    try:
+        if path.stat().st_size > PROTOBUF_BYTES:
+            raise ValueError("too large")
+        model = onnx.load(path, load_external_data=False)
+        if not model.graph.node:  # protobuf reads an empty file as an empty model
+            raise ValueError("no graph")
+        return model
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}): check the path") from None
+    except Exception as error:  # protobuf raises its own DecodeError, which onnx does not re-export
+        raise InputError(f"{path}: not an ONNX file ({type(error).__name__}): export it again") from None
+
+
+def save_graph(model: onnx.ModelProto, path: Path, folder: Path | None = None) -> None:
+    """Write a model atomically; weights of more than INLINE_BYTES lie in `<name>-<hash>.weights` beside it.
+
+    The hash is theirs, so the bytes of the ONNX file, and every key made of them, depend on the weights. `folder`
+    holds weights that already lie outside `model`. Raises OutputError.
+    """
+    tensors = model.graph.initializer
+    if sum(map(_bytes_of, tensors)) > INLINE_BYTES or any(map(_is_outside, tensors)):
+        digest = hashlib.sha256()
+        for tensor in filter(_is_large, tensors):
+            digest.update(_content(tensor, folder))
+        save_apart(model, path, path.with_name(f"{path.stem}-{digest.hexdigest()[:16]}.weights"), folder)
+        return
+    with replacing(path) as temporary:
+        temporary.write_bytes(model.SerializeToString())
+
+
+def save_apart(model: onnx.ModelProto, path: Path, weights: Path, folder: Path | None = None) -> None:
+    """Write the large tensors of a model to the file `weights` beside `path`, then the rest: the names come last."""
+    outline = _outline(model)
+    with replacing(weights) as temporary, open(temporary, "wb") as file:
+        for tensor, empty in zip(model.graph.initializer, outline.graph.initializer, strict=True):
+            if not _is_large(tensor):
+                continue
+            file.write(b"\0" * (-file.tell() % ALIGNED_BYTES))
+            content, empty.data_location = _content(tensor, folder), TensorProto.EXTERNAL
+            for key, value in (("location", weights.name), ("offset", file.tell()), ("length", len(content))):
+                empty.external_data.add(key=key, value=str(value))
+            file.write(content)
+    with replacing(path) as temporary:
+        temporary.write_bytes(outline.SerializeToString())
+
+
+def weights_of(path: Path) -> tuple[Path, ...]:
+    """The files that hold an ONNX file's weights beside it; none where it holds them itself. Raises InputError."""
+    tensors = load_graph(path).graph.initializer
+    names = {ExternalDataInfo(tensor).location for tensor in tensors if _is_outside(tensor)}
+    return tuple(path.with_name(Path(name).name) for name in sorted(names))
+
+
+def copy_graph(path: Path, out: Path) -> None:
+    """Copy an ONNX file, after its weights, which keep their name. Raises InputError, OutputError."""
+    for source, place in (*((file, out.with_name(file.name)) for file in weights_of(path)), (path, out)):
+        with replacing(place) as temporary:
+            shutil.copyfile(source, temporary)
+
+
+def infer(model: onnx.ModelProto) -> None:
+    """Infer all shapes, in place. onnx is shown the graph without its weights: it takes no more than 2 GiB.
+
+    Raises onnx's InferenceError for a graph that contradicts itself.
+    """
+    known = shape_inference.infer_shapes(_outline(model), strict_mode=True, data_prop=True).graph
+    for name in ("value_info", "output"):
+        del getattr(model.graph, name)[:]
+        getattr(model.graph, name).extend(getattr(known, name))
+
+
+def _outline(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of a model in which large tensors are empty."""
+    graph = model.graph
+    outline = onnx.ModelProto(
+        ir_version=model.ir_version,
+        producer_name=model.producer_name,
+        opset_import=model.opset_import,
+        metadata_props=model.metadata_props,
+    )
+    outline.graph.name = graph.name
+    for name in ("node", "input", "output", "value_info"):
+        getattr(outline.graph, name).extend(getattr(graph, name))
+    for tensor in graph.initializer:
+        empty = TensorProto(name=tensor.name, dims=tensor.dims, data_type=tensor.data_type)
+        outline.graph.initializer.append(empty if _is_large(tensor) else tensor)
+    return outline
+
+
+def _is_large(tensor: TensorProto) -> bool:
+    return _is_outside(tensor) or len(tensor.raw_data) >= OUTSIDE_BYTES
+
+
+def _is_outside(tensor: TensorProto) -> bool:
+    return bool(tensor.data_location == TensorProto.EXTERNAL)
+
+
+def _bytes_of(tensor: TensorProto) -> int:
+    return ExternalDataInfo(tensor).length or 0 if _is_outside(tensor) else len(tensor.raw_data) or tensor.ByteSize()
+
+
+def _content(tensor: TensorProto, folder: Path | None) -> bytes:
+    """A large tensor's bytes: its own, or those in a file of `folder`."""
+    if not _is_outside(tensor):
+        return bytes(tensor.raw_data)
+    assert folder is not None, f"{tensor.name} lies outside the model"
+    place = ExternalDataInfo(tensor)
+    with open(folder / place.location, "rb") as file:
+        file.seek(place.offset or 0)
+        return file.read(place.length or -1)
+
+
+def precision_of(model: onnx.ModelProto) -> str:
+    """fp32, fp16 or int8: what a graph's weights are, as far as most of them go."""
+    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+        return "int8"
+    return "fp16" if any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer) else "fp32"
+
+
+def input_shape(model: onnx.ModelProto) -> tuple[int, ...]:
+    """Static shape of a graph's input, (B, 3, P, P) of a whole model; 0 where an axis is dynamic."""
+    return tuple(dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim)
+
+
+def attach(metadata: ModelMetadata, model: onnx.ModelProto) -> None:
+    """Put a metadata into a graph's metadata."""
+    onnx.helper.set_model_props(model, {METADATA_KEY: encode(metadata).decode()})
+
+
+def metadata_in(path: Path) -> ModelMetadata | None:
+    """The metadata in an ONNX file; None in one that has none. Raises InputError, RecordError."""
+    found = [entry.value for entry in load_graph(path).metadata_props if entry.key == METADATA_KEY]
+    return decode(found[0].encode(), ModelMetadata, f"{path}, metadata") if found else None
+
+
+def fix_tokens(trunk: Path, tokens: int, out: Path) -> None:
+    """Write the trunk with its token axis fixed to `tokens`; needs no torch and takes milliseconds.
+
+    `out` must lie beside `trunk`, whose weights file it shares. Raises ExportError when a shape stays
+    dynamic, InputError when `trunk` is no such file.
+    """
+    if out.parent != trunk.parent:
+        raise InputError(f"{out} must lie beside {trunk}, whose weights it shares")
+    model = load_graph(trunk)
+    for value in (*model.graph.input, *model.graph.output):
+        dims = value.type.tensor_type.shape.dim
+        if len(dims) != 3:
+            raise InputError(f"{trunk}: {value.name} is not (batch, tokens, width): export it with edgeprune")
+        if not dims[1].HasField("dim_value"):  # the last block's output is the prefix, whatever enters it
+            dims[1].dim_value = tokens
+    try:
+        infer(model)
+    except (shape_inference.InferenceError, ValueError) as error:
+        detail = " ".join(str(error).split())[:160]
+        raise InputError(f"{trunk}: its shapes contradict themselves ({detail}): export it with edgeprune") from None
+    static_or_raise(model)
+    with replacing(out) as temporary:
+        temporary.write_bytes(model.SerializeToString())
+
+
+def static_or_raise(model: onnx.ModelProto) -> None:
+    """Raise ExportError naming the first value whose shape is not a list of numbers."""
+    graph = model.graph
+    known = {v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}
+    for name in (*(o for node in graph.node for o in node.output if o), *(v.name for v in graph.input)):
+        value = known.get(name)
+        if value is None or not value.type.tensor_type.HasField("shape"):
+            raise ExportError(f"the shape of {name} is unknown after shape inference: {REPORT}")
+        dims = value.type.tensor_type.shape.dim
+        if not all(dim.HasField("dim_value") and dim.dim_value > 0 for dim in dims):
+            text = ", ".join(dim.dim_param or str(dim.dim_value or "?") for dim in dims)
+            raise ExportError(f"{name} has the dynamic shape ({text}): {REPORT}")
+
+
+def attention_forms(model: onnx.ModelProto) -> list[bool]:
+    """For each softmax over attention scores, in order: does it stand in the form that TensorRT fuses?
+
+    Mul (scale) -> MatMul -> [Add bias] -> Softmax -> MatMul, no other consumer of any link.
+    Source: TensorRT developer guide, "Multi-head attention fusion".
+    """
+    producer = {output: node for node in model.graph.node for output in node.output}
+    uses = Counter(name for node in model.graph.node for name in node.input)
+    uses.update(value.name for value in model.graph.output)
+    consumers: dict[str, list[onnx.NodeProto]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            consumers.setdefault(name, []).append(node)
+    forms = []
+    for node in model.graph.node:
+        if node.op_type != "Softmax":
+            continue
+        scores = producer.get(node.input[0])
+        links = [node.input[0], node.output[0]]
+        if scores is not None and scores.op_type == "Add":  # log of token sizes
+            scores = next((producer[i] for i in scores.input if i in producer), None)
+        if scores is None or scores.op_type != "MatMul":
+            continue
+        links.append(scores.output[0])
+        scaled = any(producer.get(i) is not None and producer[i].op_type == "Mul" for i in scores.input)
+        after = consumers.get(node.output[0], [])
+        alone = all(uses[name] == 1 for name in links)
+        forms.append(scaled and alone and bool(after) and after[0].op_type == "MatMul")
+    return forms

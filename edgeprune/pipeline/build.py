@@ -1,0 +1,85 @@
+"""Model to bundle: staircase, schedule, ONNX, engine, measurement. What the work folder holds is not redone."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgeprune.bundles.format import check_out
+from edgeprune.images import normalise
+from edgeprune.pipeline.context import Context, Options, context_for
+from edgeprune.pipeline.evaluate import Evaluated, evaluate
+from edgeprune.pipeline.export import metadata_of
+from edgeprune.pipeline.measure import warn_if_missed
+from edgeprune.pipeline.profile import measured_staircase
+from edgeprune.pipeline.refine import Refined, refine
+from edgeprune.pipeline.scores import ScheduleScores
+from edgeprune.pipeline.write import bundle_from_onnx, noise_batch
+from edgeprune.records import BuildTrace, Manifest, ModelMetadata, Progress, Sample, Staircase, Trial, silent
+from edgeprune.runtimes.target import work_lock
+
+log = logging.getLogger(__name__)
+
+SHOWN = 4  # pictures on the page of a bundle
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished build."""
+
+    path: Path
+    manifest: Manifest
+    staircase: Staircase
+
+
+def build(options: Options, progress: Progress = silent) -> Built:
+    """Model to bundle. Raises any EdgepruneError; nothing half-written is left."""
+    context = context_for(options, progress)
+    check_out(context.out)
+    with work_lock(options.work):
+        log.info("step 1 of 4: measuring the staircase of %s on %s", context.model.vit.name, options.device)
+        staircase = measured_staircase(context.target, context.model, (context.method,), options.exhaustive)
+        log.info("step 2 of 4: choosing a schedule (%s), building and timing the best", options.goal)
+        refined = refine(context, staircase, ScheduleScores(context))
+        log.info("step 3 of 4: evaluating the chosen schedule beside the unpruned model")
+        evaluated = evaluate(context, refined.staircase, refined.schedule)
+        warn_if_missed(options.goal, evaluated.report)
+        log.info("step 4 of 4: writing %s", context.out)
+        return _written(context, refined, evaluated)
+
+
+def _written(context: Context, refined: Refined, evaluated: Evaluated) -> Built:
+    pictures, batch = context.pictures, context.options.batch
+    metadata = metadata_of(context.model, refined.schedule, pictures.files.class_names if pictures else None)
+    if pictures is not None and evaluated.steadiest is not None:
+        golden = pictures.pixels[np.resize(evaluated.steadiest, batch)]
+        example = normalise(golden, pictures.how)
+    else:
+        example = noise_batch(metadata.vit, batch)
+    manifest = bundle_from_onnx(
+        context.target, context.out, evaluated.onnx, metadata, evaluated.report, example, refined.staircase,
+        trace=lambda: build_trace(context, metadata, refined),
+    )  # fmt: skip
+    return Built(context.out, manifest, refined.staircase)
+
+
+def build_trace(context: Context, metadata: ModelMetadata, refined: Refined) -> BuildTrace:
+    """How a build came to its schedule: what it considered, what it built, and what the schedule does to pictures."""
+    from edgeprune.vit.token_groups import samples_of
+
+    samples: tuple[Sample, ...] = ()
+    pictures = context.pictures
+    if pictures is not None and metadata.schedule.cuts:
+        shown = np.unique(np.linspace(0, len(pictures.pixels) - 1, SHOWN).astype(int))
+        samples = samples_of(
+            context.model, metadata.schedule, pictures.pixels[shown], pictures.labels(shown), metadata.labels
+        )
+    trials = (
+        Trial(tokens=m.schedule.tokens, predicted_ms=m.predicted_ms, latency=m.measured.latency)
+        for m in refined.measured
+    )
+    asked = str(context.options.goal)
+    return BuildTrace(asked=asked, candidates=refined.candidates, trials=tuple(trials), samples=samples)

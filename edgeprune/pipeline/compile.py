@@ -1,0 +1,105 @@
+"""ONNX to bundle on the machine that will run it: compiled, timed, checked, written. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from edgeprune.bundles.format import GOLDEN, MANIFEST, ONNX, check_out, load_bundle
+from edgeprune.errors import InputError
+from edgeprune.images import ImageSet, load_images, load_pixels, normalise
+from edgeprune.io import load, load_array
+from edgeprune.onnx_graph import attention_fusion
+from edgeprune.onnx_graph.graph import input_shape, load_graph, metadata_in
+from edgeprune.pipeline.context import ENGINES, ROUNDS
+from edgeprune.pipeline.evaluate import with_fidelity
+from edgeprune.pipeline.measure import measured_engines, report_of
+from edgeprune.pipeline.write import bundle_from_onnx, noise_batch
+from edgeprune.records import Manifest, ModelMetadata, Report, Staircase
+from edgeprune.runtimes.inference import logits_of
+from edgeprune.runtimes.target import Target, work_lock
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What `compile` is given besides the target: the command line's options by name."""
+
+    onnx: Path
+    dense: Path | None = None  # the unpruned model's ONNX, beside which the pruned one is timed
+    images: Path | None = None
+    staircase: Path | None = None  # of this target, for the prediction
+    rounds: int = ROUNDS
+    out: Path | None = None
+
+
+def compile_onnx(target: Target, given: Inputs) -> tuple[Path, Manifest]:
+    """A bundle from an ONNX file that `export` wrote or that lies in a bundle.
+
+    What cannot be known stays None: the speed-up without `dense`, top-1 without labelled `images`. Raises
+    InputError for an ONNX that does not say which model it is, and what the target's runtime raises.
+    """
+    with work_lock(target.work):
+        return _compiled(target, given)
+
+
+def _compiled(target: Target, given: Inputs) -> tuple[Path, Manifest]:
+    metadata, beside = described(given.onnx)
+    setup, vit, schedule = target.setup, metadata.vit, metadata.schedule
+    out = given.out or ENGINES / setup.device / vit.name / f"{schedule.method}-{setup.precision}-b{setup.batch}"
+    check_out(out)
+    if given.dense is not None and input_shape(load_graph(given.dense)) != input_shape(load_graph(given.onnx)):
+        raise InputError(f"{given.dense} takes another shape than {given.onnx}: export both alike")
+    staircase = load(given.staircase, Staircase) if given.staircase else None
+    if staircase is not None and (staircase.setup != setup or staircase.vit != vit):
+        raise InputError(f"{given.staircase} is of another model or setup: profile it on this device")
+    pictures = load_images(given.images) if given.images is not None else None
+    fusable = attention_fusion.expected(given.onnx, schedule, setup)
+    (measured,) = measured_engines(target, [given.onnx], given.dense, given.rounds)
+    report = msgspec.structs.replace(report_of(measured, schedule, staircase), fusable_attention=fusable)
+    if pictures is not None:
+        report = _with_fidelity(target, report, metadata, given, pictures)
+    example, expected = _example(metadata, setup.batch, pictures), None
+    if beside is not None:
+        example, expected = (load_array(given.onnx.parent / name) for name in GOLDEN)
+    return out, bundle_from_onnx(target, out, given.onnx, metadata, report, example, staircase, expected)
+
+
+def described(onnx: Path) -> tuple[ModelMetadata, Manifest | None]:
+    """What an ONNX file is, from the bundle that it lies in or from its own metadata. Raises InputError."""
+    if onnx.name == ONNX and (onnx.parent / MANIFEST).is_file():
+        manifest = load_bundle(onnx.parent)
+        fields = {name: getattr(manifest, name) for name in ("vit", "schedule", "preprocessing", "labels")}
+        return ModelMetadata(**fields), manifest
+    metadata = metadata_in(onnx)
+    if metadata is None:
+        raise InputError(f"{onnx} does not say which model it is: pass one that edgeprune export or build wrote")
+    return metadata, None
+
+
+def _example(metadata: ModelMetadata, batch: int, pictures: ImageSet | None) -> NDArray[np.float32]:
+    """One batch to keep as the golden input: the first pictures, or seeded noise without any."""
+    if pictures is None:
+        return noise_batch(metadata.vit, batch)
+    paths, how = pictures.paths, metadata.preprocessing
+    return normalise(load_pixels([paths[i % len(paths)] for i in range(batch)], how), how)
+
+
+def _with_fidelity(
+    target: Target, report: Report, metadata: ModelMetadata, given: Inputs, pictures: ImageSet
+) -> Report:
+    """Top-1 on labelled pictures; agreement and KL beside the unpruned engine."""
+    pixels = load_pixels(pictures.paths, metadata.preprocessing)
+
+    def logits(onnx: Path) -> NDArray[np.float32]:
+        with target.opener(onnx)() as session:
+            return logits_of(session, pixels, metadata.preprocessing, target.setup.batch, target.progress)
+
+    dense = logits(given.dense) if given.dense is not None else None
+    return with_fidelity(report, dense, logits(given.onnx), pictures.labels, None)

@@ -1,0 +1,134 @@
+"""What a build is asked for and what all its steps share: target, model and pictures, the same from start to end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edgeprune import zoo
+from edgeprune.errors import InputError
+from edgeprune.images import ImageSet, load_images
+from edgeprune.pipeline.pictures import Pictures
+from edgeprune.records import Progress, silent
+from edgeprune.runtimes.remote.ssh import Host
+from edgeprune.runtimes.target import WORK, Target, target_for
+from edgeprune.scheduling.goals import Goal
+from edgeprune.scheduling.paper import PAPER_BLOCK
+from edgeprune.vit.reducers import check_method
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from edgeprune.vit.models import Model
+
+ENGINES = Path("engines")
+ROUNDS = 60
+POLICIES = ("search", "paper")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user asks of a build: the command line's options by name."""
+
+    device: str = "cpu"
+    model: str | nn.Module = zoo.EMBEDDED
+    weights: str | None = None
+    images: Path | None = None
+    method: str = "fold"
+    policy: str = "search"
+    goal: Goal = field(default_factory=Goal)
+    precision: str = "fp32"
+    batch: int = 1
+    work: Path = WORK
+    out: Path | None = None
+    simulate: bool = False
+    exhaustive: bool = False
+    block: int = PAPER_BLOCK
+    whole_last: bool = False  # compute the whole last block though the head reads the prefix alone
+    search_images: int = 128
+    rounds: int = ROUNDS
+    neighbours: int = 3  # schedules similar to the best that are built and timed beside it
+    calib: Path = Path("calib")  # where INT8 ranges are kept
+    host: Host | None = None  # the device, where it is another machine
+    lock_clocks: bool = False  # on that host
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """One model on one target with its pictures."""
+
+    options: Options
+    target: Target
+    model: Model
+    pictures: Pictures | None
+    progress: Progress = silent
+
+    @property
+    def method(self) -> str:
+        """How tokens are lost."""
+        return self.options.method
+
+    @property
+    def prefix_last(self) -> bool:
+        """Does the last block compute the prefix alone?"""
+        vit = self.model.vit
+        return vit.prefix_pooled and vit.depth > 1 and not self.options.whole_last
+
+    @property
+    def dense_tokens(self) -> tuple[int, ...]:
+        """The schedule that cuts nothing."""
+        return (self.model.vit.tokens,) * self.model.vit.depth
+
+    @property
+    def out(self) -> Path:
+        """Where the bundle goes."""
+        options = self.options
+        name = f"{options.method}-{options.precision}-b{options.batch}" + ("-simulated" if options.simulate else "")
+        return options.out or ENGINES / self.target.device.name / self.model.vit.name / name
+
+    def with_method(self, method: str) -> Context:
+        """The same model, target and pictures with another method."""
+        return replace(self, options=replace(self.options, method=method))
+
+    def needed_pictures(self) -> Pictures:
+        """The pictures. Raises InputError where there are none."""
+        if self.pictures is None:
+            raise InputError(f"{self.model.vit.name} needs pictures to choose a schedule: pass --images DIR|CSV")
+        return self.pictures
+
+
+def context_for(options: Options, progress: Progress = silent) -> Context:
+    """Open the target, load the model, find the pictures. Raises any EdgepruneError."""
+    from edgeprune.vit.models import load_model
+
+    check_method(options.method)
+    check_policy(options.policy)
+    target = target_for(
+        options.device, options.precision, options.batch, options.simulate, options.work, progress,
+        options.host, options.lock_clocks,
+    )  # fmt: skip
+    model = load_model(options.model, options.weights, options.overrides)
+    found = image_set(options)
+    if found and found.labels and max(found.labels) >= model.vit.classes:
+        raise InputError(
+            f"label {max(found.labels)} does not exist: {model.vit.name} has classes 0 to "
+            f"{model.vit.classes - 1}: check the CSV or the weights"
+        )
+    pictures = Pictures(found, model.preprocessing, target, options.search_images) if found else None
+    return Context(options, target, model, pictures, progress)
+
+
+def check_policy(policy: str) -> None:
+    """Raise InputError for a policy that does not exist."""
+    if policy not in POLICIES:
+        raise InputError(f"unknown policy {policy!r}: choose from {', '.join(POLICIES)}")
+
+
+def image_set(options: Options) -> ImageSet | None:
+    """The images asked for; the embedded model's held-out digits by default. Raises ImageError."""
+    if options.images is not None:
+        return load_images(options.images)
+    return load_images(zoo.images_dir() / "labels.csv") if options.model == zoo.EMBEDDED else None

@@ -1,0 +1,61 @@
+"""The `export` command: a model with a schedule, or unpruned, as a static ONNX that says what it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgeprune.errors import InputError
+from edgeprune.images import ImageSet, batches, calibration_indices, load_pixels
+from edgeprune.io import load
+from edgeprune.onnx_graph.precision import CONVERSIONS, calibrated, int8
+from edgeprune.records import ModelMetadata, Progress, Schedule, silent
+
+if TYPE_CHECKING:
+    import onnx
+
+    from edgeprune.vit.models import Model
+
+
+def metadata_of(model: Model, schedule: Schedule, class_names: tuple[str, ...] | None) -> ModelMetadata:
+    """What an exported file says of itself."""
+    from edgeprune.vit.models import class_labels
+
+    labels = class_labels(model.vit, class_names)
+    return ModelMetadata(vit=model.vit, schedule=schedule, preprocessing=model.preprocessing, labels=labels)
+
+
+def export_model(
+    model: Model,
+    schedule: Path | None,
+    batch: int,
+    out: Path,
+    precision: str = "fp32",
+    pictures: ImageSet | None = None,
+    progress: Progress = silent,
+) -> Path:
+    """Write a pruned or, without a schedule, the unpruned model; what it is lies in the file's metadata.
+
+    `pictures` give the INT8 ranges. Raises InputError, ExportError, OutputError.
+    """
+    from edgeprune.vit.export import onnx_of_schedule
+
+    vit, how = model.vit, model.preprocessing
+    found = Schedule(vit=vit, method="none", policy="search", tokens=(vit.tokens,) * vit.depth)
+    if schedule is not None:
+        found = load(schedule, Schedule)
+        if found.vit != vit:
+            raise InputError(f"{schedule} is of {found.vit.name} with other weights: make it for this model")
+    if precision == "int8" and pictures is None:
+        raise InputError("INT8 ranges come from pictures: pass --images DIR|CSV")
+    metadata = metadata_of(model, found, pictures.class_names if pictures else None)
+
+    def quantised(graph: onnx.ModelProto) -> onnx.ModelProto:
+        assert pictures is not None
+        pixels = load_pixels([pictures.paths[i] for i in calibration_indices(len(pictures))], how)
+        ranges = calibrated(graph, [images for images, _ in batches(pixels, how, batch)], progress)
+        return int8(graph, ranges.ranges, ranges.kept)
+
+    convert = quantised if precision == "int8" else CONVERSIONS.get(precision)
+    onnx_of_schedule(model, found.method, found.tokens, found.prefix_last, batch, out, convert, metadata)
+    return out

@@ -1,0 +1,84 @@
+"""The ONNX files of a build: unpruned and pruned, in fp32 and in the precision asked for; each made once."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import onnx
+
+from edgeprune.images import batches, calibration_indices
+from edgeprune.io import code_key, key_of, load, save, sha256_file
+from edgeprune.onnx_graph.graph import save_graph, static_or_raise
+from edgeprune.onnx_graph.precision import CONVERSIONS, Convert, calibrated, int8
+from edgeprune.pipeline.context import Context
+from edgeprune.pipeline.profile import probes
+from edgeprune.records import Int8Ranges, Schedule
+
+log = logging.getLogger(__name__)
+
+
+def dense_onnx(context: Context) -> Path:
+    """The unpruned model's fp32 ONNX, among the probes where those are fp32."""
+    if context.target.onnx_precision != "fp32":
+        return _exported(context, "none", context.dense_tokens, False)
+    return probes(context.target, context.model, ()) / "dense.onnx"
+
+
+def pruned_onnx(context: Context, schedule: Schedule) -> Path:
+    """The pruned model's fp32 ONNX. Raises ExportError."""
+    if not schedule.cuts and not schedule.prefix_last:
+        return dense_onnx(context)
+    return _exported(context, schedule.method, schedule.tokens, schedule.prefix_last)
+
+
+def _exported(context: Context, method: str, tokens: tuple[int, ...], prefix_last: bool) -> Path:
+    def make(path: Path) -> None:
+        from edgeprune.vit.export import onnx_of_schedule
+
+        context.progress("exporting ONNX", 0, 1)
+        onnx_of_schedule(context.model, method, tokens, prefix_last, context.options.batch, path)
+        context.progress("exporting ONNX", 1, 1)
+
+    parts = (context.model.vit, method, tokens, prefix_last, context.options.batch)
+    return context.target.step("model", ".onnx", parts, make)
+
+
+def nominal_onnx(context: Context, file: Path) -> Path:
+    """An fp32 ONNX in the target's precision, INT8 with nominal ranges: enough for its latency."""
+    if context.target.onnx_precision == "fp32":
+        return file
+    return _converted(context, file, CONVERSIONS[context.target.onnx_precision], "nominal")
+
+
+def precise_onnx(context: Context, file: Path) -> Path:
+    """An fp32 ONNX in the target's precision, INT8 with ranges from the calibration pictures."""
+    if context.target.onnx_precision != "int8":
+        return nominal_onnx(context, file)
+    found = int8_ranges(context, file)
+    return _converted(context, file, lambda model: int8(model, found.ranges, found.kept), found)
+
+
+def int8_ranges(context: Context, file: Path) -> Int8Ranges:
+    """Ranges for one ONNX file, kept in calib/ by the hash of it, of the pictures and of the code."""
+    pictures, how = context.needed_pictures(), context.model.preprocessing
+    images = calibration_indices(len(pictures.files))
+    key = key_of(code_key(), sha256_file(file), pictures.key, how, images.tolist())
+    path = context.options.calib / f"int8-{key}.json"
+    if path.exists():
+        log.info("INT8 ranges: reusing %s", path)
+        return load(path, Int8Ranges)
+    normalised = [piece for piece, _ in batches(pictures.pixels[images], how, context.options.batch)]
+    found = calibrated(onnx.load(file), normalised, context.progress)
+    save(found, path)
+    return found
+
+
+def _converted(context: Context, file: Path, convert: Convert, how: object) -> Path:
+    def make(path: Path) -> None:
+        model = convert(onnx.load(file))
+        static_or_raise(model)
+        save_graph(model, path)
+
+    parts = (sha256_file(file), context.target.onnx_precision, how)
+    return context.target.step("precise", ".onnx", parts, make)

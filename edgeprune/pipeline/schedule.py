@@ -1,0 +1,47 @@
+"""The `schedule` command: tokens per block from a staircase file and pictures, without measuring."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+
+from edgeprune.errors import InputError
+from edgeprune.io import load
+from edgeprune.latency.probing import unconfirmed
+from edgeprune.pipeline.context import Options, context_for
+from edgeprune.pipeline.scores import ScheduleScores
+from edgeprune.pipeline.solve import solve
+from edgeprune.records import Progress, Schedule, Staircase, silent
+
+log = logging.getLogger(__name__)
+
+
+def schedule_from_staircase(
+    staircase: Staircase, options: Options, progress: Progress = silent, source: str = "the staircase"
+) -> Schedule:
+    """The schedule that a goal asks for on a measured staircase.
+
+    Counts are those of its treads as they were probed: nothing is measured here, and a log line says which of them
+    `build` would still confirm. Raises InputError where the staircase is of another model, ScheduleError where the
+    goal is out of reach.
+    """
+    options = replace(options, device="cpu", precision="fp32", batch=staircase.setup.batch)
+    context = context_for(options, progress)
+    vit = context.model.vit
+    if msgspec.structs.replace(staircase.vit, weights_sha256=vit.weights_sha256) != vit:
+        raise InputError(f"{source} is of {staircase.vit.name}, not of this {vit.name}: profile it")
+    staircase = msgspec.structs.replace(staircase, vit=vit)
+    schedule = solve(context, staircase, ScheduleScores(context), options.goal).schedule
+    if open_ends := unconfirmed(staircase, schedule.tokens):
+        counts = ", ".join(map(str, open_ends))
+        log.info("not confirmed as right ends of treads: %s tokens; build measures that", counts)
+    return schedule
+
+
+def schedule_from_file(path: Path, options: Options, progress: Progress = silent) -> tuple[Schedule, float]:
+    """The same from a staircase file; also the unpruned latency (ms) it was measured against."""
+    staircase = load(path, Staircase)
+    return schedule_from_staircase(staircase, options, progress, str(path)), staircase.dense.median_ms

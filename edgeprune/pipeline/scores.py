@@ -1,0 +1,98 @@
+"""Fidelity of schedules on the search pictures, evaluated once each and kept in the work folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edgeprune import stats
+from edgeprune.io import read_bytes, write_bytes
+from edgeprune.pipeline.context import Context
+from edgeprune.records import Candidate, Staircase
+from edgeprune.scheduling.goals import candidate_of
+
+if TYPE_CHECKING:
+    from edgeprune.vit.fidelity import Evaluator, Fidelity
+
+SAVE_EVERY = 8  # scores
+Row = tuple[float, float, float | None]  # KL, agreement, top-1
+
+
+class ScheduleScores:
+    """KL, agreement and top-1 by schedule of one context; what is known outlives an interrupted search."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.path = context.target.path("scores", ".json", *self.key)
+        self.known: dict[str, Row] = {}
+        if self.path.exists():
+            try:
+                self.known = msgspec.json.decode(read_bytes(self.path), type=dict[str, Row])
+            except msgspec.DecodeError:
+                self.known = {}
+        self._unsaved = 0
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        """All that a score depends on besides the tokens."""
+        context = self.context
+        pictures = context.pictures.key if context.pictures else ""
+        model, count = context.model, context.options.search_images
+        return (model.vit, context.method, context.prefix_last, pictures, count, model.preprocessing)
+
+    @cached_property
+    def evaluator(self) -> Evaluator:
+        """Made at the first schedule that is not known. Raises InputError without pictures."""
+        from edgeprune.vit.fidelity import Evaluator
+
+        context, pictures = self.context, self.context.needed_pictures()
+        labels = pictures.labels(pictures.search)
+        return Evaluator(context.model, context.method, pictures.pixels[pictures.search], labels, context.prefix_last)
+
+    def of(self, tokens: tuple[int, ...], base: tuple[int, ...]) -> Fidelity:
+        """Fidelity of a schedule; `base` is the one it was derived from, whose activations it shares."""
+        from edgeprune.vit.fidelity import Fidelity
+
+        key = ",".join(map(str, tokens))
+        if key not in self.known:
+            self.evaluator.base(base)
+            score = self.evaluator.fidelity(tokens)
+            self.known[key] = (score.kl, score.agreement, score.top1)
+            self._unsaved += 1
+            if self._unsaved >= SAVE_EVERY:
+                self.save()
+        return Fidelity(*self.known[key])
+
+    def candidate(self, staircase: Staircase, tokens: tuple[int, ...]) -> Candidate:
+        """A schedule with its prediction and fidelity."""
+        score = self.of(tokens, tokens)
+        self.save()
+        return candidate_of(staircase, self.context.method, self.context.prefix_last, tokens, score)
+
+    def save(self) -> None:
+        """Write what is known. Raises OutputError."""
+        if self._unsaved:
+            write_bytes(self.path, msgspec.json.encode(self.known))
+            self._unsaved = 0
+
+    def random_drop(self, tokens: int) -> float:
+        """The paper's A(n), percent: top-1 with n random tokens, agreement where there are no labels (sec. 3)."""
+        score = self.evaluator.random_drop(tokens)
+        return score.agreement if score.top1 is None else score.top1
+
+    def drop(self, tokens: Sequence[int]) -> float:
+        """Points of top-1 that a schedule loses on the search pictures; points of agreement without labels."""
+        from edgeprune.vit.fidelity import logits_of_schedule
+
+        context, pictures = self.context, self.context.needed_pictures()
+        pixels, labels = pictures.pixels[pictures.search], pictures.labels(pictures.search)
+        dense, pruned = (
+            logits_of_schedule(context.model, context.method, t, pixels, False, context.progress)
+            for t in (context.dense_tokens, tokens)
+        )
+        if labels:
+            return stats.top1(dense, labels) - stats.top1(pruned, labels)
+        return 100 - stats.agreement(dense, pruned)

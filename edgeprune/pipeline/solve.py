@@ -1,0 +1,71 @@
+"""The schedule for a goal, by the policy asked for; what was solved once is kept in the work folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+
+from edgeprune.io import encode, load, read_bytes, save, write_bytes
+from edgeprune.latency.probing import on_confirmed_edges
+from edgeprune.pipeline.context import Context
+from edgeprune.pipeline.scores import ScheduleScores
+from edgeprune.records import Candidate, Schedule, Staircase
+from edgeprune.scheduling.goals import Goal, choose, finished, pareto
+from edgeprune.scheduling.paper import paper_schedule
+from edgeprune.scheduling.search import Search
+
+
+class Solution(NamedTuple):
+    """A schedule and the candidates it was chosen from; none where nothing was searched."""
+
+    schedule: Schedule
+    candidates: tuple[Candidate, ...]
+
+
+def solve(context: Context, staircase: Staircase, scores: ScheduleScores, goal: Goal) -> Solution:
+    """Tokens per block for a goal. Raises ScheduleError where it is out of reach, InputError without pictures."""
+    options, prefix_last = context.options, context.prefix_last
+    if context.method == "none":
+        return Solution(finished(staircase, "none", options.policy, context.dense_tokens, prefix_last), ())
+    parts = (encode(staircase), goal, options.policy, options.block, *scores.key)
+    if options.policy == "paper":
+
+        def by_utility(path: Path) -> None:
+            found = paper_schedule(
+                staircase, context.method, goal, scores.random_drop, options.block, prefix_last, context.progress
+            )
+            save(found, path)
+
+        return Solution(load(context.target.step("schedule", ".json", parts, by_utility), Schedule), ())
+    candidates = searched(context, staircase, scores, goal.limit_ms(staircase.dense.median_ms))
+
+    def by_search(path: Path) -> None:
+        best = choose(pareto(candidates), staircase, context.method, goal, scores.drop)
+        save(finished(staircase, context.method, "search", best.tokens, prefix_last), path)
+
+    return Solution(load(context.target.step("schedule", ".json", parts, by_search), Schedule), candidates)
+
+
+def searched(
+    context: Context, staircase: Staircase, scores: ScheduleScores, limit_ms: float | None
+) -> tuple[Candidate, ...]:
+    """All schedules that the search evaluates within a latency; over all latencies without one."""
+
+    def make(path: Path) -> None:
+        search = Search(staircase, context.method, scores.of, context.prefix_last, context.progress)
+        try:
+            search.front(limit_ms)
+        finally:
+            scores.save()
+        write_bytes(path, msgspec.json.encode(list(search.found.values())))
+
+    path = context.target.step("candidates", ".json", (encode(staircase), limit_ms, *scores.key), make)
+    return msgspec.json.decode(read_bytes(path), type=tuple[Candidate, ...])
+
+
+def with_confirmed_edges(staircase: Staircase, schedule: Schedule) -> Schedule:
+    """The same schedule with every count at a confirmed right end of a tread."""
+    tokens = on_confirmed_edges(staircase, schedule.tokens)
+    return finished(staircase, schedule.method, schedule.policy, tokens, schedule.prefix_last)

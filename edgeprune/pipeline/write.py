@@ -1,0 +1,121 @@
+"""A bundle from an ONNX file: its engine compiled and run once for the golden output, then all written at once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+import numpy as np
+
+from edgeprune import stats
+from edgeprune.bundles.format import (
+    BUILD_LOG,
+    DEVICE,
+    ONNX,
+    PAGE,
+    PLOT,
+    TOLERANCE,
+    TRACE,
+    load_bundle,
+    write_bundle,
+)
+from edgeprune.errors import REPORT, EdgepruneError, EngineError
+from edgeprune.html_report.files import staircase_svg
+from edgeprune.html_report.page import page_html
+from edgeprune.io import code_key, encode, sha256_file
+from edgeprune.onnx_graph import attention_fusion
+from edgeprune.onnx_graph.graph import weights_of
+from edgeprune.records import BuildTrace, Engine, Manifest, ModelMetadata, Report, Staircase, Vit
+from edgeprune.runtimes import Inspected
+from edgeprune.runtimes.target import Target
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+
+def noise_batch(vit: Vit, batch: int) -> NDArray[np.float32]:
+    """(batch, 3, P, P) of seeded noise: a golden input where there are no pictures."""
+    shape = (batch, 3, vit.image_px, vit.image_px)
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+def bundle_from_onnx(
+    target: Target,
+    out: Path,
+    onnx: Path,
+    metadata: ModelMetadata,
+    report: Report,
+    example: NDArray[np.float32],
+    staircase: Staircase | None,
+    expected: NDArray[np.float32] | None = None,
+    trace: Callable[[], BuildTrace] = BuildTrace,
+) -> Manifest:
+    """Compile, run `example` (one normalised batch) as the golden input, write; the very same bundle stays.
+
+    `trace` is called only where a bundle is written. Raises EngineError where the outputs are not finite, or in
+    fp32 not those `expected` on most images of the batch.
+    """
+    engine_file, weights = target.engine(onnx), {file.name: file for file in weights_of(onnx)}
+    parts = (engine_file, *(weights.values() if engine_file == onnx else ()))
+    engine = Engine(
+        path=f"model{engine_file.suffix}",
+        sha256=sha256_file(engine_file),
+        onnx_sha256=sha256_file(onnx),
+        size_bytes=sum(part.stat().st_size for part in parts),
+        setup=target.setup,
+    )
+    with target.opener(onnx)() as session:
+        golden = session.infer(example)
+        fused = session.fused_attention() if isinstance(session, Inspected) else None
+    check_golden(golden, expected, onnx, target)
+    attention_fusion.warn_if_lost(fused, report.fusable_attention, target.setup.precision)
+    report = msgspec.structs.replace(report, fused_attention=fused)
+    old = _bundle_in(out)
+    if old and (old.code, old.engine, old.schedule, old.report) == (code_key(), engine, metadata.schedule, report):
+        log.info("bundle: reused %s", out)
+        return old
+    traced = trace()
+    page = page_html(engine, metadata.schedule, report, metadata.preprocessing, staircase, traced)
+    build_log = engine_file.with_suffix(".log")
+    return write_bundle(
+        out,
+        vit=metadata.vit,
+        files={engine.path: engine_file, ONNX: onnx, **weights}
+        | ({BUILD_LOG: build_log} if build_log.is_file() else {}),
+        engine=engine,
+        schedule=metadata.schedule,
+        staircase=staircase,
+        report=report,
+        preprocessing=metadata.preprocessing,
+        labels=metadata.labels,
+        golden=(example, golden),
+        extra={DEVICE: encode(target.device), TRACE: encode(traced), PAGE: page.encode()}
+        | ({PLOT: staircase_svg(staircase, metadata.schedule)} if staircase else {}),
+    )
+
+
+def check_golden(
+    golden: NDArray[np.float32], expected: NDArray[np.float32] | None, onnx: Path, target: Target
+) -> None:
+    """Raise EngineError for outputs (batch, classes) that are not finite, or in fp32 typically not those expected."""
+    if not np.isfinite(golden).all():
+        raise EngineError(f"{onnx}: outputs are not finite in {target.setup.precision}: build fp32")
+    if expected is None:
+        return
+    off, most = stats.typical_difference(golden, expected), max(TOLERANCE, target.runtime.parity)
+    log.info("golden output: differs by %.2g (median of the images) from that of the bundle the ONNX lies in", off)
+    if target.setup.precision == "fp32" and not off <= most:
+        raise EngineError(f"{onnx}: logits differ by {off:.2g} from its bundle's, above {most}: {REPORT}")
+
+
+def _bundle_in(out: Path) -> Manifest | None:
+    """The bundle that is there, None where there is none or it is damaged."""
+    try:
+        return load_bundle(out)
+    except EdgepruneError:
+        return None

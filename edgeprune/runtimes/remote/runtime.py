@@ -1,0 +1,167 @@
+"""The runtime of another machine, over ssh: engines are compiled, timed and run there, kept and decided upon here."""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from edgeprune import __version__, errors
+from edgeprune.errors import EngineError, HostError
+from edgeprune.io import replacing, sha256_file, writable, write_bytes
+from edgeprune.onnx_graph.graph import weights_of
+from edgeprune.records import Device, Engine, Progress, Setup, silent
+from edgeprune.runtimes.remote import protocol
+from edgeprune.runtimes.remote.ssh import Channel, Host
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=protocol.Message)
+
+
+class RemoteRuntime:
+    """Speaks to `edgeprune worker` on `host` over one connection, which ends with this object or the process.
+
+    Latencies are taken on the device, between its own clocks; the network carries files, requests and logits.
+    """
+
+    def __init__(self, device: Device, host: Host, lock_clocks: bool = False) -> None:
+        self.device, self.lock_clocks = device, lock_clocks
+        self.channel = Channel(host, f"{host.program} worker")
+        self.suffix, self.parity = "", 0.0  # known from setup() on
+        self._free: int | None = None
+
+    def setup(self, device: Device, precision: str, batch: int) -> Setup:
+        """As the device's own runtime says. Raises HostError, and what that runtime raises."""
+        hello = protocol.Prepare(__version__, device, precision, batch, self.lock_clocks)
+        ready = self.ask(hello, protocol.Ready)
+        self.suffix, self.parity, self._free = ready.suffix, ready.parity, ready.free_bytes
+        return ready.setup
+
+    def free_bytes(self) -> int | None:
+        """Memory on the device when the connection was made."""
+        return self._free
+
+    def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> Engine:
+        """Compile there and fetch the engine and its log. Raises EngineError, OutputError, HostError."""
+        made = self.ask(protocol.Compile(self._sent(onnx), onnx.name), protocol.Compiled, progress)
+        with replacing(out) as temporary, writable(out), open(temporary, "wb") as file:
+            protocol.write(self.channel.stdin, protocol.Get(made.sha256))
+            piece = self._answer(protocol.Put)
+            file.write(piece.data)
+            while not piece.last:
+                piece = self._answer(protocol.Put)
+                file.write(piece.data)
+        digest = sha256_file(out)
+        if digest != made.sha256:
+            out.unlink()
+            raise HostError(f"an engine arrived as {digest[:12]}…, not {made.sha256[:12]}…: run it again")
+        write_bytes(out.with_suffix(".log"), made.log.encode())
+        return Engine(
+            path=out.name,
+            sha256=digest,
+            onnx_sha256=sha256_file(onnx),
+            size_bytes=out.stat().st_size,
+            setup=setup,
+        )
+
+    def open(self, path: Path, setup: Setup) -> RemoteSession:
+        """Load an engine there. Raises EngineError, HostError."""
+        return RemoteSession(self, self.ask(protocol.Open(self._sent(path), path.name), protocol.Opened))
+
+    def ask(self, request: protocol.Message, kind: type[M], progress: Progress = silent) -> M:
+        """The answer to a request, which is of one kind. Raises HostError, or the error that the device names."""
+        try:
+            protocol.write(self.channel.stdin, request)
+        except OSError:
+            raise self.channel.trouble() from None
+        return self._answer(kind, progress)
+
+    def _answer(self, kind: type[M], progress: Progress = silent) -> M:
+        while True:
+            try:
+                answer = protocol.read_answer(self.channel.stdout)
+            except ValueError as error:  # a shell's greeting, for one
+                raise HostError(
+                    f"{self.channel.host.address} answers with something else than edgeprune's worker ({error}): "
+                    "its shell may not print at login"
+                ) from None
+            match answer:
+                case None:
+                    raise self.channel.trouble()
+                case protocol.Progressed(what, done, total):
+                    progress(what, done, total)
+                case protocol.Logged(level, text):
+                    log.log(level, "%s: %s", self.channel.host.address, text)
+                case protocol.Failed(name, text):
+                    found = getattr(errors, name, EngineError)
+                    raise (found if issubclass(found, errors.EdgepruneError) else EngineError)(text)
+                case _:
+                    if not isinstance(answer, kind):
+                        raise HostError(f"the device answered {type(answer).__name__}: install the same edgeprune")
+                    return answer
+
+    def _sent(self, path: Path) -> dict[str, str]:
+        """Name and sha256 of a file and of the weights that lie beside it; what the device lacks is sent."""
+        paths = [path, *(weights_of(path) if path.suffix == ".onnx" else ())]
+        files = {_hash(p, p.stat().st_mtime_ns, p.stat().st_size): p for p in paths}
+        for sha256 in self.ask(protocol.Missing(tuple(files)), protocol.Names).sha256:
+            with open(files[sha256], "rb") as file:
+                piece = file.read(protocol.PIECE_BYTES)
+                while True:
+                    following = file.read(protocol.PIECE_BYTES)
+                    message = protocol.Put(sha256, piece, not following)
+                    if not following:
+                        self.ask(message, protocol.Done)
+                        break
+                    try:
+                        protocol.write(self.channel.stdin, message)
+                    except OSError:
+                        raise self.channel.trouble() from None
+                    piece = following
+        return {p.name: sha256 for sha256, p in files.items()}
+
+
+class RemoteSession:
+    """An engine that is open on the device."""
+
+    def __init__(self, runtime: RemoteRuntime, opened: protocol.Opened) -> None:
+        self._runtime, self._number = runtime, opened.session
+
+    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Outputs for one batch. Raises EngineError on a wrong shape, HostError."""
+        data = np.ascontiguousarray(images, np.float32)
+        output = self._runtime.ask(protocol.Infer(self._number, data.shape, data.tobytes()), protocol.Output)
+        return np.frombuffer(output.data, np.float32).reshape(output.shape)
+
+    def time_ms(self) -> float:
+        """One inference there after an untimed one, ms."""
+        value = self._runtime.ask(protocol.Time(self._number), protocol.Value).value
+        assert value is not None
+        return value
+
+    def fused_attention(self) -> int | None:
+        """As the device's own session tells it."""
+        value = self._runtime.ask(protocol.Fused(self._number), protocol.Value).value
+        return None if value is None else int(value)
+
+    def __enter__(self) -> RemoteSession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:  # after an error the connection may be out of step, and ends with the process
+            self._runtime.ask(protocol.Close(self._number), protocol.Done)
+
+
+@lru_cache(maxsize=256)
+def _hash(path: Path, mtime_ns: int, size: int) -> str:
+    return sha256_file(path)

@@ -1,0 +1,148 @@
+"""Schedules by rule: the paper's utility, the published shapes, and what a goal picks from a Pareto front."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+from edgeprune.errors import ScheduleError
+from edgeprune.io import encode, sha256_bytes
+from edgeprune.latency.staircase import predict_ms
+from edgeprune.records import Candidate, Schedule, Staircase, Vit
+
+
+class Score(Protocol):
+    """What a schedule keeps of the unpruned model."""
+
+    @property
+    def kl(self) -> float: ...
+    @property
+    def agreement(self) -> float: ...
+    @property
+    def top1(self) -> float | None: ...
+
+
+DEFAULT_ALPHA = 0.5  # weight of latency in the utility, where no other goal is given (arXiv 2407.05941, sec. 3)
+
+
+class Goal(NamedTuple):
+    """What is asked for; at most one field is set.
+
+    alpha: weight of latency in the utility, 0 to 1; speedup: factor of at least 1; budget_ms: latency of one
+    inference; max_drop: points of top-1 (of agreement without labels) that may be lost. Without any, alpha is 0.5.
+    """
+
+    alpha: float | None = None
+    speedup: float | None = None
+    budget_ms: float | None = None
+    max_drop: float | None = None
+
+    def __str__(self) -> str:
+        if self.speedup is not None:
+            return f"{self.speedup:g} times faster or more"
+        if self.budget_ms is not None:
+            return f"{self.budget_ms:g} ms or less"
+        if self.max_drop is not None:
+            return f"at most {self.max_drop:g} points of top-1 lost"
+        return f"the best trade-off at alpha {self.latency_weight:g}"
+
+    @property
+    def latency_weight(self) -> float:
+        """Alpha, or its default."""
+        return DEFAULT_ALPHA if self.alpha is None else self.alpha
+
+    @property
+    def limits_latency(self) -> bool:
+        """Is it a speed-up or a budget?"""
+        return self.speedup is not None or self.budget_ms is not None
+
+    def utility(self, latency: float, accuracy: float) -> float:
+        """U = alpha (1 - L / L_max) + (1 - alpha) A / A_max of two shares (arXiv 2407.05941, sec. 3)."""
+        return self.latency_weight * (1 - latency) + (1 - self.latency_weight) * accuracy
+
+    def limit_ms(self, dense_ms: float) -> float | None:
+        """The latency this goal allows, ms; None where it limits something else."""
+        if self.speedup is not None:
+            return dense_ms / self.speedup
+        return self.budget_ms
+
+
+def single_cut(vit: Vit, block: int, tokens: int) -> tuple[int, ...]:
+    """All tokens before `block`, `tokens` from it on."""
+    return (vit.tokens,) * block + (tokens,) * (vit.depth - block)
+
+
+def finished(
+    staircase: Staircase, method: str, policy: str, tokens: Sequence[int], prefix_last: bool = False
+) -> Schedule:
+    """A schedule record with its prediction and the staircase it rests on."""
+    return Schedule(
+        vit=staircase.vit,
+        method=method,
+        policy=policy,
+        tokens=tuple(tokens),
+        prefix_last=prefix_last,
+        predicted_ms=predict_ms(staircase, tokens, method, prefix_last),
+        staircase_sha256=sha256_bytes(encode(staircase)),
+    )
+
+
+def candidate_of(
+    staircase: Staircase, method: str, prefix_last: bool, tokens: Sequence[int], score: Score
+) -> Candidate:
+    """A schedule with its prediction and its fidelity."""
+    predicted = predict_ms(staircase, tokens, method, prefix_last)
+    return Candidate(tuple(tokens), predicted, score.kl, score.agreement, score.top1)
+
+
+def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that no other beats in both predicted latency and KL, fastest first."""
+    front: list[Candidate] = []
+    for candidate in sorted(candidates, key=lambda c: (c.predicted_ms, c.kl)):
+        if not front or candidate.kl < front[-1].kl:
+            front.append(candidate)
+    return front
+
+
+def choose(
+    front: Sequence[Candidate],
+    staircase: Staircase,
+    method: str,
+    goal: Goal,
+    drop: Callable[[Sequence[int]], float],
+) -> Candidate:
+    """The candidate of a front (fastest first) that a goal asks for.
+
+    Latency goals: the lowest KL within the limit. alpha: the highest utility, with agreement for A.
+    max_drop: the fastest whose `drop` (points of top-1, or of agreement without labels) is
+    within it, by bisection. Raises ScheduleError with what is possible.
+    """
+    limit = goal.limit_ms(staircase.dense.median_ms)
+    if limit is not None:
+        fits = [c for c in front if c.predicted_ms <= limit]
+        if not fits:
+            raise impossible(limit, staircase, min(c.predicted_ms for c in front), method)
+        return min(fits, key=lambda c: c.kl)
+    if goal.max_drop is not None:
+        low, high = 0, len(front) - 1  # front[-1] has the lowest KL: nearest to the unpruned model
+        if drop(front[high].tokens) > goal.max_drop:
+            raise ScheduleError(f"no schedule of {method} loses at most {goal.max_drop} points: raise --max-drop")
+        while low < high:
+            middle = (low + high) // 2
+            if drop(front[middle].tokens) <= goal.max_drop:
+                high = middle
+            else:
+                low = middle + 1
+        return front[high]
+    most = max(c.agreement for c in front)
+    dense = staircase.dense.median_ms
+    return max(front, key=lambda c: goal.utility(c.predicted_ms / dense, c.agreement / max(most, 1e-9)))
+
+
+def impossible(limit: float, staircase: Staircase, best: float, method: str) -> ScheduleError:
+    """What to say where even the fastest schedule, predicted to take `best` ms, misses the limit (ms)."""
+    dense = staircase.dense.median_ms
+    return ScheduleError(
+        f"{limit:.3g} ms cannot be met: {staircase.vit.name} takes {dense:.3g} ms unpruned and about "
+        f"{best:.3g} ms at best with {method} ({dense / best:.2f}x): ask for less"
+    )

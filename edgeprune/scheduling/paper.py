@@ -1,0 +1,54 @@
+"""The paper's schedule: one cut, chosen by utility (arXiv 2407.05941, sec. 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from edgeprune.errors import ScheduleError
+from edgeprune.latency.staircase import predict_ms, treads, trunk_ms
+from edgeprune.records import Progress, Schedule, Staircase, silent
+from edgeprune.scheduling.goals import Goal, finished, impossible, single_cut
+
+PAPER_BLOCK = 3  # the paper prunes in block 3 (sec. 4)
+
+
+def paper_schedule(
+    staircase: Staircase,
+    method: str,
+    goal: Goal,
+    accuracy: Callable[[int], float],
+    block: int = PAPER_BLOCK,
+    prefix_last: bool = False,
+    progress: Progress = silent,
+) -> Schedule:
+    """POMT's schedule (arXiv 2407.05941, sec. 3): one cut, in `block`.
+
+    U(n) = alpha (1 - L(n) / L_max) + (1 - alpha) A(n) / A_max over the treads, where `accuracy` gives
+    A(n) in percent. With a latency goal instead of alpha, the most tokens that meet it. The paper takes
+    any n; here only treads are candidates, and a tie goes to more tokens. Raises ScheduleError.
+    """
+    vit = staircase.vit
+    end = vit.depth - 2 if prefix_last else vit.depth - 1
+    if not 0 <= block <= end:
+        raise ScheduleError(f"block {block} cannot lose tokens: {vit.name} can be cut in blocks 0 to {end}")
+    counts = [n for n in treads(staircase) if n > vit.prefix + 1]
+    if goal.max_drop is not None:
+        raise ScheduleError("--max-drop needs --policy search: the paper's policy has no accuracy bound")
+    limit = goal.limit_ms(staircase.dense.median_ms)
+    if limit is not None:
+        cost = {n: predict_ms(staircase, single_cut(vit, block, n), method, prefix_last) for n in counts}
+        fits = [n for n in counts if cost[n] <= limit]
+        if not fits:
+            raise impossible(limit, staircase, cost[counts[0]], method)
+        best = max(fits)
+    else:
+        gained = {}
+        for done, n in enumerate(counts):
+            progress("random-drop accuracy", done, len(counts))
+            gained[n] = accuracy(n)
+        progress("random-drop accuracy", len(counts), len(counts))
+        slowest, most = trunk_ms(staircase, vit.tokens), max(gained.values())
+        best = max(
+            counts, key=lambda n: (goal.utility(trunk_ms(staircase, n) / slowest, gained[n] / max(most, 1e-9)), n)
+        )
+    return finished(staircase, method, "paper", single_cut(vit, block, best), prefix_last)

@@ -1,0 +1,56 @@
+"""The schedules of baselines in the shapes that their authors published."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import ceil
+
+from edgeprune.latency.staircase import predict_ms
+from edgeprune.records import Schedule, Staircase, Vit
+from edgeprune.scheduling.goals import finished, impossible, single_cut
+from edgeprune.scheduling.paper import PAPER_BLOCK
+
+
+def published_shapes(vit: Vit, method: str, prefix_last: bool = False) -> Iterator[tuple[int, ...]]:
+    """The schedules of a baseline as its authors shape them, from gentle to strong.
+
+    pomt: one cut in block 3 (arXiv 2407.05941, sec. 4). evit: the same keep rate in blocks 3, 6 and 9 of 12
+    (arXiv 2202.07800, sec. 4), one fused token each. tome, topk: equally many tokens less in every block
+    (arXiv 2210.09461, sec. 3). Yields nothing for a method without a published shape.
+    """
+    body, last = vit.tokens - vit.prefix, vit.depth - 1 if prefix_last else vit.depth
+    if method == "pomt":
+        for n in range(vit.tokens - 1, vit.prefix + 1, -1):
+            yield single_cut(vit, PAPER_BLOCK, n)
+    elif method == "evit":
+        quarters = {vit.depth // 4, vit.depth // 2, 3 * vit.depth // 4}
+        for percent in range(99, 4, -1):
+            tokens, current = [], vit.tokens
+            for block in range(vit.depth):
+                if block in quarters:
+                    left = ceil((current - vit.prefix) * percent / 100)
+                    current = min(current, vit.prefix + max(left, 1) + 1)
+                tokens.append(current)
+            yield tuple(tokens)
+    elif method in ("tome", "topk"):
+        for less in range(1, body):
+            lowest = vit.prefix + 2
+            yield tuple(max(vit.tokens - less * min(block + 1, last), lowest) for block in range(vit.depth))
+
+
+def published_schedule(
+    staircase: Staircase, method: str, limit_ms: float, prefix_last: bool = False
+) -> Schedule | None:
+    """The gentlest schedule of the published shape that is predicted within a latency; None without a shape.
+
+    Raises ScheduleError where none is.
+    """
+    best = float("inf")
+    for tokens in published_shapes(staircase.vit, method, prefix_last):
+        cost = predict_ms(staircase, tokens, method, prefix_last)
+        if cost <= limit_ms:
+            return finished(staircase, method, "published", tokens, prefix_last)
+        best = min(best, cost)
+    if best < float("inf"):
+        raise impossible(limit_ms, staircase, best, method)
+    return None

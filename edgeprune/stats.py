@@ -1,0 +1,123 @@
+"""Statistics of paired latencies, and how far the outputs of two models are apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+RESAMPLES = 2000
+DRAWN_AT_ONCE = 1 << 20  # values, which bounds memory
+
+
+def median_interval(values: Sequence[float], z: float = 1.96) -> tuple[float, float]:
+    """Interval of the median, 95 % at z = 1.96, by the binomial sign test (normal approximation of the ranks)."""
+    ordered = sorted(values)
+    n = len(ordered)
+    reach = z / 2 * n**0.5  # z * sqrt(n / 4)
+    low = max(int(np.floor((n - 1) / 2 - reach)), 0)
+    return ordered[low], ordered[n - 1 - low]
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """Ratio of two interleaved series and its 95 % interval: per round, so that drift cancels."""
+    pairs = [a / b for a, b in zip(numerator, denominator, strict=True)]
+    return float(np.median(pairs)), median_interval(pairs)
+
+
+def bootstrap_ratio(
+    numerator: Sequence[float], denominator: Sequence[float], paired: bool
+) -> tuple[float, tuple[float, float]]:
+    """Ratio of two series of latencies and its 95 % bootstrap interval (percentile method, seeded).
+
+    `paired`: of the same rounds; the ratio is the median of their ratios, and rounds are drawn. Otherwise of two
+    sessions; it is the ratio of medians, and each session is drawn from for itself. What is drawn are runs of cbrt(n)
+    neighbours, because the load of a machine lasts longer than a round. Sources: Efron and Tibshirani, "An
+    Introduction to the Bootstrap"; Politis and Romano 1992 on circular blocks; Hall, Horowitz and Jing 1995 on their
+    length. It knows nothing of what differs between two sessions, such as another temperature.
+    """
+    above, below = np.asarray(numerator), np.asarray(denominator)
+    if paired:
+        if len(above) != len(below):
+            raise ValueError(f"{len(above)} and {len(below)} rounds")
+        rounds = above / below
+        value, drawn = np.median(rounds), _medians_drawn(rounds, 0)
+    else:
+        value, drawn = np.median(above) / np.median(below), _medians_drawn(above, 0) / _medians_drawn(below, 1)
+    low, high = np.percentile(drawn, (2.5, 97.5))
+    return float(value), (float(low), float(high))
+
+
+def _medians_drawn(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Medians of RESAMPLES series drawn from one in circular blocks, (RESAMPLES,)."""
+    n = len(values)
+    block = round(n ** (1 / 3))
+    rng, medians = np.random.default_rng(seed), np.empty(RESAMPLES)
+    for part in np.array_split(medians, -(-RESAMPLES * n // DRAWN_AT_ONCE)):
+        starts = rng.integers(n, size=(len(part), -(-n // block), 1))
+        drawn = ((starts + np.arange(block)) % n).reshape(len(part), -1)[:, :n]
+        part[:] = np.median(values[drawn], axis=1)
+    return medians
+
+
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Row-wise, in fp64."""
+    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    return result
+
+
+def differences(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Largest |difference| of each image's outputs, (images,)."""
+    off = np.atleast_2d(np.abs(found - wanted))
+    most: NDArray[np.float32] = off.reshape(len(off), -1).max(axis=1)
+    return most
+
+
+def typical_difference(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
+    """Median over images of their largest |difference|; NaN where an image has one.
+
+    Each runtime rounds in its own way, so that of two tokens with equal scores either may be kept: a single image may
+    differ. An engine that computes something else differs on most.
+    """
+    return float(np.median(differences(found, wanted)))
+
+
+def kl_divergence(dense: NDArray[np.float32], pruned: NDArray[np.float32]) -> float:
+    """Mean over images of KL(unpruned || pruned) of the class distributions, nats."""
+    p, q = log_softmax(dense), log_softmax(pruned)
+    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
+
+def agreement(dense: NDArray[np.float32], pruned: NDArray[np.float32]) -> float:
+    """Share of images on which both put the same class first, percent."""
+    return float((dense.argmax(1) == pruned.argmax(1)).mean() * 100)
+
+
+def top1(logits: NDArray[np.float32], labels: Sequence[int]) -> float:
+    """Share of images whose label is put first, percent."""
+    return float((logits.argmax(1) == np.asarray(labels)).mean() * 100)
+
+
+def signed_rank(differences: NDArray[np.float64]) -> float:
+    """Wilcoxon's signed-rank statistic as a z value: how far paired differences lean above zero.
+
+    Zeros are left out, ties share the mean of their ranks, and the variance is corrected for them (Wilcoxon 1945;
+    Lehmann, "Nonparametrics", sec. 3.2). Twice as sharp as the sign test on timings, whose differences between two
+    candidates are symmetric.
+    """
+    differences = differences[differences != 0]
+    n = len(differences)
+    if n == 0:
+        return 0.0
+    _, place, ties = np.unique(np.abs(differences), return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(ties) - (ties - 1) / 2)[place]
+    above = ranks[differences > 0].sum()
+    variance = n * (n + 1) * (2 * n + 1) / 24 - (ties**3 - ties).sum() / 48
+    return float((above - n * (n + 1) / 4) / variance**0.5)

@@ -1,0 +1,190 @@
+"""A pruned ViT, or the bare trunk at any number of tokens, from PyTorch to ONNX in which every shape is static."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import onnx
+from onnx.external_data_helper import load_external_data_for_model
+
+from edgeprune.errors import REPORT, ExportError
+from edgeprune.io import writable
+from edgeprune.onnx_graph import graph
+from edgeprune.onnx_graph.graph import attach, infer, save_apart, save_graph, static_or_raise
+from edgeprune.onnx_graph.passes import canonical_gelu, lower_opset, strip_traces
+from edgeprune.onnx_graph.precision import Convert
+from edgeprune.records import ModelMetadata
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from edgeprune.vit.models import Model
+
+
+def onnx_from_module(
+    module: nn.Module,
+    example: Tensor,
+    path: Path,
+    names: tuple[str, str] = ("images", "logits"),
+    convert: Convert | None = None,
+    metadata: ModelMetadata | None = None,
+) -> None:
+    """Export `module` at the static shape of `example`, then `convert` it; `metadata` says what it is.
+
+    Raises ExportError, OutputError.
+    """
+    with _scratch(path) as folder:
+        model = _exported(module, example, names, None, convert, folder)
+        if metadata is not None:
+            attach(metadata, model)
+        static_or_raise(model)
+        save_graph(model, path, folder)
+
+
+def onnx_of_schedule(
+    model: Model,
+    method: str,
+    tokens: Sequence[int],
+    prefix_last: bool,
+    batch: int,
+    path: Path,
+    convert: Convert | None = None,
+    metadata: ModelMetadata | None = None,
+) -> None:
+    """Export a model with a schedule at a static batch. Raises ExportError, OutputError."""
+    import torch
+
+    from edgeprune.vit.fidelity import pruned_module
+
+    example = torch.zeros(batch, 3, model.vit.image_px, model.vit.image_px)
+    module = pruned_module(model, method, tokens, prefix_last)
+    onnx_from_module(module, example, path, convert=convert, metadata=metadata)
+
+
+def trunk_from_module(module: nn.Module, example: Tensor, path: Path, convert: Convert | None = None) -> None:
+    """Export the trunk with a symbolic token axis, weights in `<name>.weights` beside it.
+
+    The weights stay out of the ONNX so that all static probes share them. Raises ExportError, OutputError.
+    """
+    with _scratch(path) as folder:
+        model = _exported(module, example, ("x", "y"), 1, convert, folder)
+        folded = [node.op_type for node in model.graph.node if node.op_type == "Shape"]
+        if folded:
+            raise ExportError(f"the trunk computes {len(folded)} shapes at run time: {REPORT}")
+        for value in (*model.graph.input, *model.graph.output):
+            if not value.type.tensor_type.shape.dim[1].HasField("dim_value"):
+                value.type.tensor_type.shape.dim[1].dim_param = "tokens"
+        del model.graph.value_info[:]
+        save_apart(model, path, path.with_suffix(".weights"), folder)
+
+
+def _exported(
+    module: nn.Module,
+    example: Tensor,
+    names: tuple[str, str],
+    symbolic_axis: int | None,
+    convert: Convert | None,
+    folder: Path,
+) -> onnx.ModelProto:
+    """torch's dynamo exporter, cleaned: opset 17, inferred shapes, no traces of the exporting machine.
+
+    Weights beyond graph.INLINE_BYTES lie in `folder`, unless `convert` needed them.
+    """
+    import torch
+
+    dynamic: Any = None
+    if symbolic_axis is not None:
+        dynamic = ({symbolic_axis: torch.export.Dim.DYNAMIC},)
+    with _quiet(), unfused(module), fixed_size(module), torch.no_grad():
+        program: Any = torch.onnx.export(
+            module.eval(),
+            (example,),
+            dynamo=True,
+            opset_version=18,  # the exporter's lowest; lower_opset takes it to 17
+            input_names=[names[0]],
+            output_names=[names[1]],
+            dynamic_shapes=dynamic,
+            verbose=False,
+        )
+    weights = program.model.graph.initializers.values()
+    if sum(weight.const_value.nbytes for weight in weights) > graph.INLINE_BYTES:
+        with writable(folder):
+            program.save(folder / "exported.onnx", external_data=True)
+        model = onnx.load(folder / "exported.onnx", load_external_data=False)
+    else:
+        model = program.model_proto
+    lower_opset(model)
+    canonical_gelu(model)
+    strip_traces(model)
+    if symbolic_axis is None:
+        infer(model)
+    if convert is not None:
+        load_external_data_for_model(model, str(folder))
+        model = convert(model)
+    return model
+
+
+@contextmanager
+def _scratch(path: Path) -> Iterator[Path]:
+    """A folder beside `path` for the time of its export. Raises OutputError."""
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    with folder as name:
+        yield Path(name)
+
+
+@contextmanager
+def unfused(module: nn.Module) -> Iterator[None]:
+    """timm's own explicit attention for the time of an export.
+
+    torch's fused operator exports as two scalings and reshapes with computed shapes; timm's explicit form
+    is what TensorRT fuses.
+    """
+    attentions: list[Any] = [m for m in module.modules() if getattr(m, "fused_attn", False)]
+    for attention in attentions:
+        attention.fused_attn = False
+    try:
+        yield
+    finally:
+        for attention in attentions:
+            attention.fused_attn = True
+
+
+@contextmanager
+def fixed_size(module: nn.Module) -> Iterator[None]:
+    """Models of any image size at their own for the time of an export: timm would resample positions to it."""
+    sizeless: list[Any] = [m for m in module.modules() if getattr(m, "dynamic_img_size", False)]
+    for model in sizeless:
+        model.dynamic_img_size, model.patch_embed.flatten = False, True
+    try:
+        yield
+    finally:
+        for model in sizeless:
+            model.dynamic_img_size, model.patch_embed.flatten = True, False
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter tells of its opset conversion on every call; real failures raise."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    others = [logging.getLogger(n) for n in ("onnxscript", "onnx_ir")]
+    levels = [other.level for other in others]
+    for other in others:
+        other.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+        for other, old in zip(others, levels, strict=True):
+            other.setLevel(old)

@@ -1,0 +1,141 @@
+"""timm VisionTransformer: ViT, DeiT (distilled too), DeiT-3, CLIP image towers, DINOv2 with registers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers import Attention
+from timm.models.vision_transformer import Block, ResPostBlock, VisionTransformer
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from edgeprune.records import Vit
+from edgeprune.vit.tokens import Attended
+
+
+def unsupported(model: nn.Module) -> str | None:
+    """Why this family cannot prune `model`, or None."""
+    kind = type(model).__name__
+    if not isinstance(model, VisionTransformer):
+        return f"{kind} is not a timm VisionTransformer: choose one of `timm.list_models('vit_*')`"
+    for index, block in enumerate(model.blocks):
+        if type(block) not in (Block, ResPostBlock):
+            return f"block {index} is a {type(block).__name__}, whose halves cannot be parted: choose another model"
+        if type(block.attn) is not Attention:
+            return f"block {index} has {type(block.attn).__name__}, not timm's Attention: choose another model"
+    if model.global_pool == "":
+        return "the model has no pooling (global_pool=''): create it with a classification head"
+    height, width = model.patch_embed.img_size
+    if height != width:
+        return f"the model takes {height}x{width} images, only square ones are supported: choose another model"
+    return None
+
+
+def describe(model: Any, name: str, weights_sha256: str) -> Vit:
+    """The Vit record of a supported model."""
+    block = model.blocks[0]
+    attn, mlp = block.attn, block.mlp
+    image_px = model.patch_embed.img_size[0]
+    gated = not hasattr(mlp, "fc1") or mlp.fc1.out_features != mlp.fc2.in_features
+    side = model.patch_embed.grid_size[0]
+    return Vit(
+        name=name,
+        weights_sha256=weights_sha256,
+        family="vit",
+        image_px=image_px,
+        patch_px=image_px // side,
+        depth=len(model.blocks),
+        width=model.embed_dim,
+        heads=attn.num_heads,
+        head_dim=attn.head_dim,
+        mlp_width=mlp.fc2.in_features,
+        mlp_matrices=3 if gated else 2,
+        prefix=model.num_prefix_tokens,
+        tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
+        classes=model.num_classes or model.embed_dim,
+        prefix_pooled=model.global_pool == "token",
+    )
+
+
+def embed(model: Any, images: Tensor) -> Tensor:
+    """(B, 3, P, P) to (B, N, C)."""
+    x = model._pos_embed(model.patch_embed(images))
+    out: Tensor = model.norm_pre(model.patch_drop(x))
+    return out
+
+
+def block(block: Any, x: Tensor, sizes: Tensor | None) -> Tensor:
+    """timm's block untouched, so that its attention stays fusable; sizes enter as an attention mask."""
+    out: Tensor = block(x) if sizes is None else block(x, attn_mask=size_bias(sizes))
+    return out
+
+
+def size_bias(sizes: Tensor) -> Tensor:
+    """Proportional attention (Token Merging, arXiv 2210.09461, eq. 1): log sizes (B, N) as (B, 1, 1, N)."""
+    return sizes.log()[:, None, None, :]
+
+
+def attend(block: Any, x: Tensor, sizes: Tensor | None) -> Attended:
+    """timm's Attention written out, the scale before the first product as TensorRT's fusion wants it."""
+    pre_norm = isinstance(block, Block)
+    attn = block.attn
+    y = block.norm1(x) if pre_norm else x
+    batch, count, _ = y.shape
+    qkv = attn.qkv(y).reshape(batch, count, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+    queries, keys, values = qkv.unbind(0)
+    queries, keys = attn.q_norm(queries), attn.k_norm(keys)
+    logits = (queries * attn.scale) @ keys.transpose(-2, -1)
+    if sizes is not None:
+        logits = logits + size_bias(sizes)
+    weights = logits.softmax(dim=-1)
+    out = (attn.attn_drop(weights) @ values).transpose(1, 2).reshape(batch, count, attn.num_heads * attn.head_dim)
+    return Attended(x + _project(block, out, y), weights, keys, values)
+
+
+def prefix_only(block: Any, x: Tensor, sizes: Tensor | None, prefix: int) -> Tensor:
+    """(B, N, C) to (B, prefix, C): queries, projection and MLP for the prefix, keys and values for all.
+
+    The same values as the whole block gives its first tokens; nothing else of it is ever read.
+    """
+    pre_norm = isinstance(block, Block)
+    attn = block.attn
+    y = block.norm1(x) if pre_norm else x
+    batch, count, _ = y.shape
+    weight, bias, inner = attn.qkv.weight, attn.qkv.bias, attn.num_heads * attn.head_dim
+    queries = linear(y[:, :prefix], weight[:inner], None if bias is None else bias[:inner])
+    both = linear(y, weight[inner:], None if bias is None else bias[inner:])
+    queries = queries.reshape(batch, prefix, attn.num_heads, attn.head_dim).transpose(1, 2)
+    keys, values = both.reshape(batch, count, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+    queries, keys = attn.q_norm(queries), attn.k_norm(keys)
+    logits = (queries * attn.scale) @ keys.transpose(-2, -1)
+    if sizes is not None:
+        logits = logits + size_bias(sizes)
+    out = (attn.attn_drop(logits.softmax(dim=-1)) @ values).transpose(1, 2).reshape(batch, prefix, inner)
+    return mlp(block, x[:, :prefix] + _project(block, out, y[:, :prefix]))
+
+
+def _project(block: Any, out: Tensor, y: Tensor) -> Tensor:
+    """What follows the attention product up to the residual: (B, n, heads * D) to (B, n, C)."""
+    attn = block.attn
+    out = attn.norm(out)
+    if getattr(attn, "gate", None) is not None:
+        out = out * torch.sigmoid(attn.gate(y))
+    out = attn.proj_drop(attn.proj(out))
+    result: Tensor = block.drop_path1(block.ls1(out) if isinstance(block, Block) else block.norm1(out))
+    return result
+
+
+def mlp(block: Any, x: Tensor) -> Tensor:
+    """MLP and residual: (B, N, C) to (B, N, C)."""
+    if isinstance(block, Block):
+        out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
+    else:
+        out = x + block.drop_path2(block.norm2(block.mlp(x)))
+    return out
+
+
+def classify(model: Any, x: Tensor) -> Tensor:
+    """(B, N, C) to (B, classes)."""
+    out: Tensor = model.forward_head(model.norm(x))
+    return out

@@ -1,0 +1,149 @@
+"""How much of the unpruned model a schedule keeps, evaluated in PyTorch; blocks before a change run once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from edgeprune import stats
+from edgeprune.images import normalise
+from edgeprune.records import Progress, check_tokens, silent
+from edgeprune.vit.models import Model
+from edgeprune.vit.pruned import PrunedViT, random_kept, step
+from edgeprune.vit.reducers import reducer_named
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+CHUNK = 16  # images at a time: activations stay in cache
+
+
+class Fidelity(NamedTuple):
+    """Against the unpruned model on the same images; top1 in percent where there are labels."""
+
+    kl: float  # nats
+    agreement: float  # percent
+    top1: float | None
+
+
+def pruned_module(model: Model, method: str, tokens: Sequence[int], prefix_last: bool = False) -> PrunedViT:
+    """The model with a schedule, in eval mode."""
+    reducer = reducer_named(method)
+    pruned = PrunedViT(model.module, model.family, model.vit, tokens, reducer, prefix_last)
+    return pruned.eval()
+
+
+def logits_of_schedule(
+    model: Model,
+    method: str,
+    tokens: Sequence[int],
+    pixels: NDArray[np.uint8],
+    prefix_last: bool = False,
+    progress: Progress = silent,
+) -> NDArray[np.float32]:
+    """PyTorch logits (images, classes) of a schedule over any number of images, in little memory."""
+    module, rows = pruned_module(model, method, tokens, prefix_last), []
+    with torch.inference_mode():
+        for start in range(0, len(pixels), CHUNK):
+            progress("evaluating", start, len(pixels))
+            images = normalise(pixels[start : start + CHUNK], model.preprocessing)
+            rows.append(module(torch.from_numpy(images)).numpy())
+    progress("evaluating", len(pixels), len(pixels))
+    return np.concatenate(rows)
+
+
+class Evaluator:
+    """Fidelity of schedules of one model and method on fixed images.
+
+    Holds the streams of the last `base` schedule at the entry of every block, so that a schedule which
+    differs from block i on costs the blocks from i alone. Memory: depth * images * tokens * width * 4 B.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        method: str,
+        pixels: NDArray[np.uint8],
+        labels: Sequence[int] | None = None,
+        prefix_last: bool = False,
+    ) -> None:
+        self.model, self.labels, self.prefix_last = model, labels, prefix_last
+        self.reducer = reducer_named(method)
+        self._blocks: Any = model.module.blocks
+        self._streams: list[list[tuple[Tensor, Tensor | None]]] = []  # by block, by chunk
+        self._base: tuple[int, ...] = ()
+        images = torch.from_numpy(normalise(pixels, model.preprocessing))
+        with torch.inference_mode():
+            embedded = [model.family.embed(model.module, c) for c in images.split(CHUNK)]
+        self._embedded: list[tuple[Tensor, Tensor | None]] = [(x, None) for x in embedded]
+        dense = (model.vit.tokens,) * model.vit.depth
+        self.dense_logits = self.base(dense)
+
+    def base(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits (images, classes) of a schedule; its streams are kept for the schedules that follow."""
+        if tuple(tokens) == self._base:
+            return self._classify(self._streams[-1])
+        shared = self._shared(tokens)
+        streams = self._streams[: shared + 1] or [self._embedded]
+        for block in range(len(streams) - 1, self.model.vit.depth):
+            streams.append([self._step(block, x, sizes, tokens[block]) for x, sizes in streams[block]])
+        self._streams, self._base = streams, tuple(tokens)
+        return self._classify(streams[-1])
+
+    def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits (images, classes) of a schedule from the block on where it leaves the base."""
+        check_tokens(tokens, self.model.vit, self.prefix_last)
+        shared = self._shared(tokens)
+        out = []
+        for x, sizes in self._streams[shared]:
+            for block in range(shared, self.model.vit.depth):
+                x, sizes = self._step(block, x, sizes, tokens[block])
+            out.append((x, sizes))
+        return self._classify(out)
+
+    def fidelity(self, tokens: Sequence[int]) -> Fidelity:
+        """KL, agreement and top-1 of a schedule."""
+        return self.compare(self.logits(tokens))
+
+    def compare(self, logits: NDArray[np.float32]) -> Fidelity:
+        """KL, agreement and top-1 of logits (images, classes)."""
+        return Fidelity(
+            stats.kl_divergence(self.dense_logits, logits),
+            stats.agreement(self.dense_logits, logits),
+            stats.top1(logits, self.labels) if self.labels else None,
+        )
+
+    def random_drop(self, tokens: int, seed: int = 0) -> Fidelity:
+        """The paper's estimate A(n) (sec. 3): `tokens` random ones kept at the input, no method involved."""
+        generator = torch.Generator().manual_seed(seed)
+        out = []
+        with torch.inference_mode():
+            for x, _ in self._embedded:
+                kept = random_kept(x, tokens, self.model.vit.prefix, generator)
+                for block in self._blocks:
+                    kept = self.model.family.block(block, kept, None)
+                out.append((kept, None))
+        return self.compare(self._classify(out))
+
+    def _shared(self, tokens: Sequence[int]) -> int:
+        count = 0
+        while count < len(self._base) and tokens[count] == self._base[count]:
+            count += 1
+        return count
+
+    def _step(self, block: int, x: Tensor, sizes: Tensor | None, keep: int) -> tuple[Tensor, Tensor | None]:
+        model = self.model
+        with torch.inference_mode():
+            if self.prefix_last and block == model.vit.depth - 1:
+                return model.family.prefix_only(self._blocks[block], x, sizes, model.vit.prefix), None
+            return step(model.family, self._blocks[block], x, sizes, keep, model.vit.prefix, self.reducer)
+
+    def _classify(self, streams: Sequence[tuple[Tensor, Tensor | None]]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            rows = [self.model.family.classify(self.model.module, x) for x, _ in streams]
+        logits: NDArray[np.float32] = torch.cat(rows).numpy()
+        return logits

@@ -1,0 +1,234 @@
+"""A timm model by name, with its weights, its record and its preprocessing."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import hashlib
+import math
+import warnings
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from edgeprune import zoo
+from edgeprune.errors import InputError, MissingError, ModelError, WeightsError
+from edgeprune.io import read_bytes
+from edgeprune.records import CROP_MODES, INTERPOLATIONS, Preprocessing, Vit
+from edgeprune.vit.families import Family, family_of
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+SOURCES = ("hf-hub", "hf_hub", "local-dir", "local_dir")  # prefixes of names that timm resolves itself
+
+
+@dataclass(frozen=True)
+class Model:
+    """An untouched timm model in eval mode and what edgeprune knows of it."""
+
+    module: nn.Module
+    family: Family
+    vit: Vit
+    preprocessing: Preprocessing
+
+
+def load_model(
+    model: str | nn.Module, weights: str | None = None, overrides: Mapping[str, Any] | None = None
+) -> Model:
+    """A model by name with `weights`, or a timm module with the weights it has.
+
+    Names are timm's, `hf-hub:ORG/NAME`, `local-dir:PATH`, or the embedded model's. Weights are pretrained, embedded,
+    random, or a file (.safetensors, or .pth as tensors only); default: embedded for the embedded model, else
+    pretrained. A module is copied, never changed. `overrides` replaces keys of the data config (crop_pct,
+    interpolation, mean, std, crop_mode). Raises ModelError, WeightsError, MissingError, InputError.
+    """
+    _require_timm()
+    state = config = None
+    if not isinstance(model, str):
+        if weights is not None:
+            raise WeightsError("a module comes with its weights: pass its timm name to load others")
+        module, name = copy.deepcopy(model), str(_config_of(model).get("architecture") or type(model).__name__)
+    else:
+        weights, name = weights or ("embedded" if model == zoo.EMBEDDED else "pretrained"), _short_name(model)
+        if weights == "embedded" and model != zoo.EMBEDDED:
+            raise WeightsError(f"only {zoo.EMBEDDED} has embedded weights: pass --weights FILE or pretrained")
+        if weights == "embedded":
+            state = _read_state(zoo.WEIGHTS)
+        elif weights not in ("pretrained", "random"):
+            state, config = _read_state(Path(weights)), _checkpoint_config(Path(weights))
+        module = _create(model, weights, state)
+    key, family = family_of(module)
+    if state is not None:
+        _fill(module, state, str(weights))
+    digest = hashlib.sha256()
+    for tensor_name, tensor in sorted(module.state_dict().items()):
+        digest.update(tensor_name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    vit = family.describe(module, name, digest.hexdigest())
+    assert vit.family == key
+    return Model(module.eval(), family, vit, _preprocessing(module, vit, config, overrides or {}))
+
+
+def _config_of(module: Any) -> dict[str, Any]:
+    """timm's pretrained_cfg of a module; empty for one that has none."""
+    found = getattr(module, "pretrained_cfg", None) or {}
+    return found if isinstance(found, dict) else dict(vars(found))
+
+
+def _short_name(model: str) -> str:
+    """The last part of a name from a hub or a folder: it names folders and files of a bundle."""
+    source, colon, place = model.partition(":")
+    return Path(place).name or place if colon and source in SOURCES else model
+
+
+def _require_timm() -> None:
+    try:
+        import timm  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError as error:
+        raise MissingError(
+            f'building a model needs torch and timm ({error}): pip install "edgeprune[export]"'
+        ) from None
+
+
+def _create(name: str, weights: str, state: dict[str, Tensor] | None) -> nn.Module:
+    import timm
+
+    if name == zoo.EMBEDDED:
+        embedded: nn.Module = zoo.vit_digits()
+        return embedded
+    options: dict[str, Any] = {}
+    if state is not None and "head.weight" in state and state["head.weight"].ndim == 2:
+        options["num_classes"] = state["head.weight"].shape[0]
+    if name.partition(":")[0] not in SOURCES and not timm.is_model(name.split(".")[0]):
+        near = difflib.get_close_matches(name, timm.list_models("*vit*") + timm.list_models("deit*"), 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "see `timm.list_models('vit_*')`"
+        raise ModelError(f"timm has no model {name!r}: {hint}")
+    if weights == "pretrained":  # is it worth fetching them?
+        _check_family(name)
+    try:
+        module: nn.Module = timm.create_model(name, pretrained=weights == "pretrained", **options)
+    except Exception as error:  # hub, disk and timm errors alike: the way out is the same
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if weights == "pretrained":
+            raise WeightsError(
+                f"pretrained weights of {name} could not be fetched ({first[:160]}): "
+                "pass a local checkpoint with --weights FILE.safetensors"
+            ) from None
+        raise ModelError(f"timm cannot create {name} ({first[:160]}): choose another model") from None
+    return module
+
+
+def _check_family(name: str) -> None:
+    """Raise ModelError where no family supports a model, without its weights and almost without memory."""
+    import timm
+    import torch
+
+    with suppress(RuntimeError, NotImplementedError, ValueError), torch.device("meta"):  # some need real tensors
+        family_of(timm.create_model(name))
+
+
+def _read_state(path: Path) -> dict[str, Tensor]:
+    """Tensors of a checkpoint; nothing in the file is ever executed."""
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such file: pass --weights FILE (.safetensors or .pth)")
+    try:
+        import torch
+        from timm.models import load_state_dict
+
+        with warnings.catch_warnings():  # of an unusual pickle protocol
+            warnings.simplefilter("ignore")
+            state: dict[str, Tensor] = load_state_dict(str(path), weights_only=True)
+        if not all(isinstance(v, torch.Tensor) for v in state.values()):
+            raise ValueError("it holds no state dict of tensors")
+        return state
+    except Exception as error:  # safetensors, pickle, zip and torch each have their own
+        first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
+        raise WeightsError(
+            f"{path}: not a checkpoint that can be read safely ({first}): save it as .safetensors"
+        ) from None
+
+
+def _fill(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load strictly; a checkpoint in its authors' own naming goes through timm's filter first."""
+    if set(state) != set(module.state_dict()):
+        from timm.models.vision_transformer import checkpoint_filter_fn
+
+        with suppress(Exception):  # not a known foreign naming: what follows says what is wrong
+            state = checkpoint_filter_fn(state, module)
+    own = module.state_dict()
+    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    if missing or extra:
+        raise WeightsError(
+            f"{source}: does not fit the model: {len(missing)} keys missing{_some(missing)}, "
+            f"{len(extra)} unexpected{_some(extra)}: pass the checkpoint of this very model"
+        )
+    wrong = [k for k in own if own[k].shape != state[k].shape]
+    if wrong:
+        key = wrong[0]
+        raise WeightsError(
+            f"{source}: {key} has shape {tuple(state[key].shape)}, the model wants {tuple(own[key].shape)}: "
+            "pass the checkpoint of this very model"
+        )
+    module.load_state_dict(state, strict=True)
+
+
+def _some(keys: list[str]) -> str:
+    return f" ({', '.join(keys[:2])}{', …' if len(keys) > 2 else ''})" if keys else ""
+
+
+def _checkpoint_config(weights: Path) -> dict[str, Any] | None:
+    """The data config of a hub checkpoint: `config.json` beside the weights, key pretrained_cfg."""
+    path = weights.parent / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = msgspec.json.decode(read_bytes(path, 1 << 20))
+        found = config.get("pretrained_cfg")
+    except (msgspec.DecodeError, AttributeError) as error:
+        raise InputError(f"{path}: not a model config ({error}): remove it or repair it") from None
+    return found if isinstance(found, dict) else None
+
+
+def _preprocessing(
+    module: Any, vit: Vit, config: dict[str, Any] | None, overrides: Mapping[str, Any]
+) -> Preprocessing:
+    from timm.data import resolve_data_config
+
+    data = resolve_data_config(dict(overrides), pretrained_cfg=config or {}, model=None if config else module)
+    if data["crop_mode"] not in CROP_MODES:
+        raise InputError(f"crop mode {data['crop_mode']!r} is not supported: use {' or '.join(CROP_MODES)}")
+    if data["interpolation"] not in INTERPOLATIONS:
+        raise InputError(f"interpolation {data['interpolation']!r} is not supported: use {', '.join(INTERPOLATIONS)}")
+    return Preprocessing(
+        image_px=vit.image_px,
+        resize_px=math.floor(vit.image_px / data["crop_pct"]),
+        interpolation=data["interpolation"],
+        crop_mode=data["crop_mode"],
+        mean=_triple(data["mean"]),
+        std=_triple(data["std"]),
+    )
+
+
+def _triple(values: Any) -> tuple[float, float, float]:
+    red, green, blue = map(float, values)
+    return red, green, blue
+
+
+def class_labels(vit: Vit, class_names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Names of the classes: the image folders', the embedded model's, ImageNet's, else numbers."""
+    if class_names is not None and len(class_names) == vit.classes:
+        return class_names
+    if vit.name == zoo.EMBEDDED:
+        return zoo.CLASS_NAMES
+    if vit.classes == 1000:
+        from timm.data import ImageNetInfo
+
+        info = ImageNetInfo()
+        return tuple(info.index_to_description(i) for i in range(1000))
+    return tuple(str(i) for i in range(vit.classes))

@@ -1,0 +1,28 @@
+"""evit: best tokens by CLS attention plus one that fuses the rest (EViT, arXiv 2202.07800, sec. 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edgeprune.vit.reducers.common import best, cls_score, take
+from edgeprune.vit.tokens import Attended
+
+FAINT = 1e-7  # attention that fp16 still holds: a rest without any is a plain mean, not 0 / 0
+
+
+def evit(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> tuple[Tensor, Tensor | None]:
+    """(B, N, C) to (B, keep, C): prefix, the keep - prefix - 1 best, and the score-weighted mean of the rest.
+
+    EViT's sum is divided by the sum of its weights: without training the token must keep the scale of
+    the others. Never taken by subtraction (all less kept): the rest holds too little of the attention.
+    """
+    body = x[:, prefix:]
+    count = keep - prefix - 1
+    score = cls_score(attended, prefix)
+    order = best(score, body.shape[1])
+    ranked, weight = take(body, order), take(score[..., None], order)
+    rest, weight = ranked[:, count:], weight[:, count:]
+    weight = weight / weight.amax(dim=1, keepdim=True).clamp(min=FAINT) + FAINT
+    fused = (weight * rest).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True)
+    return torch.cat([x[:, :prefix], ranked[:, :count], fused], dim=1), None

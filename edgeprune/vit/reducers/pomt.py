@@ -1,0 +1,22 @@
+"""pomt: "Pruning One More Token is Enough" (arXiv 2407.05941, sec. 3): best tokens plus one mean."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edgeprune.vit.reducers.common import best, pomt_score, take
+from edgeprune.vit.tokens import Attended
+
+
+def pomt(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> tuple[Tensor, Tensor | None]:
+    """(B, N, C) to (B, keep, C): prefix, the keep - prefix - 1 best, and the mean of all others.
+
+    The mean is taken by subtraction (sum of all less sum of kept), so nothing but the kept is gathered.
+    """
+    body = x[:, prefix:]
+    count = keep - prefix - 1
+    kept = take(body, best(pomt_score(attended, prefix), count)) if count else body[:, :0]
+    rest = body.sum(dim=1, keepdim=True) - kept.sum(dim=1, keepdim=True)
+    mean = rest / (body.shape[1] - count)
+    return torch.cat([x[:, :prefix], kept, mean], dim=1), None

@@ -1,0 +1,46 @@
+"""tome: Token Merging (arXiv 2210.09461), bipartite soft matching on keys, written from the paper's text."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from edgeprune.vit.reducers.common import best, one_hot, take
+from edgeprune.vit.tokens import Attended
+
+
+def tome(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> tuple[Tensor, Tensor | None]:
+    """(B, N, C) to (B, keep, C) and sizes (B, keep); prefix tokens are never merged.
+
+    One round (sec. 3): the body is split alternately into two sets; every token of the one finds the
+    most similar of the other by the cosine of its keys, averaged over heads; the most similar pairs are
+    merged as means weighted by size. A round can lose half of the body, so deep cuts take several.
+    """
+    if sizes is None:
+        sizes = torch.ones_like(x[:, :, 0])
+    metric = attended.keys.mean(dim=1)[:, prefix:]
+    head, body, mass = x[:, :prefix], x[:, prefix:], sizes[:, prefix:, None]
+    while body.shape[1] > keep - prefix:
+        merged = min(body.shape[1] - (keep - prefix), body.shape[1] // 2)
+        body, mass, metric = _round(body, mass, metric, merged)
+    return torch.cat([head, body], dim=1), torch.cat([sizes[:, :prefix], mass[..., 0]], dim=1)
+
+
+def _round(body: Tensor, mass: Tensor, metric: Tensor, merged: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Merge `merged` tokens of the odd set into the even set; body (B, M, C), mass (B, M, 1), metric (B, M, D)."""
+    unit = metric / metric.norm(dim=-1, keepdim=True)
+    likeness = unit[:, 1::2] @ unit[:, 0::2].transpose(1, 2)
+    closest = likeness.amax(dim=-1)
+    order = best(closest, closest.shape[1])
+    place = take(likeness, order[:, :merged]).argmax(dim=-1, keepdim=True)
+    into = one_hot(place, likeness.shape[2]).to(body.dtype)
+    gathered = into.transpose(1, 2)
+
+    def mean(values: Tensor) -> Tensor:
+        odd, weight = take(values[:, 1::2], order), take(mass[:, 1::2], order)
+        even = values[:, 0::2] * mass[:, 0::2] + gathered @ (odd[:, :merged] * weight[:, :merged])
+        return torch.cat([even / total, odd[:, merged:]], dim=1)
+
+    weight = take(mass[:, 1::2], order)
+    total = mass[:, 0::2] + gathered @ weight[:, :merged]
+    return mean(body), torch.cat([total, weight[:, merged:]], dim=1), mean(metric)

@@ -1,0 +1,111 @@
+"""Which token stands for which patch after every cut, and what became of a few pictures."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn.functional import pad
+
+from edgeprune.images import normalise
+from edgeprune.records import Sample, Schedule
+from edgeprune.vit.models import Model
+from edgeprune.vit.pruned import PrunedViT
+from edgeprune.vit.reducers import reducer_named
+from edgeprune.vit.tokens import Attended, Reducer
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SIDE_PX = 224  # of a picture in a bundle, at most
+LOSSLESS_PX = 64  # up to here a picture is a PNG, above a JPEG
+
+
+def samples_of(
+    model: Model,
+    schedule: Schedule,
+    pixels: NDArray[np.uint8],
+    labels: Sequence[int] | None,
+    names: Sequence[str],
+) -> tuple[Sample, ...]:
+    """Pictures (images, P, P, 3) as a bundle keeps them: small, with their groups of patches after every cut.
+
+    Groups come from PyTorch in fp32. `labels` are class indices, `names` those of the classes.
+    """
+    images = torch.from_numpy(normalise(pixels, model.preprocessing))
+    with torch.no_grad():
+        groups, pruned = groups_of(model, schedule, images)
+        dense = model.module(images)
+    samples = []
+    for index, picture in enumerate(pixels):
+        samples.append(
+            Sample(
+                picture=small(picture),
+                label=names[labels[index]] if labels else None,
+                unpruned=names[int(dense[index].argmax())],
+                pruned=names[int(pruned[index].argmax())],
+                groups=tuple(tuple(cut[index].tolist()) for cut in groups),
+            )
+        )
+    return tuple(samples)
+
+
+def groups_of(model: Model, schedule: Schedule, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    """By cut the place (B, patches) of the token that holds each patch, -1 where none does; and the logits."""
+    vit = model.vit
+    reducer = reducer_named(schedule.method)
+    watched = Watched(reducer) if reducer else None
+    network = PrunedViT(model.module, model.family, vit, schedule.tokens, watched, schedule.prefix_last)
+    logits: Tensor = network(images)
+    place, after = torch.arange(vit.prefix, vit.tokens).expand(len(images), -1), []
+    for moved in watched.moved if watched else ():
+        place = torch.where(place < 0, place, moved.gather(1, place.clamp(min=0)))
+        after.append(place)
+    return after, logits
+
+
+class Watched:
+    """A reducer that remembers of each call where its tokens went: `moved`, (B, N) places, -1 for nowhere."""
+
+    def __init__(self, reducer: Reducer) -> None:
+        self.reducer = reducer
+        self.moved: list[Tensor] = []
+
+    def __call__(
+        self, x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int
+    ) -> tuple[Tensor, Tensor | None]:
+        share, place = shares(self.reducer, x, sizes, attended, keep, prefix).max(dim=1)
+        self.moved.append(torch.where(share > 0, place, -1))
+        return self.reducer(x, sizes, attended, keep, prefix)
+
+
+def shares(reducer: Reducer, x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> Tensor:
+    """(B, keep, N): the weight of each token of x (B, N, C) in each token that a reducer leaves.
+
+    Once it has chosen, a reducer is linear in x and treats all channels alike. So these weights are its gradient,
+    and no reducer has to tell them: in one backward pass channel c asks for the token left at place c.
+    """
+    channels = x.shape[2]
+    marks = pad(torch.eye(keep, dtype=x.dtype), (0, -keep % channels)).split(channels, dim=1)
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        left, _ = reducer(x, sizes, attended, keep, prefix)
+        asked = [torch.autograd.grad(left, x, mark.expand_as(left), retain_graph=True)[0] for mark in marks]
+    return torch.cat(asked, dim=2)[..., :keep].transpose(1, 2)
+
+
+def small(picture: NDArray[np.uint8]) -> bytes:
+    """(P, P, 3) bytes as a picture file of at most SIDE_PX a side."""
+    image = Image.fromarray(picture)
+    image.thumbnail((SIDE_PX, SIDE_PX))
+    file = io.BytesIO()
+    if max(image.size) <= LOSSLESS_PX:
+        image.save(file, "PNG")
+    else:
+        image.save(file, "JPEG", quality=88)
+    return file.getvalue()

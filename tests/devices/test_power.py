@@ -1,0 +1,102 @@
+"""Power mode, clocks and temperature through the boards' own commands, played by scripts on PATH."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edgeprune.devices import load_device, power
+from edgeprune.errors import DeviceError
+
+NANO, CUDA = load_device("orin-nano"), load_device("cuda")
+SHOWN = """SOC family:tegra234  Machine:NVIDIA Jetson Orin Nano
+cpu0: Online=1 Governor=schedutil MinFreq=729600 MaxFreq=1510400
+GPU MinFreq={low} MaxFreq=624750000 CurrentFreq=306000000"""
+
+
+@pytest.fixture
+def commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """commands(name=script, ...) makes these the only commands; all calls go to the file it returns."""
+    folder, calls = tmp_path / "bin", tmp_path / "calls"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/bin:/usr/bin")
+
+    def make(**scripts: str) -> Path:
+        for name, script in scripts.items():
+            path = folder / name.replace("_smi", "-smi")
+            path.write_text(f'#!/bin/sh\necho "{path.name} $*" >> {calls}\n{script}\n')
+            path.chmod(0o755)
+        return calls
+
+    return make
+
+
+def test_power_mode_of_a_jetson(commands: Callable[..., Path]) -> None:
+    commands(nvpmodel='echo "NV Power Mode: 15W"; echo 0', jetson_clocks=f"cat <<'X'\n{SHOWN.format(low=1)}\nX")
+    assert power.power_mode(NANO) == "15W"
+    assert power.locked(NANO) is False
+    assert "CurrentFreq=306000000" in (power.clocks(NANO) or "")
+    commands(jetson_clocks=f"cat <<'X'\n{SHOWN.format(low=624750000)}\nX")
+    assert power.locked(NANO) is True and power.power_mode(NANO) == "15W, clocks locked"
+
+
+def test_where_nothing_answers(commands: Callable[..., Path]) -> None:
+    commands(nvpmodel="exit 1", jetson_clocks="exit 1", nvidia_smi="exit 9")
+    assert power.power_mode(NANO) is None and power.locked(NANO) is None and power.clocks(CUDA) is None
+    assert power.power_mode(CUDA) is None
+
+
+def test_power_limit_of_a_card(commands: Callable[..., Path]) -> None:
+    commands(nvidia_smi='echo "350.00 W"')
+    assert power.power_mode(CUDA) == "power limit 350.00 W"
+
+
+def test_clocks_are_locked_and_come_back_even_after_an_interrupt(commands: Callable[..., Path]) -> None:
+    calls = commands(jetson_clocks="exit 0")
+    with pytest.raises(KeyboardInterrupt), power.locked_clocks(NANO):
+        assert calls.read_text().splitlines()[-1] == "jetson_clocks "
+        raise KeyboardInterrupt
+    store, lock, restore = calls.read_text().splitlines()
+    assert store.startswith("jetson_clocks --store ") and lock == "jetson_clocks "
+    assert restore == store.replace("--store", "--restore")
+
+
+def test_clocks_of_a_card_are_locked_and_come_back(commands: Callable[..., Path]) -> None:
+    calls = commands(nvidia_smi='echo "1980"')
+    with power.locked_clocks(CUDA):
+        assert calls.read_text().splitlines()[-1] == "nvidia-smi --lock-gpu-clocks=1980"
+    assert calls.read_text().splitlines()[-1] == "nvidia-smi --reset-gpu-clocks"
+
+
+def test_without_the_right_to_lock_it_says_so(commands: Callable[..., Path]) -> None:
+    commands(jetson_clocks="exit 1", nvidia_smi="exit 1")
+    for device in (NANO, CUDA):
+        with pytest.raises(DeviceError, match=r"run as root|cannot be locked"), power.locked_clocks(device):
+            raise AssertionError("not locked")
+
+
+@pytest.mark.parametrize(
+    ("line", "version"),
+    [
+        ("# R36 (release), REVISION: 4.0, GCID: 1", "6"),
+        ("# R35 (release), REVISION: 1.0", "5"),
+        ("# R99 ", "of L4T 99"),
+    ],
+)
+def test_jetpack(line: str, version: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(power, "NV_RELEASE", tmp_path / "release")
+    assert power.jetpack() is None
+    (tmp_path / "release").write_text(line)
+    assert power.jetpack() == version
+
+
+def test_temperature_is_the_hottest_zone_that_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(power, "THERMAL", tmp_path)
+    assert power.temperature_c() is None
+    for index, text in enumerate(("45000", "71500", "", "n/a")):
+        zone = tmp_path / f"thermal_zone{index}"
+        zone.mkdir()
+        (zone / "temp").write_text(text)
+    assert power.temperature_c() == 71.5

@@ -1,0 +1,268 @@
+"""Clock and labels: who is timed when, what a speed-up's interval is, and fidelity by hand."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from types import TracebackType
+
+import numpy as np
+import pytest
+
+from edgeprune.latency.timing import WARMUP, Samples, interleave
+from edgeprune.records import Preprocessing
+from edgeprune.runtimes.inference import logits_of
+from edgeprune.stats import agreement, kl_divergence, log_softmax, ratio, top1
+
+HOW = Preprocessing(
+    image_px=2, resize_px=2, interpolation="bicubic", crop_mode="center", mean=(0.5,) * 3, std=(0.5,) * 3
+)
+
+
+class Clock:
+    """Sessions that note who was timed, in order, and answer with the number of the call."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.open_now: set[str] = set()
+        self.most_open = 0
+
+    def session(self, name: str) -> Callable[[], Fake]:
+        return lambda: Fake(self, name)
+
+
+class Fake:
+    """One candidate."""
+
+    def __init__(self, clock: Clock, name: str) -> None:
+        self.clock, self.name = clock, name
+
+    def time_ms(self) -> float:
+        assert self.name in self.clock.open_now
+        self.clock.calls.append(self.name)
+        return float(len(self.clock.calls))
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        raise AssertionError("latency needs no inference on images")
+
+    def __enter__(self) -> Fake:
+        self.clock.open_now.add(self.name)
+        self.clock.most_open = max(self.clock.most_open, len(self.clock.open_now))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.clock.open_now.remove(self.name)
+
+
+NAMES = ("a", "b", "c", "d")
+
+
+def measured(rounds: int, samples: Samples | None = None, **options: object) -> tuple[Clock, Samples]:
+    """Four candidates, interleaved."""
+    clock = Clock()
+    found = interleave({n: clock.session(n) for n in NAMES}, rounds, samples, **options)  # type: ignore[arg-type]
+    return clock, found
+
+
+def rounds_of(clock: Clock) -> list[list[str]]:
+    """Order of the timed candidates by round, the untimed inference before each left out."""
+    calls = clock.calls[WARMUP * len(NAMES) :]
+    assert calls[0::2] == calls[1::2], "each timed inference follows one of the same candidate"
+    timed = calls[1::2]
+    return [timed[i : i + len(NAMES)] for i in range(0, len(timed), len(NAMES))]
+
+
+def test_every_candidate_once_in_every_round_in_changing_order() -> None:
+    clock, samples = measured(12)
+    orders = rounds_of(clock)
+    assert len(orders) == 12
+    assert all(sorted(order) == list(NAMES) for order in orders)
+    assert len({tuple(order) for order in orders}) > 4
+    assert all(len({order.index(name) for order in orders}) > 2 for name in NAMES), "nobody has a fixed place"
+    assert {name: len(values) for name, values in samples.items()} == dict.fromkeys(NAMES, 12)
+    assert not clock.open_now
+
+
+def test_samples_are_the_timed_inferences() -> None:
+    clock, samples = measured(6)
+    for name, values in samples.items():
+        assert [clock.calls[int(v) - 1] for v in values] == [name] * 6
+        assert [clock.calls[int(v) - 2] for v in values] == [name] * 6
+        assert values == sorted(values)
+
+
+def test_order_is_repeatable() -> None:
+    assert measured(5)[0].calls == measured(5)[0].calls
+
+
+def test_warm_up_comes_before_the_first_round() -> None:
+    clock, _ = measured(1)
+    assert clock.calls[: WARMUP * len(NAMES)] == [name for name in NAMES for _ in range(WARMUP)]
+
+
+def test_interrupted_measurement_goes_on() -> None:
+    """What was measured before the interruption is neither timed again nor changed."""
+    saved: list[Samples] = []
+
+    class Stop(Exception):
+        pass
+
+    def after_round(samples: Samples) -> None:
+        saved.append({name: list(values) for name, values in samples.items()})
+        if len(saved) == 3:
+            raise Stop
+
+    clock = Clock()
+    candidates = {n: clock.session(n) for n in NAMES}
+    with pytest.raises(Stop):
+        interleave(candidates, 8, {}, after_round)
+    assert not clock.open_now, "sessions are closed on the way out"
+    before = saved[-1]
+    assert all(len(values) == 3 for values in before.values())
+    clock, samples = measured(8, {name: list(values) for name, values in before.items()})
+    assert len(rounds_of(clock)) == 5
+    for name in NAMES:
+        assert samples[name][:3] == before[name]
+        assert len(samples[name]) == 8
+    whole, _ = measured(8)
+    assert rounds_of(clock) == rounds_of(whole)[3:]
+
+
+def test_finished_candidates_are_not_even_opened() -> None:
+    samples: Samples = {"a": [1.0] * 4, "b": [1.0] * 4}
+    clock, found = measured(4, samples)
+    assert set(clock.calls) == {"c", "d"}
+    assert found["a"] == [1.0] * 4 and len(found["c"]) == 4
+    clock, _ = measured(4, found)
+    assert clock.calls == [] and clock.most_open == 0
+
+
+def test_candidates_that_lag_behind_catch_up() -> None:
+    clock, found = measured(4, {"a": [1.0] * 3})
+    assert {name: len(values) for name, values in found.items()} == dict.fromkeys(NAMES, 4)
+    assert found["a"][:3] == [1.0] * 3
+    assert clock.calls.count("a") == WARMUP + 2
+
+
+def test_one_open_session_at_a_time_where_memory_is_short() -> None:
+    clock, samples = measured(3, keep_open=False)
+    assert clock.most_open == 1
+    assert all(len(values) == 3 for values in samples.values())
+    assert measured(3)[0].most_open == len(NAMES)
+    for name, values in samples.items():
+        assert [clock.calls[int(v) - 1] for v in values] == [name] * 3
+
+
+def test_progress_reaches_its_end() -> None:
+    seen: list[tuple[str, int, int]] = []
+    measured(3, progress=lambda what, done, total: seen.append((what, done, total)), what="engines")
+    assert seen == [("engines", i, 3) for i in range(4)]
+
+
+# --- the speed-up and its interval ---
+
+
+def test_ratio_is_the_median_of_rounds() -> None:
+    dense, pruned = [4.0, 40.0, 8.0, 9.0, 10.0], [2.0, 10.0, 4.0, 3.0, 5.0]  # ratios 2, 4, 2, 3, 2
+    value, (low, high) = ratio(dense, pruned)
+    assert value == 2
+    assert (low, high) == (2, 4)
+
+
+def test_ratio_does_not_see_drift_that_hits_both() -> None:
+    drift = [1.0, 1.5, 2.0, 4.0, 8.0, 3.0, 1.0, 0.5, 6.0]
+    value, interval = ratio([3 * d for d in drift], [2 * d for d in drift])
+    assert value == pytest.approx(1.5)
+    assert interval == pytest.approx((1.5, 1.5))
+
+
+def test_ratio_needs_equally_many() -> None:
+    with pytest.raises(ValueError):
+        ratio([1.0, 2.0], [1.0])
+
+
+def test_interval_of_the_ratio_covers_the_truth() -> None:
+    """Of 300 intervals over 40 noisy rounds some 95 % hold the true ratio, and they are not trivially wide."""
+    rng = np.random.default_rng(0)
+    inside, widths = 0, []
+    for _ in range(300):
+        drift = np.exp(0.3 * rng.standard_normal(40))
+        dense = 1.3 * drift * np.exp(0.1 * rng.standard_normal(40))
+        pruned = drift * np.exp(0.1 * rng.standard_normal(40))
+        _, (low, high) = ratio(list(dense), list(pruned))
+        inside += low <= 1.3 <= high
+        widths.append(high - low)
+    assert 0.92 <= inside / 300 <= 0.99
+    assert np.median(widths) < 0.25
+
+
+# --- fidelity ---
+
+DENSE = np.array([[math.log(0.5), math.log(0.3), math.log(0.2)], [0.0, 0.0, 0.0]], np.float32)
+PRUNED = np.array([[math.log(0.4), math.log(0.4), math.log(0.2)], [0.0, 0.0, 0.0]], np.float32)
+
+
+def test_kl_by_hand() -> None:
+    first = 0.5 * math.log(0.5 / 0.4) + 0.3 * math.log(0.3 / 0.4)
+    assert kl_divergence(DENSE, PRUNED) == pytest.approx(first / 2, abs=1e-7)
+    back = 0.4 * math.log(0.4 / 0.5) + 0.4 * math.log(0.4 / 0.3)
+    assert kl_divergence(PRUNED, DENSE) == pytest.approx(back / 2, abs=1e-7)
+    assert kl_divergence(DENSE, DENSE) == 0
+
+
+def test_kl_is_of_distributions_not_of_logits() -> None:
+    shift = np.array([[5.0], [-300.0]], np.float32)
+    assert kl_divergence(DENSE + shift, PRUNED) == pytest.approx(kl_divergence(DENSE, PRUNED), abs=1e-5)
+
+
+def test_log_softmax_survives_huge_logits() -> None:
+    rows = np.array([[1e4, 0.0], [-1e4, -1e4]], np.float32)
+    np.testing.assert_allclose(log_softmax(rows), [[0, -1e4], [-math.log(2), -math.log(2)]])
+
+
+def test_agreement_by_hand() -> None:
+    dense = np.array([[3, 1], [0, 2], [5, 4], [1, 2]], np.float32)
+    pruned = np.array([[9, 8], [1, 0], [0, 7], [0, 1]], np.float32)  # the second and third disagree
+    assert agreement(dense, pruned) == 50
+    assert agreement(dense, dense) == 100
+
+
+def test_top1_by_hand() -> None:
+    logits = np.array([[3, 1, 0], [0, 2, 1], [5, 4, 9], [1, 2, 0]], np.float32)  # 0, 1, 2, 1
+    assert top1(logits, [0, 1, 2, 2]) == 75
+    assert top1(logits, [1, 0, 0, 0]) == 0
+
+
+class Summing:
+    """A session whose outputs tell which pictures it saw: the sum, and the size of the batch."""
+
+    def __init__(self, batch: int) -> None:
+        self.shape = (batch, 3, 2, 2)
+
+    def time_ms(self) -> float:
+        raise AssertionError("fidelity needs no clock")
+
+    def infer(self, images: np.ndarray) -> np.ndarray:
+        assert images.shape == self.shape
+        return np.stack([images.sum((1, 2, 3)), np.full(len(images), len(images))], axis=1).astype(np.float32)
+
+    def __enter__(self) -> Summing:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("batch", [1, 2, 3, 5, 8])
+def test_logits_of_all_pictures_in_order(batch: int) -> None:
+    """Five pictures: batches that do not divide them are filled up, and the filling is thrown away."""
+    pixels = np.arange(5 * 12, dtype=np.uint8).reshape(5, 2, 2, 3)
+    wanted = ((pixels.astype(np.float64) / 255 - 0.5) / 0.5).sum((1, 2, 3))
+    seen: list[int] = []
+    rows = logits_of(Summing(batch), pixels, HOW, batch, lambda what, done, total: seen.append(done))
+    assert rows.shape == (5, 2)
+    np.testing.assert_allclose(rows[:, 0], wanted, rtol=1e-5)
+    assert set(rows[:, 1]) == {batch}
+    assert all(done <= 5 for done in seen)

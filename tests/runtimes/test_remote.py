@@ -1,0 +1,229 @@
+"""`--host`: the device half behind a real OpenSSH server on loopback, in a process that cannot import torch."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from support.builds import CONTRACT, QUICK, Shared, call, few_digits, program, row_of
+from support.loopback import Server
+
+from edgeprune import __version__
+from edgeprune.bundles.format import load_bundle
+from edgeprune.devices import load_device
+from edgeprune.errors import EngineError
+from edgeprune.io import sha256_bytes
+from edgeprune.runtimes.remote import protocol
+from edgeprune.runtimes.remote.ssh import Host
+from edgeprune.runtimes.remote.worker import serve
+from edgeprune.runtimes.target import target_for
+
+pytestmark = pytest.mark.usefixtures("ssh")
+
+
+def probes_alone(shared: Shared, work: Path) -> None:
+    """The exports of the measured build, none of its latencies."""
+    [probes] = shared.work.glob("probes-*")
+    shutil.copytree(probes, work / probes.name)
+
+
+def test_build_on_a_host(there: Server, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Exported here, measured there; the bundle lies here and is of that machine; a second build measures nothing."""
+    few = few_digits(tmp_path / "digits")
+    probes_alone(shared, tmp_path / "work")
+    out = ("--work", tmp_path / "work", "--out", tmp_path / "bundle", "--images", few)
+    goal = ("--method", "pomt", "--speedup", "1.2", *QUICK)
+    command = ("build", "--device", "cpu", *there.options, *goal, *out)
+    row = row_of(capsys, *command)
+    assert set(CONTRACT) <= set(row) and row["runtime"] == "ort-cpu" and row["images"] == 21
+    sent = {path.name for path in (there.home / ".cache/edgeprune/files").iterdir()}
+    manifest = load_bundle(tmp_path / "bundle")
+    assert manifest.engine.sha256 in sent, "the engine was not run on the host"
+    assert manifest.files["golden_output.npy"]
+    again = row_of(capsys, *command)
+    assert again == row
+    code, _, err = call(capsys, "bench", tmp_path / "bundle", "--rounds", "5")
+    assert code == 0, err
+
+
+def test_profile_on_a_host(there: Server, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    [probes] = shared.work.glob("probes-*")
+    out = ("--work", tmp_path / "work", "--out", tmp_path / "s.json")
+    row = row_of(capsys, "profile", *there.options, "--trunk", probes / "trunk.onnx", *out)
+    assert row["simulated"] is False and row["points"][-1]["tokens"] == 197
+
+
+def test_logits_are_those_of_this_machine(
+    there: Server, shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EDGEPRUNE_THREADS", "1")  # as there
+    here, far = target_for("cpu", work=tmp_path), target_for("cpu", work=tmp_path, host=_host(there))
+    assert here.setup == far.setup, "loopback is this machine"
+    images = np.load(shared.bundle / "golden_input.npy")
+    with here.opener(shared.bundle / "model.onnx")() as a, far.opener(shared.bundle / "model.onnx")() as b:
+        np.testing.assert_array_equal(a.infer(images), b.infer(images))
+        assert b.time_ms() > 0
+        with pytest.raises(EngineError, match="takes"):
+            b.infer(images[:, :1])
+        np.testing.assert_array_equal(a.infer(images), b.infer(images))  # an error does not end the connection
+
+
+def _host(there: Server) -> Host:
+    return Host(there.address, str(there.program))
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (("--host", "-oProxyCommand=true"), "is no host"),
+        (("--host", "nobody at all"), "is no host"),
+        (("--host", "ADDRESS", "--host-program", "/nowhere/edgeprune"), "has no /nowhere/edgeprune"),
+        (("--host", "ADDRESS", "--host-program", "echo hello; false"), "something else than edgeprune"),
+        (("--host", "ADDRESS", "--device", "orin-nano"), "is not this machine"),
+        (("--host", "ADDRESS", "--simulate"), "leave out --host"),
+    ],
+)
+def test_what_fails_is_named(
+    options: tuple[str, ...], told: str, there: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [there.address if o == "ADDRESS" else o for o in options]
+    if "--host-program" not in given:
+        given += ["--host-program", str(there.program)]
+    code, _, err = call(capsys, "build", *given, "--work", tmp_path, "--out", tmp_path / "out")
+    assert code == 1 and told in err and len([x for x in err.splitlines() if x.startswith("error")]) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_unknown_key_and_closed_port(
+    there: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = Path(there.ssh.split()[-1]).read_text()
+    for change, told in (
+        (("/known", "/unknown"), "Host key verification failed"),
+        (("/user", "/nokey"), "Permission denied"),
+        (("Port ", "Port 1 #"), "Connection refused"),
+    ):
+        other = tmp_path / "config"
+        other.write_text(config.replace(*change))
+        monkeypatch.setenv("EDGEPRUNE_SSH", f"ssh -F {other}")
+        code, _, err = call(capsys, "profile", *there.options, "--work", tmp_path, "--out", tmp_path / "s.json")
+        assert code == 1 and told in err and f"ssh {there.address} true" in err
+    monkeypatch.setenv("EDGEPRUNE_SSH", "no-such-ssh")
+    code, _, err = call(capsys, "profile", *there.options, "--work", tmp_path, "--out", tmp_path / "s.json")
+    assert code == 1 and "install OpenSSH" in err
+
+
+def test_a_cut_connection_is_told_and_the_build_goes_on(there: Server, shared: Shared, tmp_path: Path) -> None:
+    """The worker is killed in the middle of measuring; the same command then finishes with the rest."""
+    few = few_digits(tmp_path / "digits")
+    probes_alone(shared, tmp_path / "work")
+    out = ("--work", tmp_path / "work", "--out", tmp_path / "bundle", "--images", few)
+    command = program("build", *there.options, "--method", "pomt", "--speedup", "1.2", *QUICK, *out, "--json")
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    samples = tmp_path / "work"
+    while not list(samples.glob("samples-*.json")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    subprocess.run(["pkill", "-f", f"^{sys.executable} {there.program} worker"], check=True)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 1, err
+    assert "the connection was cut" in err.splitlines()[-1] or "ended early" in err.splitlines()[-1]
+    assert not (tmp_path / "bundle").exists()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "going on with" in done.stderr
+    assert load_bundle(tmp_path / "bundle").report.probes == json.loads(done.stdout.splitlines()[-1])["probes"]
+
+
+# ---- the worker by itself
+
+
+def spoken(tmp_path: Path, *requests: protocol.Message) -> list[protocol.Answer]:
+    """What a worker answers, its log lines left out."""
+    asked, answered = io.BytesIO(), io.BytesIO()
+    for request in requests:
+        protocol.write(asked, request)
+    asked.seek(0)
+    serve(asked, answered, tmp_path / "worker")
+    answered.seek(0)
+    found = []
+    while (answer := protocol.read_answer(answered)) is not None:
+        if not isinstance(answer, protocol.Logged):
+            found.append(answer)
+    return found
+
+
+def prepare(**changed: Any) -> protocol.Prepare:
+    fields: dict[str, Any] = {"version": __version__, "device": load_device("cpu"), "precision": "fp32", "batch": 1}
+    return protocol.Prepare(**fields | changed)
+
+
+def test_versions_must_be_equal(tmp_path: Path) -> None:
+    [answer] = spoken(tmp_path, prepare(version="0.0.1"))
+    assert isinstance(answer, protocol.Failed) and answer.kind == "HostError" and "install the same" in answer.text
+
+
+def test_files_are_kept_by_hash_and_refused_where_they_differ(tmp_path: Path) -> None:
+    good, bad = sha256_bytes(b"one two"), sha256_bytes(b"other")
+    answers = spoken(
+        tmp_path,
+        prepare(),
+        protocol.Missing((good,)),
+        protocol.Put(good, b"one ", False),
+        protocol.Put(good, b"two", True),
+        protocol.Missing((good, bad)),
+        protocol.Put(bad, b"one two", True),
+        protocol.Missing((bad,)),
+        protocol.Get(good),
+    )
+    assert [type(a).__name__ for a in answers] == ["Ready", "Names", "Done", "Names", "Failed", "Names", "Put"]
+    assert answers[1] == protocol.Names((good,)) and answers[3] == protocol.Names((bad,)) == answers[5]
+    assert answers[6] == protocol.Put(good, b"one two", True)
+    left = {path.name for path in (tmp_path / "worker" / "files").iterdir()}
+    assert left == {good}
+
+
+@pytest.mark.parametrize("name", ["../model.onnx", "/etc/passwd", ".hidden", "a/b", ""])
+def test_no_name_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
+    digest = sha256_bytes(b"x")
+    requests = (
+        prepare(),
+        protocol.Put(digest, b"x", True),
+        protocol.Open({name: digest}, name),
+        protocol.Get("../" + digest[3:]),
+    )
+    answers = spoken(tmp_path, *requests)
+    assert [type(a).__name__ for a in answers] == ["Ready", "Done", "Failed", "Failed"]
+    assert "is no file name" in answers[2].text and "is no sha256" in answers[3].text  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("junk", [b"\xff\xff\xff\xff", b"\x00\x00\x00\x02hi", b"\x00\x00\x00\x09{}", b"\x00"])
+def test_a_message_that_is_none_ends_the_worker(junk: bytes, tmp_path: Path) -> None:
+    answered = io.BytesIO()
+    serve(io.BytesIO(junk), answered, tmp_path)
+    answered.seek(0)
+    answer = protocol.read_answer(answered)
+    assert answer is None or (isinstance(answer, protocol.Failed) and "install the same" in answer.text)
+    assert protocol.read_answer(answered) is None
+
+
+def test_clocks_come_back_however_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locked on request, restored when the workstation is gone."""
+    ran: list[str] = []
+    monkeypatch.setattr("edgeprune.devices.power.run", lambda line, timeout_s=20: ran.append(line) or "")
+    device = msgspec.structs.replace(load_device("cpu"), clocks_query="jetson_clocks --show")
+    spoken(tmp_path, prepare(device=device, lock_clocks=True))
+    assert [line.split()[0:2] for line in ran][:3] == [
+        ["jetson_clocks", "--store"],
+        ["jetson_clocks"],
+        ["jetson_clocks", "--restore"],
+    ]

@@ -1,0 +1,400 @@
+"""The TensorRT runtime against a fake one: calls in order, errors by name, what is kept; see support/fake_trt.py."""
+
+from __future__ import annotations
+
+import atexit
+import ctypes
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from support.fake_trt import Fake
+
+from edgeprune.devices import load_device, parse
+from edgeprune.errors import DeviceError, EngineError, MissingError, RecordError
+from edgeprune.onnx_graph import attention_fusion as fusion
+from edgeprune.records import Schedule, Setup, TrtOptions, Vit
+from edgeprune.runtimes import runtime_for
+from edgeprune.runtimes.trt import TensorRT, described, fits
+from edgeprune.runtimes.trt_builder import fusion_of
+
+SETUP = Setup(device="cuda", machine="Orin", runtime="trt", runtime_version="1", precision="fp32", batch=1)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    return Fake().install(monkeypatch)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A small classifier as ONNX."""
+    rng = np.random.default_rng(0)
+    weight = numpy_helper.from_array(rng.standard_normal((12, 5), dtype=np.float32), "weight")
+    nodes = [
+        helper.make_node("Flatten", ["images"], ["flat"], name="flatten"),
+        helper.make_node("MatMul", ["flat", "weight"], ["logits"], name="head"),
+    ]
+    entering = helper.make_tensor_value_info("images", TensorProto.FLOAT, [2, 3, 2, 2])
+    leaving = helper.make_tensor_value_info("logits", TensorProto.FLOAT, [2, 5])
+    graph = helper.make_graph(nodes, "model", [entering], [leaving], [weight])
+    path = tmp_path / "model.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def runtime(**options: Any) -> TensorRT:
+    import msgspec
+
+    device = msgspec.structs.replace(load_device("cuda"), trt=TrtOptions(**options) if options else None)
+    found = runtime_for(device)
+    assert isinstance(found, TensorRT)
+    return found
+
+
+def test_compile_open_infer_time(fake: Fake, model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "engines" / "model.engine"
+    seen: list[tuple[str, int, int]] = []
+    engine = runtime().compile(model, SETUP, out, lambda what, done, of: seen.append((what, done, of)))
+    assert (engine.path, engine.size_bytes) == ("model.engine", out.stat().st_size)
+    assert seen == [("TensorRT: tactics", step, 3) for step in range(3)]
+    assert fake.network_flags == [1 << 1] and fake.configs[0].flags == set()  # strongly typed, no TF32
+    assert fake.configs[0].pools == {"WORKSPACE": 2 << 30}
+    images = np.random.default_rng(1).standard_normal((2, 3, 2, 2), dtype=np.float32)
+    wanted = ort.InferenceSession(os.fspath(model)).run(None, {"images": images})[0]
+    with runtime().open(out, SETUP) as session:
+        before = session.time_ms()
+        np.testing.assert_allclose(session.infer(images), wanted, rtol=1e-6)
+        assert min(before, session.time_ms()) >= 0
+        assert session.fused_attention() == 1
+        with pytest.raises(EngineError, match=r"takes \(2, 3, 2, 2\), got \(1, 3, 2, 2\)"):
+            session.infer(images[:1])
+    assert fake.memory == {}, "memory was not freed"
+
+
+def test_what_is_kept_beside_a_plan(fake: Fake, model: Path, tmp_path: Path) -> None:
+    """One timing cache for all engines of a folder, a log for each; a cache of another TensorRT is replaced."""
+    for name in ("a", "b"):
+        runtime().compile(model, SETUP, tmp_path / f"{name}.engine")
+    [cache] = tmp_path.glob("timing-*.cache")
+    assert cache.read_bytes() == b"tt" and (tmp_path / "a.log").exists()
+    cache.write_bytes(b"foreign")
+    runtime().compile(model, SETUP, tmp_path / "c.engine")
+    assert cache.read_bytes() == b"t"
+
+
+def test_options_reach_the_builder(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path) -> None:
+    fake = Fake("8.6.2").install(monkeypatch)
+    options = {
+        "optimization_level": 4,
+        "workspace_mib": 100,
+        "tactic_sources": ("EDGE_MASK_CONVOLUTIONS", "JIT_CONVOLUTIONS"),
+    }
+    runtime(**options).compile(model, SETUP, tmp_path / "out.engine")
+    config = fake.configs[0]
+    assert config.builder_optimization_level == 4 and config.pools == {"WORKSPACE": 100 << 20}
+    assert config.tactics == 1 << 3 | 1 << 4
+    assert config.previews == {"DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"}
+    assert described(TrtOptions(**options)) == (
+        "optimization_level=4 workspace_mib=100 tactic_sources=('EDGE_MASK_CONVOLUTIONS', 'JIT_CONVOLUTIONS')"
+    )
+    assert described(TrtOptions()) is None
+    with pytest.raises(EngineError, match="no tactic source CUBLAS"):
+        runtime(tactic_sources=("CUBLAS",)).compile(model, SETUP, tmp_path / "out.engine")
+
+
+@pytest.mark.parametrize(
+    ("version", "typing", "precision", "flags", "network"),
+    [
+        ("8.6.2", "strong", "fp16", {"TF32", "FP16"}, 1),
+        ("8.6.2", "strong", "int8", {"TF32", "FP16", "INT8"}, 1),
+        ("8.6.2", "strong", "fp32", set(), 1),
+        ("10.3.0", "strong", "fp16", {"TF32"}, 2),
+        ("10.3.0", "weak", "fp16", {"TF32", "FP16"}, 1),
+    ],
+)
+def test_precision_lies_in_the_onnx_and_flags_follow(
+    version: str, typing: str, precision: str, flags: set[str], network: int,
+    monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    import msgspec
+
+    fake = Fake(version).install(monkeypatch)
+    setup = msgspec.structs.replace(SETUP, precision=precision)
+    runtime(typing=typing).compile(model, setup, tmp_path / "out.engine")
+    assert fake.configs[0].flags == flags and fake.network_flags == [network]
+
+
+def test_workspace_is_at_most_half_of_what_is_free(fake: Fake, model: Path, tmp_path: Path) -> None:
+    fake.free_bytes = 1 << 30
+    runtime().compile(model, SETUP, tmp_path / "out.engine")
+    assert fake.configs[0].pools == {"WORKSPACE": 1 << 29}
+    fake.free_bytes = 100 << 20
+    with pytest.raises(EngineError, match="only 100 MiB of GPU memory are free: close other programs"):
+        runtime().compile(model, SETUP, tmp_path / "out.engine")
+
+
+def test_parser_errors_name_the_nodes(fake: Fake, model: Path, tmp_path: Path) -> None:
+    fake.fail_parse = {1: "no such product", 99: "beyond"}
+    with pytest.raises(EngineError, match=r"node head \(MatMul\): no such product; beyond"):
+        runtime().compile(model, SETUP, tmp_path / "out.engine")
+    assert not (tmp_path / "out.engine").exists() and (tmp_path / "out.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("[allocator.cpp] Out of memory (requested 5)", "memory ran out"),
+        ("Could not find any implementation for node head", "no kernel for a layer fits"),
+        ("Something else", "Something else"),
+    ],
+)
+def test_a_failed_build_says_why(line: str, told: str, fake: Fake, model: Path, tmp_path: Path) -> None:
+    fake.fail_build = [line]
+    with pytest.raises(EngineError, match=f"could not build it: {told}: workspace 2048 MiB, 4096 MiB were free"):
+        runtime().compile(model, SETUP, tmp_path / "out.engine")
+    assert line in (tmp_path / "out.log").read_text() and not (tmp_path / "out.engine").exists()
+
+
+def test_interrupt_stops_a_build(fake: Fake, model: Path, tmp_path: Path) -> None:
+    def interrupt(what: str, done: int, of: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runtime().compile(model, SETUP, tmp_path / "out.engine", interrupt)
+    assert not (tmp_path / "out.engine").exists()
+
+
+def test_foreign_and_broken_plans_are_refused_by_name(
+    fake: Fake, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = tmp_path / "out.engine"
+    runtime().compile(model, SETUP, plan)
+    content = plan.read_bytes()
+    for broken in (content[:-5], content[:3], b""):
+        plan.write_bytes(broken)
+        with pytest.raises(EngineError, match="it is truncated or no plan: compile the ONNX again"):
+            runtime().open(plan, SETUP)
+    plan.write_bytes(content)
+    fake.gpu = "Xavier"
+    with pytest.raises(EngineError, match="built for another GPU: compile the ONNX here"):
+        runtime().open(plan, SETUP)
+    Fake("10.9.0").install(monkeypatch)
+    with pytest.raises(EngineError, match=r"10\.9\.0 refuses it: it was built for another TensorRT version"):
+        runtime().open(plan, SETUP)
+
+
+def test_the_context_is_popped_at_exit(fake: Fake, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pycuda's `~context_stack` aborts the process otherwise: every command would end with SIGABRT."""
+    at_exit: list[Callable[[], None]] = []
+    monkeypatch.setattr(atexit, "register", at_exit.append)
+    for name in ("a", "b"):
+        runtime().compile(model, SETUP, model.with_name(f"{name}.engine"))
+    assert fake.contexts == 1
+    [leave] = at_exit
+    leave()
+    assert fake.contexts == 0
+
+
+def test_without_tensorrt_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    Fake("8.5.3").install(monkeypatch)
+    with pytest.raises(EngineError, match=r"8\.5\.3 is too old \(JetPack 5 or before\): upgrade"):
+        runtime().setup(load_device("cuda"), "fp32", 1)
+    fake = Fake().install(monkeypatch)
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with pytest.raises(MissingError, match="TensorRT is missing"):
+        TensorRT(load_device("cuda")).setup(load_device("cuda"), "fp32", 1)
+    fake.install(monkeypatch)
+    monkeypatch.setitem(sys.modules, "pycuda.driver", None)
+    monkeypatch.setitem(sys.modules, "pycuda", None)
+    with pytest.raises(MissingError, match="pycuda is missing"):
+        runtime().compile(Path("x.onnx"), SETUP, Path("x.engine"))
+
+
+def test_a_gpu_without_tensorrt_runs_on_onnx_runtime_and_says_so(
+    fake: Fake, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    with caplog.at_level(logging.WARNING):
+        found = runtime_for(load_device("cuda"))
+    assert type(found).__name__ == "OrtRuntime" and "TensorRT is not installed" in caplog.text
+    assert isinstance(runtime_for(load_device("orin-nano")), TensorRT), "a board has TensorRT from JetPack"
+
+
+def test_setup_names_what_latencies_depend_on(fake: Fake, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = runtime(workspace_mib=64).setup(load_device("cuda"), "fp32", 2)
+    assert (setup.runtime, setup.runtime_version, setup.options) == ("trt", "10.3.0", "workspace_mib=64")
+    assert "Orin" in setup.machine
+    Fake("8.6.1").install(monkeypatch)
+    thor = load_device("jetson-thor")
+    monkeypatch.setattr("edgeprune.devices.this_machine", lambda: "NVIDIA Jetson Thor")
+    with pytest.raises(DeviceError, match=r"takes TensorRT >=10\.13, here is 8\.6\.1: use JetPack 7"):
+        runtime_for(thor).setup(thor, "fp32", 1)
+
+
+@pytest.mark.parametrize(
+    ("version", "wanted", "fit"),
+    [
+        ("8.6.1", ">=8.6,<11", True),
+        ("11.0.0", ">=8.6,<11", False),
+        ("10.13.3.9", ">=10.13", True),
+        ("8.5", ">=8.6", False),
+    ],
+)
+def test_fits(version: str, wanted: str, fit: bool) -> None:
+    assert fits(version, wanted) is fit
+
+
+def test_a_range_that_is_none_is_refused() -> None:
+    with pytest.raises(DeviceError, match="is no range of versions"):
+        fits("8.6", "~=8.6")
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("dla_core = 0", "DLA has no LayerNorm"),
+        ('typing = "loose"', "strong or weak"),
+        ("optimization_level = 9", "0 to 5"),
+        ("workspace_mib = 0", "workspace_mib is not above 0"),
+        ("speed = 1", "speed"),
+    ],
+)
+def test_builder_options_of_a_device_file_are_checked(line: str, told: str) -> None:
+    text = f'name = "mine"\ntitle = "Mine"\nruntime = "trt"\n[trt]\n{line}\n'
+    with pytest.raises(RecordError, match=told):
+        parse(text.encode(), "mine.toml")
+
+
+def test_fusion_is_counted_in_either_schema() -> None:
+    old = {"Layers": [{"Name": "x", "TacticName": "sm80_mha_v2"}, {"Name": "y"}], "Bindings": ["images"]}
+    new = {"Layers": [{"Name": "_gemm_mha_v2_myl", "LayerType": "kgen"}, {"Name": "y"}], "I/O Tensors": []}
+    for text in (old, new):
+        fusion = fusion_of(json.dumps(text))
+        assert fusion is not None and (fusion.fused, fusion.layers) == (1, 2)
+    assert fusion_of(json.dumps({"Layers": ["x", "y"]})) is None
+
+
+class Libcuda:
+    """A stand-in for libcuda.so.1 that records calls; one function may fail."""
+
+    def __init__(self, failing: str = "") -> None:
+        self.failing, self.calls = failing, []  # type: ignore[var-annotated]
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*args: Any) -> int:
+            self.calls.append(name)
+            return 900 if name == self.failing else 0
+
+        return call
+
+
+def test_a_cuda_graph_is_launched_and_freed(
+    fake: Fake, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    libcuda = Libcuda()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: libcuda)
+    runtime().compile(model, SETUP, tmp_path / "out.engine")
+    with runtime().open(tmp_path / "out.engine", SETUP) as session:
+        launched = fake.launches
+        session.time_ms()
+        assert fake.launches == launched, "the graph was not used"
+    assert libcuda.calls[-2:] == ["cuGraphLaunch", "cuGraphExecDestroy"]
+    assert libcuda.calls.index("cuStreamBeginCapture_v2") < libcuda.calls.index("cuStreamEndCapture")
+
+
+@pytest.mark.parametrize("failing", ["cuStreamEndCapture", "cuGraphInstantiateWithFlags"])
+def test_where_capture_fails_kernels_are_launched_one_by_one(
+    failing: str, fake: Fake, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    libcuda = Libcuda(failing)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: libcuda)
+    runtime().compile(model, SETUP, tmp_path / "out.engine")
+    with caplog.at_level(logging.WARNING), runtime().open(tmp_path / "out.engine", SETUP) as session:
+        launched = fake.launches
+        session.time_ms()
+        assert fake.launches == launched + 1
+    assert f"no CUDA graph ({failing}: CUDA error 900)" in caplog.text
+
+
+def test_lost_fusion_is_told(
+    fake: Fake, make_vit: Callable[..., Vit], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two blocks whose attention could be fused, one layer that the inspector calls fused."""
+    node, nodes = helper.make_node, []
+    for block in range(2):
+        names = {n: f"{n}{block}" for n in ("scaled", "scores", "weights", "out")}
+        nodes += [
+            node("Mul", ["x", "half"], [names["scaled"]]),
+            node("MatMul", [names["scaled"], "x"], [names["scores"]]),
+            node("Softmax", [names["scores"]], [names["weights"]]),
+            node("MatMul", [names["weights"], "x"], [names["out"]]),
+        ]
+    nodes.append(node("Add", ["out0", "out1"], ["y"]))
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 4]) for name in ("x", "y")]
+    half = numpy_helper.from_array(np.array(0.5, np.float32), "half")
+    graph = helper.make_graph(nodes, "two", values[:1], values[1:], [half])
+    path = tmp_path / "two.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    runtime().compile(path, SETUP, tmp_path / "two.engine")
+    half_setup = msgspec.structs.replace(SETUP, precision="fp16")
+    two = Schedule(vit=make_vit(depth=2), method="none", policy="search", tokens=(197, 197))
+    assert fusion.expected(path, two, half_setup) == 2 and not caplog.text
+    three = Schedule(vit=make_vit(depth=3), method="none", policy="search", tokens=(197,) * 3)
+    fusion.expected(path, three, half_setup)
+    assert "1 of 3 blocks without a cut" in caplog.text
+    with runtime().open(tmp_path / "two.engine", SETUP) as session:
+        for precision, told in (("fp32", False), ("fp16", True)):
+            fusion.warn_if_lost(session.fused_attention(), 2, precision)
+            assert ("fused 1 of 2 attention layers" in caplog.text) is told
+        caplog.clear()
+        fake.layers.append({"Name": "c", "TacticName": "fmha_v2"})
+        fusion.warn_if_lost(session.fused_attention(), 2, "fp16")
+        assert "without a cut" not in caplog.text
+
+
+def test_whole_build_and_bench(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pipeline of `build --device cuda`: every probe compiled, the plan beside its ONNX in the bundle."""
+    from edgeprune.benchmark.bench import bench_bundles
+    from edgeprune.bundles.format import load_bundle
+    from edgeprune.pipeline.build import build
+    from edgeprune.pipeline.compile import Inputs, compile_onnx
+    from edgeprune.pipeline.context import Options
+    from edgeprune.runtimes.target import target_for
+    from edgeprune.scheduling.goals import Goal
+
+    monkeypatch.setattr("edgeprune.latency.profiling.ROUNDS", 3)
+    options = Options(
+        device="cuda", method="topk", policy="paper", goal=Goal(alpha=0.1), rounds=5, neighbours=0,
+        search_images=16,
+        work=tmp_path / "work", out=tmp_path / "bundle",
+    )  # fmt: skip
+    built = build(options)
+    manifest = load_bundle(built.path)
+    assert {"model.engine", "model.onnx", "build.log", "device.json"} <= set(manifest.files)
+    assert manifest.engine.path == "model.engine" and manifest.engine.setup.runtime == "trt"
+    assert manifest.engine.onnx_sha256 == manifest.files["model.onnx"] != manifest.engine.sha256
+    assert len(list((tmp_path / "work").glob("timing-*.cache"))) == 1
+    launches, compiled = fake.launches, len(fake.configs)
+    assert build(options).manifest == manifest and len(fake.configs) == compiled, "engines were built twice"
+    [row] = bench_bundles([built.path], 5)["rows"]
+    assert row["runtime"] == "trt" and fake.launches > launches
+    before = len(fake.configs)
+    again = Inputs(built.path / "model.onnx", rounds=5, out=tmp_path / "again")
+    _, rebuilt = compile_onnx(target_for("cuda", work=tmp_path / "other"), again)
+    assert len(fake.configs) == before + 1 and rebuilt.engine.onnx_sha256 == manifest.engine.onnx_sha256
+    assert rebuilt.schedule == manifest.schedule and rebuilt.report.speedup is None
+    bytes_of_tensors = 4 * (3 * 28 * 28 + 10)
+    wanted = (1 << 20) + bytes_of_tensors + (built.path / "model.engine").stat().st_size
+    assert row["peak_memory_mib"] == wanted / 2**20, "working memory, input and output, and the plan"
