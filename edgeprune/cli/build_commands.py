@@ -1,4 +1,4 @@
-"""Commands that make bundles: build, compare, export, compile."""
+"""Commands that work on a model: build, compare, export, compile."""
 
 from __future__ import annotations
 
@@ -72,10 +72,10 @@ def build(
     host: OnHost = None,
     host_program: HostProgram = "edgeprune",
     work: Work = WORK,
-    out: Annotated[Path | None, typer.Option(help="folder of the bundle")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the bundle")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Model to bundle: staircase, schedule, ONNX, engine, measurement."""
+    """Build a bundle: measure the staircase, choose a schedule, export, compile and measure it."""
     from edgeprune.cli.rows import row_of
     from edgeprune.cli.tables import build_table
     from edgeprune.pipeline.build import build as run
@@ -120,8 +120,8 @@ def compare(
     model: Model = EMBEDDED,
     weights: Weights = None,
     images: Images = None,
-    methods: Annotated[str, typer.Option(help="separated by commas")] = "fold,pomt,tome,topk,evit,none",
-    speedup: Annotated[str, typer.Option(help="targets, separated by commas")] = "1.25,1.5,2.0",
+    methods: Annotated[str, typer.Option(help="methods, separated by commas")] = "fold,pomt,tome,topk,evit,none",
+    speedup: Annotated[str, typer.Option(help="target speed-ups, separated by commas")] = "1.25,1.5,2.0",
     precision: Precision = "fp32",
     batch: Batch = 1,
     simulate: Simulate = False,
@@ -130,10 +130,10 @@ def compare(
     search_images: SearchImages = 128,
     rounds: Annotated[int, typer.Option(help="interleaved rounds of a measurement", min=5)] = 40,
     work: Work = WORK,
-    plot: Annotated[Path | None, typer.Option(help="where the Pareto plot goes (.svg)")] = None,
+    plot: Annotated[Path | None, typer.Option(help="file for a plot of the results (.svg)")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Methods side by side at equal measured latency, by the search and in their published shapes."""
+    """Compare pruning methods at equal measured latency, with searched and with published schedules."""
     from edgeprune.cli.rows import compare_rows
     from edgeprune.cli.tables import compare_table
     from edgeprune.html_report.files import compare_svg
@@ -176,9 +176,9 @@ def compare(
 def export(
     model: Model = EMBEDDED,
     weights: Weights = None,
-    schedule: Annotated[Path | None, typer.Option(help="schedule.json of `edgeprune schedule`")] = None,
-    dense: Annotated[bool, typer.Option("--dense", help="the unpruned model")] = False,
-    trunk: Annotated[bool, typer.Option("--trunk", help="a folder of probes for `profile --trunk`")] = False,
+    schedule: Annotated[Path | None, typer.Option(help="schedule.json written by `edgeprune schedule`")] = None,
+    dense: Annotated[bool, typer.Option("--dense", help="export the unpruned model")] = False,
+    trunk: Annotated[bool, typer.Option("--trunk", help="a folder of models for `profile --trunk`")] = False,
     method: Method = "none",
     precision: Precision = "fp32",
     batch: Batch = 1,
@@ -186,7 +186,7 @@ def export(
     out: Annotated[Path, typer.Option(help="ONNX file, or folder with --trunk")] = Path("model.onnx"),
     as_json: AsJson = False,
 ) -> None:
-    """Export a pruned or unpruned model as ONNX in which every shape is static."""
+    """Export a pruned or unpruned model as ONNX with static shapes."""
     if (schedule is not None) + dense + trunk != 1:
         raise typer.BadParameter("pass exactly one of --schedule FILE, --dense and --trunk")
     from edgeprune.onnx_graph.graph import weights_of
@@ -200,17 +200,17 @@ def export(
         from edgeprune.vit.models import load_model
 
         loaded = load_model(model, weights)
-        progress("exporting", 0, 1)
         if trunk:
-            from edgeprune.vit.probes import export_probes
+            from edgeprune.vit.profiling_models import export_profiling_models
 
             out = out if out != Path("model.onnx") else Path("probes")
-            export_probes(loaded, (method,), batch, out, precision)
+            export_profiling_models(loaded, (method,), batch, out, precision, progress)
             path = out / "trunk.onnx"
         else:
             pictures = image_set(Options(model=model, images=images))
+            progress("exporting ONNX", 0, 1)
             path = export_model(loaded, schedule, batch, out, precision, pictures, progress)
-        progress("exporting", 1, 1)
+            progress("exporting ONNX", 1, 1)
     files = (path, *weights_of(path))
     output.tell(f"onnx: {' '.join(map(str, files))}", as_json)
     if as_json:
@@ -222,18 +222,20 @@ def export(
 
 @app.command(name="compile")
 def compile_(
-    onnx: Annotated[Path, typer.Argument(help="MODEL.onnx of `edgeprune export`, or in a bundle")],
+    onnx: Annotated[Path, typer.Argument(help="MODEL.onnx written by `edgeprune export`, or the one in a bundle")],
     device: Device = "cpu",
-    dense: Annotated[Path | None, typer.Option(help="the unpruned ONNX: measures the speed-up beside it")] = None,
+    dense: Annotated[Path | None, typer.Option(help="the unpruned model's ONNX, to measure the speed-up")] = None,
     images: Images = None,
-    staircase: Annotated[Path | None, typer.Option(help="this device's staircase.json, for the prediction")] = None,
+    staircase: Annotated[
+        Path | None, typer.Option(help="staircase.json of this device, to predict the latency")
+    ] = None,
     rounds: Annotated[int, typer.Option(help="interleaved rounds of the measurement", min=5)] = 60,
     lock_clocks: LockClocks = False,
     work: Work = WORK,
-    out: Annotated[Path | None, typer.Option(help="folder of the bundle")] = None,
+    out: Annotated[Path | None, typer.Option(help="folder for the bundle")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """ONNX to bundle on the device itself, without torch: compiled, measured, checked."""
+    """Compile an ONNX file on the device, measure and check it, and write a bundle. Needs no torch."""
     from edgeprune.cli.rows import row_of
     from edgeprune.cli.tables import build_table
     from edgeprune.onnx_graph.graph import input_shape, load_graph, precision_of

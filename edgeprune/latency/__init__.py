@@ -1,1 +1,1 @@
-"""Latency over token counts, measured: which counts to probe, how to time them, what the staircase is."""
+"""Measured latency over token counts: which counts to measure, how to time them, and the staircase they form."""

@@ -1,4 +1,4 @@
-"""A staircase from a folder of probes (ONNX files), measured on a target and resumed where interrupted. No torch."""
+"""The staircase of a folder of ONNX files, measured on a target; an interrupted measurement resumes. No torch."""
 
 from __future__ import annotations
 
@@ -21,51 +21,51 @@ from edgeprune.runtimes.target import Target
 log = logging.getLogger(__name__)
 
 ROUNDS = 3 * FEW
-Pairs = list[tuple[SampleKey, list[float]]]  # how samples are stored: a JSON object takes no records as keys
+Pairs = list[tuple[SampleKey, list[float]]]  # how samples are stored: keys of a JSON object are strings only
 
 
 def cut_pairs(vit: Vit) -> tuple[tuple[int, int], ...]:
-    """Token counts (entering, leaving) on which the cost of a cut is measured."""
+    """Token counts (entering, leaving) at which the cost of a cut is measured."""
     shares = ((1.0, 0.6), (0.5, 0.3))
     lowest = vit.prefix + 2
     return tuple((max(round(a * vit.tokens), lowest + 1), max(round(b * vit.tokens), lowest)) for a, b in shares)
 
 
-def check_probes(folder: Path, vit: Vit | None, batch: int, precision: str) -> None:
-    """Raise InputError where a folder holds probes of another model, batch size or precision."""
+def check_profiling_models(folder: Path, vit: Vit | None, batch: int, precision: str) -> None:
+    """Raise InputError where a folder holds profiling models of another model, batch size or precision."""
     if vit is not None and (folder / "vit.json").exists() and load(folder / "vit.json", Vit) != vit:
-        raise InputError(f"{folder} holds the probes of another model: choose another --out")
+        raise InputError(f"{folder} belongs to another model: choose another --out")
     if (folder / "trunk.onnx").exists():
         trunk = graph.load_graph(folder / "trunk.onnx")
         if (found := trunk.graph.input[0].type.tensor_type.shape.dim[0].dim_value) != batch:
             raise InputError(
-                f"{folder} holds probes of batch {found}, not {batch}: pass --batch {found} or export again"
+                f"{folder} holds models of batch {found}, not {batch}: pass --batch {found} or export again"
             )
         if (held := graph.precision_of(trunk)) != precision:
             raise InputError(
-                f"{folder} holds probes in {held}, not {precision}: pass --precision {held} or export again"
+                f"{folder} holds {held} models, not {precision}: pass --precision {held} or export again"
             )
 
 
-def probes_folder(target: Target, vit: Vit) -> Path:
-    """Where the probes of a model lie in the work folder."""
-    return target.path("probes", "", vit, target.setup.batch, target.onnx_precision)
+def models_folder(target: Target, vit: Vit) -> Path:
+    """The folder in the work folder for the profiling models of a model."""
+    return target.path("profiling-models", "", vit, target.setup.batch, target.onnx_precision)
 
 
 def staircase_of_folder(target: Target, trunk: Path, methods: Sequence[str], exhaustive: bool = False) -> Staircase:
-    """The staircase of exported probes. Raises InputError where one is missing."""
+    """The staircase of the models that `export --trunk` wrote. Raises InputError where a file is missing."""
     folder = trunk.parent
     for name in ("trunk.onnx", "fixed.onnx", "dense.onnx", "vit.json"):
         if not (folder / name).is_file():
-            raise InputError(f"{folder / name} is missing: make the folder with edgeprune export --trunk")
+            raise InputError(f"{folder / name} is missing: write the folder with edgeprune export --trunk")
     if trunk.name != "trunk.onnx":
         raise InputError(f"{trunk}: pass the trunk.onnx that edgeprune export --trunk wrote")
-    check_probes(folder, None, target.setup.batch, target.onnx_precision)
+    check_profiling_models(folder, None, target.setup.batch, target.onnx_precision)
     return measured_staircase(target, load(folder / "vit.json", Vit), methods, lambda: folder, exhaustive)
 
 
 def simulated_staircase(target: Target, vit: Vit, exhaustive: bool = False) -> Staircase:
-    """The staircase of the tail-effect model from a model's shape: no torch, no ONNX file."""
+    """The staircase of a simulated device from the shape of a model alone: no torch, no ONNX file."""
     from edgeprune.runtimes.simulated import SimulatedMatmuls, matmuls_of_ends, matmuls_of_trunk
 
     device, setup = target.device, target.setup
@@ -83,44 +83,45 @@ def simulated_staircase(target: Target, vit: Vit, exhaustive: bool = False) -> S
 
 
 def measured_staircase(
-    target: Target, vit: Vit, methods: Sequence[str], probes: Callable[[], Path], exhaustive: bool = False
+    target: Target, vit: Vit, methods: Sequence[str], models: Callable[[], Path], exhaustive: bool = False
 ) -> Staircase:
-    """The staircase of the ONNX files in the folder that `probes` gives, with the cost of these methods' cuts.
+    """The staircase of the ONNX files in the folder that `models` returns, with the cost of these methods' cuts.
 
-    Reused or resumed from the work folder. Raises what the target's runtime raises.
+    Reused or resumed from the work folder; `models` is called only where something has to be measured.
+    Raises EngineError, OutputError, HostError.
     """
-    return _measured(target, vit, methods, probes, exhaustive)
+    return _measured(target, vit, methods, models, exhaustive)
 
 
 def confirmed_staircase(
     target: Target,
     staircase: Staircase,
     methods: Sequence[str],
-    probes: Callable[[], Path],
+    models: Callable[[], Path],
     exhaustive: bool,
     tokens: Iterable[int],
 ) -> Staircase:
-    """The staircase with the right ends of the treads that hold `tokens` confirmed: those not known are probed."""
+    """The staircase after measuring the unconfirmed right ends of the treads that contain `tokens`."""
     missing = unconfirmed(staircase, tokens)
-    return _measured(target, staircase.vit, methods, probes, exhaustive, staircase, missing) if missing else staircase
+    return _measured(target, staircase.vit, methods, models, exhaustive, staircase, missing) if missing else staircase
 
 
 def _measured(
     target: Target,
     vit: Vit,
     methods: Sequence[str],
-    probes: Callable[[], Path],
+    models: Callable[[], Path],
     exhaustive: bool,
     base: Staircase | None = None,
-    sought: tuple[int, ...] = (),
+    confirm: tuple[int, ...] = (),
 ) -> Staircase:
-    """A staircase, or `base` probed further for the edges of `sought`."""
+    """A staircase, or `base` after more probes that find where the treads of `confirm` end."""
     rounds = 1 if target.setup.noiseless else ROUNDS
-    parts = (vit, target.setup, methods, exhaustive, rounds, _digest(base) if base else None, sought)
+    parts = (vit, target.setup, methods, exhaustive, rounds, _digest(base) if base else None, confirm)
     partial = target.path("samples", ".json", *parts)
 
     def make(path: Path) -> None:
-        folder = probes()
+        folder = models()
         samples = _stored(partial)
         if base is not None and not samples:
             samples = _stored(target.path("probed", ".json", _digest(base)))
@@ -135,7 +136,7 @@ def _measured(
             lambda state: _keep(state, partial),
             target.progress,
             keep_open=_fits(folder / "trunk.weights", target.runtime.free_bytes()),
-            used=sought,
+            used=confirm,
         )
         _keep(samples, target.path("probed", ".json", _digest(staircase)))
         save(staircase, path)
@@ -177,7 +178,7 @@ def _keep(samples: Samples, path: Path) -> None:
 
 
 def _stored(path: Path) -> Samples:
-    """Samples of an earlier run; none where there are none or they cannot be read."""
+    """Samples of an interrupted run; empty where there are none or they cannot be read."""
     if not path.exists():
         return {}
     try:
@@ -185,10 +186,10 @@ def _stored(path: Path) -> Samples:
     except msgspec.DecodeError:
         log.warning("%s cannot be read: measuring again", path)
         return {}
-    log.info("staircase: continuing with %d samples", sum(map(len, samples.values())))
+    log.info("staircase: resuming, %d samples are already measured", sum(map(len, samples.values())))
     return samples
 
 
 def _fits(weights: Path, free_bytes: int | None) -> bool:
-    """Do some thirty sessions, each with its own copy of the weights, fit half of the free memory?"""
+    """Do about 40 sessions, each with up to three copies of the weights, fit in half of the free memory?"""
     return free_bytes is None or weights.stat().st_size * 3 * 40 < free_bytes / 2

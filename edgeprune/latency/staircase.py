@@ -1,4 +1,4 @@
-"""Latency over token counts: where the treads are, and what a schedule will cost."""
+"""Latency over token counts: where the treads are, and the predicted latency of a schedule."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import numpy as np
 from edgeprune.records import CutCost, LastShare, Latency, Point, Setup, Staircase, Vit
 from edgeprune.stats import signed_rank
 
-MANY = 2.6  # z of one comparison among some thirty: a flat curve then shows a step in one of twenty cases
+MANY = 2.6  # z per comparison: with about 30 comparisons a flat curve shows a step in 5 % of all cases
 
 
 class SampleKey(NamedTuple):
-    """What latencies were taken of while a staircase was probed."""
+    """What a latency sample of a staircase was measured on."""
 
     kind: str  # trunk | fixed (embedding and head) | dense (unpruned model) | block | last (prefix only) | cut
     tokens: tuple[int, ...] = ()  # of a trunk or block; (entering, leaving) of a cut
@@ -41,7 +41,7 @@ def block(tokens: int) -> SampleKey:
 
 
 def staircase_from_samples(vit: Vit, setup: Setup, samples: Mapping[SampleKey, Sequence[float]]) -> Staircase:
-    """The record of what was timed in one stage, ms."""
+    """A staircase from samples (ms) that are all of one stage."""
     latency = {key: Latency(samples_ms=tuple(v)) for key, v in samples.items() if v}
     counts = sorted(key.tokens[0] for key in latency if key.kind == "trunk")
     return Staircase(
@@ -56,7 +56,7 @@ def staircase_from_samples(vit: Vit, setup: Setup, samples: Mapping[SampleKey, S
 
 
 def _last_shares(samples: Mapping[SampleKey, Sequence[float]]) -> tuple[LastShare, ...]:
-    """The last block for the prefix alone against the whole block, by the median ratio per round."""
+    """Latency of a last block that computes only the prefix, over that of a whole block: median ratio per round."""
     shares = []
     for key, last in samples.items():
         if key.kind == "last":
@@ -67,7 +67,7 @@ def _last_shares(samples: Mapping[SampleKey, Sequence[float]]) -> tuple[LastShar
 
 
 def _cut_costs(vit: Vit, samples: Mapping[SampleKey, Sequence[float]]) -> dict[str, tuple[CutCost, ...]]:
-    """What each measured cut adds to its block, from the medians of the differences per round."""
+    """What each measured cut adds to its block, ms: the median of the differences per round."""
     costs: dict[str, tuple[CutCost, ...]] = {}
     for key, cut in samples.items():
         if key.kind != "cut" or key.method is None:
@@ -82,11 +82,11 @@ def _cut_costs(vit: Vit, samples: Mapping[SampleKey, Sequence[float]]) -> dict[s
 
 
 def exceeds(high: Latency, low: Latency, noiseless: bool = False) -> bool:
-    """Is `high` slower than `low` beyond what their noise explains?
+    """Is `high` slower than `low` by more than noise explains?
 
-    Of equally many samples, taken in the same rounds, the differences per round must lie above zero by
-    Wilcoxon's signed-rank test; of others, the intervals of the medians must not touch. `noiseless` (the runtime
-    says so in its Setup): any difference counts.
+    With equally many samples, taken in the same rounds, the differences per round must be above zero by Wilcoxon's
+    signed-rank test; otherwise the 95 % intervals of the medians must not overlap. Where latencies are `noiseless`
+    (see Setup), any difference counts.
     """
     if noiseless:
         return high.median_ms > low.median_ms
@@ -99,8 +99,8 @@ def exceeds(high: Latency, low: Latency, noiseless: bool = False) -> bool:
 def treads(staircase: Staircase) -> tuple[int, ...]:
     """Right ends of the treads, ascending: the most tokens for their latency.
 
-    From the unpruned count down, a count opens a new tread when it is faster than the last tread's end
-    beyond their noise: fewer tokens that save nothing real are never candidates.
+    From the unpruned count down, a count starts a new tread when it is faster than the end of the tread above by
+    more than noise. So a count that removes tokens without a real saving is never a candidate.
     """
     ends = [staircase.points[-1]]
     for point in reversed(staircase.points[:-1]):
@@ -110,33 +110,33 @@ def treads(staircase: Staircase) -> tuple[int, ...]:
 
 
 def snap(staircase: Staircase, tokens: int) -> int:
-    """The tread end at or below `tokens`, or the lowest tread: never dearer, and mostly free tokens."""
+    """The highest tread end at or below `tokens`; the lowest tread end if there is none."""
     ends = treads(staircase)
     return max((n for n in ends if n <= tokens), default=ends[0])
 
 
 def trunk_ms(staircase: Staircase, tokens: float) -> float:
-    """Median of the whole trunk at `tokens`, ms; between two probes on the straight line."""
+    """Median latency of the whole trunk at `tokens`, ms, interpolated linearly between measured counts."""
     counts = [p.tokens for p in staircase.points]
     return float(np.interp(tokens, counts, [p.latency.median_ms for p in staircase.points]))
 
 
 def attention_share(vit: Vit, tokens: int) -> float:
-    """Share of a block's multiply-adds that lie before a cut (attention), the rest being the MLP."""
+    """Share of a block's multiply-adds that come before a cut (attention); the rest is the MLP."""
     inner = vit.heads * vit.head_dim
     attention = 4 * vit.width * inner + 2 * tokens * inner
     return attention / (attention + vit.mlp_matrices * vit.width * vit.mlp_width)
 
 
 def additive_block_ms(staircase: Staircase, entering: int, leaving: int) -> float:
-    """A block whose attention sees `entering` tokens and whose MLP sees `leaving`, ms, cut cost left out."""
+    """A block with `entering` tokens in attention and `leaving` in the MLP, ms, without the cost of a cut."""
     vit = staircase.vit
     share = attention_share(vit, entering)
     return (share * trunk_ms(staircase, entering) + (1 - share) * trunk_ms(staircase, leaving)) / vit.depth
 
 
 def cut_cost_ms(costs: Sequence[CutCost], entering: int) -> float:
-    """What a cut adds at `entering` tokens, on the line through the measured cuts; 0 without any."""
+    """What a cut adds at `entering` tokens, ms, interpolated between the measured cuts; 0 without any."""
     if not costs:
         return 0.0
     ordered = sorted(costs, key=lambda c: c.tokens_in)
@@ -145,26 +145,26 @@ def cut_cost_ms(costs: Sequence[CutCost], entering: int) -> float:
 
 
 def last_share(staircase: Staircase, tokens: float) -> float:
-    """Latency of a last block that computes the prefix alone, as a share of the whole block; 1 if unknown."""
+    """Latency of a last block that computes only the prefix, as a share of the whole block; 1 if unknown."""
     if not staircase.last:
         return 1.0
     counts, shares = [s.tokens for s in staircase.last], [s.share for s in staircase.last]
     return float(np.interp(tokens, counts, shares))
 
 
-def block_ms(staircase: Staircase, method: str, entering: int, leaving: int, prefix_alone: bool = False) -> float:
-    """A block of the additive model, ms: attention at `entering`, MLP at `leaving`, the measured cost of a cut.
+def block_ms(staircase: Staircase, method: str, entering: int, leaving: int, prefix_only: bool = False) -> float:
+    """A block in the additive model, ms: attention at `entering`, MLP at `leaving`, plus the measured cost of a cut.
 
-    With `prefix_alone` the block computes the prefix alone and counts with its measured share.
+    With `prefix_only` the block computes only the prefix tokens and counts with its measured share.
     """
     part = additive_block_ms(staircase, entering, leaving)
-    if prefix_alone:
+    if prefix_only:
         part *= last_share(staircase, entering)
     return part + cut_cost_ms(staircase.cuts.get(method, ()), entering) if leaving < entering else part
 
 
 def unit(staircase: Staircase) -> float:
-    """Measured unpruned latency over the additive model's: 1 where that is exact."""
+    """Measured unpruned latency over that of the additive model: 1 if the model is exact."""
     whole = staircase.fixed.median_ms + trunk_ms(staircase, staircase.vit.tokens)
     return staircase.dense.median_ms / whole
 

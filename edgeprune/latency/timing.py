@@ -1,4 +1,4 @@
-"""Clock and labels: interleaved latency of sessions, top-1, agreement and KL of their outputs."""
+"""Latency of sessions, timed in interleaved rounds."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
@@ -14,17 +14,12 @@ from edgeprune.records import Latency, Progress, silent
 from edgeprune.runtimes import Session
 from edgeprune.runtimes.inference import Open
 
-if TYPE_CHECKING:
-    pass
-
-
 log = logging.getLogger(__name__)
 K = TypeVar("K", bound=Hashable)
-Samples = dict[str, list[float]]
 WARMUP = 3
-WINDOW = 10  # inferences whose medians are compared to see whether a candidate has settled
-SETTLED = 0.02  # relative difference of two such medians that is none
-WARMUP_S = 10.0
+WINDOW = 10  # inferences per median; two successive medians show whether the latency is stable
+STABLE = 0.02  # relative difference of two such medians below which it is
+WARMUP_S = 10.0  # at most
 
 
 def interleave(
@@ -40,11 +35,11 @@ def interleave(
     """Time every candidate once in each round, so that drift of the machine hits all alike.
 
     The order within a round is shuffled (seeded); each timed inference follows an untimed one of the
-    same candidate, so that its weights are where they are when it runs alone. Candidates that already
-    have `rounds` values in `samples` are left out: an interrupted measurement goes on where it stopped.
-    `keep_open=False` opens a candidate anew for each of its timings, for want of memory.
-    `warmup` is the most inferences before the first round (see warm_up).
-    Returns samples in ms by the key of each candidate.
+    same candidate, so that caches hold what they hold when it runs by itself. Candidates that already
+    have `rounds` values in `samples` are left out, so an interrupted measurement continues where it stopped.
+    `keep_open=False` opens a candidate again for each of its timings, where memory is too small for all.
+    `warmup` is the largest number of inferences before the first round (see warm_up); `what` describes the
+    measurement in the progress. Returns samples in ms by the key of each candidate. Raises EngineError.
     """
     samples = {} if samples is None else samples
     for name in candidates:
@@ -53,26 +48,27 @@ def interleave(
         sessions: dict[K, Session] = {}
         todo = [name for name in candidates if len(samples[name]) < rounds]
         if keep_open:
-            for name in todo:
+            for loaded, name in enumerate(todo):
+                progress(f"{what}: loading engine", loaded, len(todo))
                 sessions[name] = stack.enter_context(candidates[name]())
                 if not warm_up(sessions[name], warmup) and warmup > WARMUP:
-                    log.warning("%s has not settled in its warm-up: its latency still moves", name)
+                    log.warning("%s: latency is not yet stable after the warm-up; expect wider intervals", name)
         done = rounds - max((rounds - len(samples[n]) for n in todo), default=0)
         for index in range(done, rounds):
-            progress(what, index, rounds)
+            progress(f"{what}, round", index, rounds)
             turn = [name for name in todo if len(samples[name]) <= index]
             order = np.random.default_rng(index).permutation(len(turn))
             for name in (turn[i] for i in order):
                 samples[name].append(_timed(sessions.get(name), candidates[name]))
             after_round(samples)
-        progress(what, rounds, rounds)
+        progress(f"{what}, round", rounds, rounds)
     return samples
 
 
 def warm_up(session: Session, most: int) -> bool:
-    """Untimed inferences until the median of the last WINDOW is within SETTLED of that of the WINDOW before.
+    """Run inferences until the median of the last WINDOW is within STABLE of that of the WINDOW before.
 
-    Ends after `most` of them, or WARMUP_S, at the latest. Returns whether it has settled.
+    Ends at the latest after `most` of them, or after WARMUP_S. Returns whether the latency has become stable.
     """
     times: list[float] = []
     until = time.monotonic() + WARMUP_S
@@ -80,7 +76,7 @@ def warm_up(session: Session, most: int) -> bool:
         times.append(session.time_ms())
         if len(times) >= 2 * WINDOW:
             before, now = np.median(times[-2 * WINDOW : -WINDOW]), np.median(times[-WINDOW:])
-            if abs(now - before) <= SETTLED * before:
+            if abs(now - before) <= STABLE * before:
                 return True
     return False
 
@@ -96,7 +92,7 @@ def _timed(session: Session | None, open_: Open) -> float:
 
 
 def latency_of(session: Session, count: int, warmup: int) -> Latency:
-    """`count` timed inferences of a session that runs alone, after `warmup` untimed ones."""
+    """`count` timed inferences of one session by itself, after `warmup` untimed ones."""
     for _ in range(warmup):
         session.time_ms()
     return Latency(samples_ms=tuple(session.time_ms() for _ in range(count)), warmup=warmup)

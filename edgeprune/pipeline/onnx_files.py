@@ -1,4 +1,4 @@
-"""The ONNX files of a build: unpruned and pruned, in fp32 and in the precision asked for; each made once."""
+"""The ONNX files of a build, each made once: unpruned and pruned, in fp32 and in the requested precision."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from edgeprune.io import code_key, key_of, load, save, sha256_file
 from edgeprune.onnx_graph.graph import save_graph, static_or_raise
 from edgeprune.onnx_graph.precision import CONVERSIONS, Convert, calibrated, int8
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.profile import probes
+from edgeprune.pipeline.profile import profiling_models
 from edgeprune.records import Int8Ranges, Schedule
 
 log = logging.getLogger(__name__)
 
 
 def dense_onnx(context: Context) -> Path:
-    """The unpruned model's fp32 ONNX, among the probes where those are fp32."""
+    """The unpruned model's fp32 ONNX; the one exported for profiling where that is fp32. Raises ExportError."""
     if context.target.onnx_precision != "fp32":
         return _exported(context, "none", context.dense_tokens, False)
-    return probes(context.target, context.model, ()) / "dense.onnx"
+    return profiling_models(context.target, context.model, ()) / "dense.onnx"
 
 
 def pruned_onnx(context: Context, schedule: Schedule) -> Path:
@@ -45,14 +45,17 @@ def _exported(context: Context, method: str, tokens: tuple[int, ...], prefix_las
 
 
 def nominal_onnx(context: Context, file: Path) -> Path:
-    """An fp32 ONNX in the target's precision, INT8 with nominal ranges: enough for its latency."""
+    """An fp32 ONNX in the target's precision; INT8 has nominal ranges, which is enough to measure latency."""
     if context.target.onnx_precision == "fp32":
         return file
     return _converted(context, file, CONVERSIONS[context.target.onnx_precision], "nominal")
 
 
 def precise_onnx(context: Context, file: Path) -> Path:
-    """An fp32 ONNX in the target's precision, INT8 with ranges from the calibration pictures."""
+    """An fp32 ONNX in the target's precision; INT8 has ranges from the calibration pictures.
+
+    Raises InputError where INT8 has no pictures, MissingError without onnxruntime.
+    """
     if context.target.onnx_precision != "int8":
         return nominal_onnx(context, file)
     found = int8_ranges(context, file)
@@ -60,7 +63,7 @@ def precise_onnx(context: Context, file: Path) -> Path:
 
 
 def int8_ranges(context: Context, file: Path) -> Int8Ranges:
-    """Ranges for one ONNX file, kept in calib/ by the hash of it, of the pictures and of the code."""
+    """INT8 ranges of one ONNX file, kept in calib/ under a hash of the file, the pictures and the code."""
     pictures, how = context.needed_pictures(), context.model.preprocessing
     images = calibration_indices(len(pictures.files))
     key = key_of(code_key(), sha256_file(file), pictures.key, how, images.tolist())

@@ -1,4 +1,4 @@
-"""The staircase of a model on a target: its probes exported, measured, and refined where a schedule needs it."""
+"""The staircase of a model on a target: export what is timed, measure, confirm tread ends that a schedule uses."""
 
 from __future__ import annotations
 
@@ -21,27 +21,33 @@ if TYPE_CHECKING:
 
 
 def measured_staircase(target: Target, model: Model, methods: Sequence[str], exhaustive: bool = False) -> Staircase:
-    """The staircase of a model with the cost of these methods' cuts; reused or resumed from the work folder."""
-    folder = partial(probes, target, model, methods)
+    """The staircase of a model with the cost of these methods' cuts; reused or resumed from the work folder.
+
+    Raises ExportError, EngineError, OutputError.
+    """
+    folder = partial(profiling_models, target, model, methods)
     return profiling.measured_staircase(target, model.vit, methods, folder, exhaustive)
 
 
 def confirmed(context: Context, staircase: Staircase, methods: Sequence[str], tokens: Iterable[int]) -> Staircase:
-    """The staircase with the right ends of the treads that hold `tokens` confirmed: those not known are probed."""
+    """The staircase after measuring the unconfirmed right ends of the treads that contain `tokens`."""
     target, model = context.target, context.model
     return profiling.confirmed_staircase(
-        target, staircase, methods, lambda: probes(target, model, methods), context.options.exhaustive, tokens
+        target,
+        staircase,
+        methods,
+        lambda: profiling_models(target, model, methods),
+        context.options.exhaustive,
+        tokens,
     )
 
 
-def probes(target: Target, model: Model, methods: Sequence[str]) -> Path:
-    """The folder of a model's probes, exported where they are missing."""
-    from edgeprune.vit.probes import export_probes
+def profiling_models(target: Target, model: Model, methods: Sequence[str]) -> Path:
+    """The folder of the ONNX files that the staircase is measured on; missing ones are exported."""
+    from edgeprune.vit.profiling_models import export_profiling_models
 
-    folder = profiling.probes_folder(target, model.vit)
-    target.progress("exporting probes", 0, 1)
-    export_probes(model, methods, target.setup.batch, folder, target.onnx_precision)
-    target.progress("exporting probes", 1, 1)
+    folder = profiling.models_folder(target, model.vit)
+    export_profiling_models(model, methods, target.setup.batch, folder, target.onnx_precision, target.progress)
     return folder
 
 
@@ -53,9 +59,9 @@ def profile(
     method: str = "none",
     exhaustive: bool = False,
 ) -> Staircase:
-    """The staircase of a model, of exported probes (`trunk`, needs no torch), or of a simulated device.
+    """The staircase of a model, of exported models (`trunk`, needs no torch), or of a simulated device.
 
-    One process at a time measures in a work folder. Raises any EdgepruneError.
+    Only one process at a time can measure in a work folder. Raises any EdgepruneError.
     """
     check_method(method)
     if trunk is None and target.setup.simulated:
@@ -67,7 +73,7 @@ def profile(
 
 
 def vit_of(model: str | nn.Module) -> Vit:
-    """The shape of a model; of the embedded one without torch. Raises ModelError, MissingError."""
+    """The shape of a model; needs no torch for the embedded one. Raises ModelError, MissingError."""
     if model == zoo.EMBEDDED:
         return load(zoo.RECORD, Vit)
     return load_model(model, "random" if isinstance(model, str) else None).vit

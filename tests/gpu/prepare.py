@@ -17,12 +17,12 @@ import onnxruntime
 from edgeprune import zoo
 from edgeprune.images import load_images, load_pixels, normalise
 from edgeprune.io import replacing, save
-from edgeprune.latency.profiling import export_probes
 from edgeprune.pipeline.build import export_model
 from edgeprune.records import Schedule, Vit
 from edgeprune.scheduling.goals import single_cut
 from edgeprune.scheduling.paper import PAPER_BLOCK
 from edgeprune.vit.models import load_model
+from edgeprune.vit.profiling_models import export_profiling_models
 
 PICTURES = 16  # at least
 KEPT = {"pomt": (0.5,), "fold": (0.75, 0.55, 0.35)}  # of all tokens: POMT's one cut, folding at each quarter
@@ -46,7 +46,7 @@ def prepare(
     for method in KEPT:
         save(schedule_of(model.vit, method), out / f"{method}.json")
     for precision in precisions:
-        export_probes(model, tuple(KEPT), batch, out / precision / "probes", precision)
+        export_profiling_models(model, tuple(KEPT), batch, out / precision / "probes", precision)
         for candidate, schedule in schedules.items():
             path = out / precision / f"{candidate}.onnx"
             if not path.exists():

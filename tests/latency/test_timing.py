@@ -1,4 +1,4 @@
-"""Clock and labels: who is timed when, what a speed-up's interval is, and fidelity by hand."""
+"""Interleaved timing: the order of measurements, the interval of a speed-up, and fidelity checked by hand."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from types import TracebackType
 import numpy as np
 import pytest
 
-from edgeprune.latency.timing import WARMUP, Samples, interleave
+from edgeprune.latency.timing import WARMUP, interleave
 from edgeprune.records import Preprocessing
 from edgeprune.runtimes.inference import logits_of
 from edgeprune.stats import agreement, kl_divergence, log_softmax, ratio, top1
 
+Samples = dict[str, list[float]]
 HOW = Preprocessing(
     image_px=2, resize_px=2, interpolation="bicubic", crop_mode="center", mean=(0.5,) * 3, std=(0.5,) * 3
 )
@@ -158,7 +159,8 @@ def test_one_open_session_at_a_time_where_memory_is_short() -> None:
 def test_progress_reaches_its_end() -> None:
     seen: list[tuple[str, int, int]] = []
     measured(3, progress=lambda what, done, total: seen.append((what, done, total)), what="engines")
-    assert seen == [("engines", i, 3) for i in range(4)]
+    loading = [("engines: loading engine", i, len(NAMES)) for i in range(len(NAMES))]
+    assert seen == [*loading, *[("engines, round", i, 3) for i in range(4)]]
 
 
 # --- the speed-up and its interval ---

@@ -109,20 +109,21 @@ def test_trunk_in_another_precision_is_fixed_like_any(convert: Any, tiny: Callab
     assert np.corrcoef(result.ravel(), wanted.ravel())[0, 1] > 0.99
 
 
-def test_probes_say_their_precision(tiny: Callable[..., Any], tmp_path: Path) -> None:
-    """So that fp32 probes are never measured under another name."""
+def test_profiling_models_have_their_precision(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    """So that fp32 models are never measured as fp16 or INT8."""
     from edgeprune.errors import InputError
-    from edgeprune.latency.profiling import export_probes, staircase_of_folder
+    from edgeprune.latency.profiling import staircase_of_folder
     from edgeprune.runtimes.target import target_for
+    from edgeprune.vit.profiling_models import export_profiling_models
 
     found = tiny("cls")
     for kind in ("fp32", "fp16", "int8"):
-        export_probes(found, ("fold",), 1, tmp_path / kind, kind)
+        export_profiling_models(found, ("fold",), 1, tmp_path / kind, kind)
         for name in ("trunk", "dense", "fixed", "block", "last"):
             graph = onnx.load(tmp_path / kind / f"{name}.onnx", load_external_data=False)
             assert precision_of(graph) == (kind if name != "fixed" or kind == "fp16" else "fp32"), name
     target = target_for("cpu", "fp16", work=tmp_path / "work")
-    with pytest.raises(InputError, match="holds probes in int8, not fp16: pass --precision int8"):
+    with pytest.raises(InputError, match="holds int8 models, not fp16: pass --precision int8"):
         staircase_of_folder(target, tmp_path / "int8" / "trunk.onnx", ())
 
 
@@ -292,5 +293,5 @@ def test_build_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators
     assert list((tmp_path / "calib").glob("int8-*.json"))
     assert manifest.report.agreement is not None and manifest.report.agreement > 90
-    trunk = next((tmp_path / "work").glob("probes-*")) / "trunk.onnx"
+    trunk = next((tmp_path / "work").glob("profiling-models-*")) / "trunk.onnx"
     assert "QuantizeLinear" in {n.op_type for n in onnx.load(trunk, load_external_data=False).graph.node}

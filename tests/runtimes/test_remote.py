@@ -32,7 +32,7 @@ pytestmark = pytest.mark.usefixtures("ssh")
 
 def probes_alone(shared: Shared, work: Path) -> None:
     """The exports of the measured build, none of its latencies."""
-    [probes] = shared.work.glob("probes-*")
+    [probes] = shared.work.glob("profiling-models-*")
     shutil.copytree(probes, work / probes.name)
 
 
@@ -56,7 +56,7 @@ def test_build_on_a_host(there: Server, shared: Shared, tmp_path: Path, capsys: 
 
 
 def test_profile_on_a_host(there: Server, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    [probes] = shared.work.glob("probes-*")
+    [probes] = shared.work.glob("profiling-models-*")
     out = ("--work", tmp_path / "work", "--out", tmp_path / "s.json")
     row = row_of(capsys, "profile", *there.options, "--trunk", probes / "trunk.onnx", *out)
     assert row["simulated"] is False and row["points"][-1]["tokens"] == 197

@@ -1,4 +1,4 @@
-"""The ONNX files that a staircase is measured on: trunk, block, last block, ends, cuts; exported from a model."""
+"""Exports the ONNX files that a staircase is measured on: trunk, block, last block, embedding with head, cuts."""
 
 from __future__ import annotations
 
@@ -9,33 +9,48 @@ from typing import Any
 import torch
 
 from edgeprune.io import save
-from edgeprune.latency.profiling import check_probes, cut_pairs
+from edgeprune.latency.profiling import check_profiling_models, cut_pairs
 from edgeprune.onnx_graph.precision import CONVERSIONS
+from edgeprune.records import Progress, silent
 from edgeprune.vit import export
 from edgeprune.vit.models import Model
 from edgeprune.vit.pruned import CutBlock, Fixed, LastBlock, PrunedViT, Trunk
 from edgeprune.vit.reducers import reducer_named
 
 
-def export_probes(model: Model, methods: Sequence[str], batch: int, folder: Path, precision: str = "fp32") -> None:
-    """Write trunk, block, fixed and dense ONNX files, and a cut block per pair; those that exist stay.
+def export_profiling_models(
+    model: Model,
+    methods: Sequence[str],
+    batch: int,
+    folder: Path,
+    precision: str = "fp32",
+    progress: Progress = silent,
+) -> None:
+    """Write trunk, block, fixed and dense ONNX files, and one block with a cut per method and `cut_pairs`.
 
-    `vit.json` beside them says what they are: with it the folder is all that `profile --trunk` needs. INT8
-    ranges are nominal: latency does not depend on them.
+    Existing files are kept. `vit.json` in the same folder describes the model, so that the folder is all that
+    `profile --trunk` needs. INT8 ranges are nominal: latency does not depend on them. Raises InputError where the
+    folder holds files of another model, batch size or precision, ExportError, OutputError.
     """
     vit, module, family = model.vit, model.module, model.family
     blocks: Any = module.blocks
     middle = blocks[vit.depth // 2]
     reducers = {method: reducer_named(method) for method in methods}
-    check_probes(folder, vit, batch, precision)
+    check_profiling_models(folder, vit, batch, precision)
     stream = torch.zeros(batch, vit.tokens, vit.width)
     images = torch.zeros(batch, 3, vit.image_px, vit.image_px)
     dense = PrunedViT(module, family, vit, (vit.tokens,) * vit.depth, None)
     convert = CONVERSIONS.get(precision)
 
+    total = 5 + vit.prefix_pooled + sum(len(cut_pairs(vit)) for reducer in reducers.values() if reducer)
+    done = 0
+
     def missing(name: str, write: Callable[[Path], None]) -> None:
+        nonlocal done
+        progress("exporting the models to profile", done, total)
         if not (folder / name).exists():
             write(folder / name)
+        done += 1
 
     missing("vit.json", lambda p: save(vit, p))
     missing("trunk.onnx", lambda p: export.trunk_from_module(Trunk(list(blocks), family), stream, p, convert=convert))
@@ -52,3 +67,4 @@ def export_probes(model: Model, methods: Sequence[str], batch: int, folder: Path
             example = stream[:, :1].expand(-1, entering, -1).contiguous()
             name = f"cut-{method}-{entering}-{leaving}.onnx"
             missing(name, lambda p, c=cut, e=example: export.onnx_from_module(c, e, p, ("x", "y"), convert))  # type: ignore[misc]
+    progress("exporting the models to profile", total, total)
