@@ -191,7 +191,7 @@ def test_weights_outside_the_onnx_travel_in_the_bundle(tmp_path: Path, monkeypat
         work=tmp_path / "work", out=tmp_path / "bundle",
     )  # fmt: skip
     built = build(options)
-    assert next((tmp_path / "work").glob("probes-*/dense-*.weights")).stat().st_size > 1 << 20
+    assert next((tmp_path / "work").glob("profiling-models-*/dense-*.weights")).stat().st_size > 1 << 20
     shutil.rmtree(tmp_path / "work")
     manifest = load_bundle(built.path)
     (weights,) = (built.path / name for name in manifest.files if name.endswith(".weights"))
