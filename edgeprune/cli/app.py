@@ -33,7 +33,7 @@ def main() -> None:
 
 def _version(value: bool) -> None:
     if value:
-        from edgeprune import __version__
+        from edgeprune.version import __version__
 
         typer.echo(f"edgeprune {__version__}")
         raise typer.Exit

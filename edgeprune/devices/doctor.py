@@ -8,8 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
-from edgeprune import __version__
 from edgeprune.devices import load_device, names, power, this_machine
+from edgeprune.version import __version__
 
 PACKAGES = {
     "numpy": "base",

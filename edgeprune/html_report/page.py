@@ -9,7 +9,6 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
-from edgeprune import __version__
 from edgeprune.bundles.format import PAGE, STAIRCASE, TRACE, load_bundle, staircase_of
 from edgeprune.errors import InputError
 from edgeprune.html_report.charts import LEAST_KL, front_chart, staircase_chart, tokens_chart, trials_chart
@@ -18,6 +17,7 @@ from edgeprune.io import load, sha256_bytes, write_bytes
 from edgeprune.latency.staircase import treads
 from edgeprune.records import BuildTrace, Engine, Latency, Preprocessing, Report, Schedule, Setup, Staircase, Trial
 from edgeprune.scheduling.goals import pareto
+from edgeprune.version import __version__
 
 HERE = Path(__file__).parent
 Rows = list[tuple[str, ...]]  # cells of a table; the first of a row names it

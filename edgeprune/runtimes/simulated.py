@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune import __version__, devices
+from edgeprune import devices
 from edgeprune.errors import DeviceError, EngineError, MissingError
 from edgeprune.io import replacing, sha256_file
 from edgeprune.onnx_graph.matmuls import Matmul, matmuls_of_onnx
 from edgeprune.records import Device, Engine, Progress, Setup, Simulation, Vit, silent
+from edgeprune.version import __version__
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from edgeprune import __version__, errors
+from edgeprune import errors
 from edgeprune.errors import EngineError, HostError
 from edgeprune.io import replacing, sha256_file, writable, write_bytes
 from edgeprune.onnx_graph.graph import weights_of
 from edgeprune.records import Device, Engine, Progress, Setup, silent
 from edgeprune.runtimes.remote import protocol
 from edgeprune.runtimes.remote.ssh import Channel, Host
+from edgeprune.version import __version__
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

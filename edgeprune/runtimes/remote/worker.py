@@ -13,12 +13,12 @@ from typing import IO, TYPE_CHECKING
 
 import numpy as np
 
-from edgeprune import __version__
 from edgeprune.devices.power import locked_clocks
 from edgeprune.errors import REPORT, EdgepruneError, EngineError, HostError, InputError
 from edgeprune.io import key_of, sha256_file, writable
 from edgeprune.runtimes import Inspected, Runtime, Session, runtime_for
 from edgeprune.runtimes.remote import protocol
+from edgeprune.version import __version__
 
 if TYPE_CHECKING:
     from edgeprune.records import Setup
