@@ -1,4 +1,4 @@
-"""Builds of the embedded model for a simulated Orin Nano choose and report what they did before the move to packages."""
+"""Builds for a simulated Orin Nano choose and report what they did before the code was moved into packages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.builds import call
+from support.builds import row_of
 from support.paths import TESTS
 
 CASES = [json.loads(line) for line in (TESTS / "golden" / "simulated_builds.jsonl").read_text().splitlines()]
@@ -15,16 +15,15 @@ CASES = [json.loads(line) for line in (TESTS / "golden" / "simulated_builds.json
 
 @pytest.mark.parametrize(
     "case",
-    [pytest.param(case, marks=() if "paper" in case["args"] else pytest.mark.slow) for case in CASES],
-    ids=lambda case: case["args"],
+    [
+        pytest.param(case, id=case["args"], marks=() if "paper" in case["args"] else pytest.mark.slow)
+        for case in CASES
+    ],
 )
 def test_same_schedule_and_figures(case: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    work = ("--work", tmp_path / "work", "--out", tmp_path / "bundle", "--json")
-    code = call("build", "--device", "orin-nano", "--simulate", *case["args"].split(), *work)
-    row = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert code == 0
+    places = ("--work", tmp_path / "work", "--out", tmp_path / "bundle")
+    row = row_of(capsys, "build", "--device", "orin-nano", "--simulate", *case["args"].split(), *places)
     for key, value in case.items():
-        if key == "args":
-            continue
-        wanted = pytest.approx(value, rel=1e-6, abs=1e-5) if isinstance(value, float | dict) else value
-        assert row[key] == wanted, key
+        if key != "args":
+            near = pytest.approx(value, rel=1e-6, abs=1e-5) if isinstance(value, float | dict) else value
+            assert row[key] == near, key
