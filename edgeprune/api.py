@@ -16,7 +16,7 @@ from edgeprune.scheduling.goals import Goal
 if TYPE_CHECKING:
     from torch import nn
 
-    from edgeprune.benchmark.bench import Bench
+    from edgeprune.benchmark.result import Bench
     from edgeprune.pipeline.compare import Comparison
 
 __all__ = ["Goal", "bench", "build", "compare", "profile", "prune", "schedule"]

@@ -1,4 +1,4 @@
-"""Bundles side by side on this machine: interleaved, so that drift hits all alike; beside them its measured peak."""
+"""Bundles timed side by side, interleaved so that drift affects all alike, and the measured peak of the machine."""
 
 from __future__ import annotations
 
@@ -8,30 +8,37 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
-from edgeprune import __version__
-from edgeprune.benchmark.baseline import Baseline, add_ratios, check_comparable, drift
+from edgeprune.benchmark.baseline import Baseline, check_comparable, drift, with_ratios
 from edgeprune.benchmark.peak import Gemm, largest_useful
+from edgeprune.benchmark.result import Bench, BenchRow, Peak, Ratio
 from edgeprune.bundles.format import ONNX, load_bundle
-from edgeprune.bundles.open import Local, device_of, local
+from edgeprune.bundles.open import LocalBundle, device_of, open_bundle
 from edgeprune.devices.power import locked_clocks
 from edgeprune.devices.sensors import Meter, PeakMemory, rails_w, total_w
 from edgeprune.errors import EngineError, InputError
 from edgeprune.latency.timing import WARMUP, interleave
 from edgeprune.onnx_graph.matmuls import flops_of_onnx
-from edgeprune.records import SCHEMA, Latency, Manifest, Progress, Setup, silent
+from edgeprune.records import Latency, Manifest, Progress, Setup, silent
 from edgeprune.runtimes import OnDevice, Session
 from edgeprune.runtimes.inference import Open
 from edgeprune.stats import bootstrap_ratio
 
 log = logging.getLogger(__name__)
 
-SETTLE = 200  # inferences within which a bundle settles, or a warning says that it has not
+MOST_WARMUP = 200  # inferences of each bundle; a warning where its latency is not stable by then
 ENERGY_S = 2.0  # at full rate, after a quarter of it for the sensors to follow
+
+
+class Costs(NamedTuple):
+    """What a bundle takes besides time, running alone; None is unknown."""
+
+    peak_memory_mib: float | None
+    energy_per_image_mj: float | None
 
 
 def bench_bundles(
@@ -40,39 +47,45 @@ def bench_bundles(
     progress: Progress = silent,
     baseline: Path | None = None,
     lock_clocks: bool = False,
-) -> dict[str, Any]:
-    """{"rows": one per bundle, "probes": matrix products measured in the same rounds}; a baseline for another bench.
+) -> Bench:
+    """Time bundles in `rounds` interleaved rounds, with a large matrix product for each setup in the same rounds.
 
-    Raises InputError for a bundle that is incomplete, given twice, or a baseline of another setup; DeviceError for a
-    bundle of another device, or whose engine belongs to another machine or version.
+    With a `baseline` (the JSON of an earlier bench) rows and peaks have their ratio to it, and a warning is logged
+    where the machine itself has changed. A runtime that computes latencies takes one round.
+
+    Raises InputError for rounds below 1, a bundle that is incomplete or given twice, and a baseline of another setup;
+    DeviceError for a bundle of another device, or whose engine belongs to another machine or version.
     """
+    if rounds < 1:
+        raise InputError(f"{rounds} rounds measure nothing: use 1 or more")
     manifests = _loaded(bundles)
     devices = {path: device_of(path, manifest) for path, manifest in manifests.items()}
-    simulated = all(manifest.engine.setup.simulated for manifest in manifests.values())
     with ExitStack() as stack:
         for device in {device.name: device for device in devices.values()}.values() if lock_clocks else ():
             stack.enter_context(locked_clocks(device))
-        candidates = [local(path, manifest) for path, manifest in manifests.items()]
+        candidates = [open_bundle(path, manifest) for path, manifest in manifests.items()]
         named = [(str(c.path), c.manifest.vit.name, c.setup) for c in candidates]
-        then = check_comparable(baseline, named) if baseline is not None else None
+        stored = check_comparable(baseline, named) if baseline is not None else None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        gemms = _gemms(candidates, folder, then, progress)
+        gemms = _gemms(candidates, folder, stored, progress)
         costs = [_costs(candidate) for candidate in candidates]
-        opened: dict[str, Open] = {str(c.path): c.open for c in candidates}
+        opened: dict[str, Open] = {str(c.path): c.open_engine for c in candidates}
         opened |= {_name(gemm): gemm.open for gemm in gemms.values()}
-        how = (1, WARMUP) if simulated else (rounds, SETTLE)
-        samples = interleave(opened, how[0], progress=progress, what="bundles", warmup=how[1])
-    probes = {setup: _probe(gemm, samples[_name(gemm)]) for setup, gemm in gemms.items()}
-    first = samples[str(bundles[0])]
+        noiseless = all(candidate.setup.noiseless for candidate in candidates)
+        rounds, warmup = (1, WARMUP) if noiseless else (rounds, MOST_WARMUP)
+        samples = interleave(opened, rounds, progress=progress, what="bundles", warmup=warmup)
+    peaks = {setup: _peak(gemm, samples[_name(gemm)]) for setup, gemm in gemms.items()}
     rows = [
-        _row(c, samples[str(c.path)], first, probes[_probe_setup(c)]) | cost
-        for c, cost in zip(candidates, costs, strict=True)
+        _row(candidate, samples, str(bundles[0]), peaks[_peak_setup(candidate)], cost)
+        for candidate, cost in zip(candidates, costs, strict=True)
     ]
-    if then is not None:
-        add_ratios(then, rows, list(probes.values()))
-        if (changed := drift(list(probes.values()))) is not None:
-            log.warning("%s", changed)
-    return {"schema": SCHEMA, "edgeprune": __version__, "rows": rows, "probes": list(probes.values())}
+    result = Bench(rows=tuple(rows), peaks=tuple(peaks.values()))
+    if stored is None:
+        return result
+    compared = with_ratios(result, stored)
+    if (changed := drift(compared.peaks)) is not None:
+        log.warning("%s", changed)
+    return compared
 
 
 def _loaded(bundles: Sequence[Path]) -> dict[Path, Manifest]:
@@ -86,46 +99,46 @@ def _loaded(bundles: Sequence[Path]) -> dict[Path, Manifest]:
     return manifests
 
 
-def _probe_setup(candidate: Local) -> Setup:
-    """What its peak is measured under; INT8 on hardware has no probe of its own, fp32 tells drift alone."""
+def _peak_setup(candidate: LocalBundle) -> Setup:
+    """The setup its peak is measured under; INT8 on hardware has none, there an fp32 product shows drift alone."""
     setup = candidate.setup
     known = setup.simulated or setup.precision != "int8"
     return msgspec.structs.replace(setup, precision=setup.precision if known else "fp32", batch=1)
 
 
 def _gemms(
-    candidates: Sequence[Local], folder: Path, baseline: Baseline | None, progress: Progress
+    candidates: Sequence[LocalBundle], folder: Path, baseline: Baseline | None, progress: Progress
 ) -> dict[Setup, Gemm]:
-    """A matrix product for each setup; as large as the baseline's, so that both tell how the machine has changed."""
+    """A matrix product for each setup, of the same size as in the baseline, so that the two can be compared."""
     gemms: dict[Setup, Gemm] = {}
     for index, candidate in enumerate(candidates):
         progress("matrix products", index, len(candidates))
-        setup = _probe_setup(candidate)
+        setup = _peak_setup(candidate)
         if setup not in gemms:
-            known = baseline.probe(setup) if baseline is not None else None
+            known = baseline.peak(setup) if baseline is not None else None
             gemms[setup] = largest_useful(
                 candidate.runtime, setup, folder / str(index), known.size if known is not None else None
             )
     return gemms
 
 
-def _costs(candidate: Local) -> dict[str, Any]:
-    """Memory and energy of a bundle that runs alone; None where nothing tells.
+def _costs(candidate: LocalBundle) -> Costs:
+    """Memory and energy of a bundle that runs alone.
 
-    Memory is the engine's on its device where the session knows it; of ONNX Runtime on a CPU the resident memory that
-    loading and running adds to this process at its peak.
+    Memory is the engine's on its device where the session knows it; for ONNX Runtime on a CPU it is the peak of
+    resident memory that loading and running adds to this process.
     """
-    with PeakMemory() as resident, candidate.open() as session:
+    with PeakMemory() as resident, candidate.open_engine() as session:
         for _ in range(WARMUP):
             session.time_ms()
         on_device = session.memory_bytes() if isinstance(session, OnDevice) else None
         energy_mj = None if candidate.setup.simulated else _energy_mj(session, candidate.setup.batch)
     used = resident.bytes if candidate.setup.runtime == "ort-cpu" else on_device
-    return {"peak_memory_mib": None if used is None else used / 2**20, "energy_per_image_mj": energy_mj}
+    return Costs(None if used is None else used / 2**20, energy_mj)
 
 
 def _energy_mj(session: Session, batch: int) -> float | None:
-    """Energy that the whole board takes for one image at full rate, mJ; None where no sensor answers."""
+    """Energy of the whole board for one image at full rate, mJ; None where no sensor answers."""
     if total_w(rails_w()) is None:
         return None
     _inferences(session, ENERGY_S / 4)
@@ -136,7 +149,7 @@ def _energy_mj(session: Session, batch: int) -> float | None:
 
 
 def _inferences(session: Session, seconds: float) -> int:
-    """One after the other for so long; how many."""
+    """Run one inference after another for `seconds`; how many there were."""
     count, until = 0, time.monotonic() + seconds
     while time.monotonic() < until:
         session.time_ms()
@@ -144,58 +157,45 @@ def _inferences(session: Session, seconds: float) -> int:
     return count
 
 
-def _row(candidate: Local, mine: Sequence[float], first: Sequence[float], probe: Mapping[str, Any]) -> dict[str, Any]:
-    """What a bundle is, its latency, its speed-up against the first with the bootstrap interval, and its rates."""
-    manifest, setup = candidate.manifest, candidate.setup
-    latency = Latency(samples_ms=tuple(mine))
-    speedup, interval = bootstrap_ratio(first, mine, paired=True)
-    return {
-        "bundle": str(candidate.path),
-        "model": manifest.vit.name,
-        "device": setup.device,
-        "runtime": setup.runtime,
-        "runtime_version": setup.runtime_version,
-        "precision": setup.precision,
-        "batch": setup.batch,
-        "method": manifest.schedule.method,
-        "policy": manifest.schedule.policy,
-        "tokens": list(manifest.schedule.tokens),
-        "simulated": setup.simulated,
-        "setup": msgspec.structs.asdict(setup),
-        "latency_ms": {**latency.summary(), "p90": float(np.percentile(mine, 90))},
-        "speedup_to_first": speedup,
-        "speedup_interval": list(interval),
-        "images_per_s": 1e3 * setup.batch / latency.median_ms,
-        **_work(candidate, latency.median_ms, probe),
-        "samples_ms": list(mine),
-    }
+def _row(
+    candidate: LocalBundle, samples: Mapping[str, Sequence[float]], first: str, peak: Peak, cost: Costs
+) -> BenchRow:
+    """The row of one bundle; `samples` in ms by bundle, `first` is the one that speed-ups are relative to."""
+    mine, setup = samples[str(candidate.path)], candidate.setup
+    return BenchRow(
+        bundle=str(candidate.path),
+        setup=setup,
+        schedule=candidate.manifest.schedule,
+        latency=Latency(samples_ms=tuple(mine)),
+        speedup=Ratio(*bootstrap_ratio(samples[first], mine, paired=True)),
+        gflop=_gflop(candidate),
+        peak_gflop_per_s=peak.gflop_per_s if peak.setup.precision == setup.precision else None,
+        peak_memory_mib=cost.peak_memory_mib,
+        energy_per_image_mj=cost.energy_per_image_mj,
+    )
 
 
-def _work(candidate: Local, median_ms: float, probe: Mapping[str, Any]) -> dict[str, float | None]:
-    """Operations of the ONNX in a bundle, the rate they are done at, and its share of the measured peak."""
+def _gflop(candidate: LocalBundle) -> float | None:
+    """10⁹ operations of the ONNX in a bundle; None, and a log line, where an operator cannot be counted."""
     try:
-        gflop = flops_of_onnx(candidate.path / ONNX) / 1e9
-    except EngineError as error:  # an operator that it cannot count
+        return flops_of_onnx(candidate.path / ONNX) / 1e9
+    except EngineError as error:
         log.warning("no GFLOP/s: %s", error)
-        gflop = None
-    rate = None if gflop is None else 1e3 * gflop / median_ms
-    peak = probe["peak_gflop_per_s"] if probe["setup"]["precision"] == candidate.setup.precision else None
-    share = None if rate is None or peak is None else rate / peak
-    return {"gflop": gflop, "gflop_per_s": rate, "peak_gflop_per_s": peak, "peak_share": share}
+        return None
 
 
 def _name(gemm: Gemm) -> str:
     setup = gemm.setup
-    what = (setup.device, setup.runtime, setup.precision, setup.options or "default options")
-    return f"product of {gemm.size} x {gemm.size} ({', '.join(what)})"
+    parts = (setup.device, setup.runtime, setup.precision, setup.options or "default options")
+    return f"matrix product, {gemm.size} x {gemm.size} ({', '.join(parts)})"
 
 
-def _probe(gemm: Gemm, samples: Sequence[float]) -> dict[str, Any]:
-    """The best median of a matrix product as a rate, and the samples that tell how the machine drifts."""
+def _peak(gemm: Gemm, samples: Sequence[float]) -> Peak:
+    """The rate of a matrix product at its best median, and the samples (ms) that show drift."""
     best_ms = min(gemm.searched_ms, float(np.median(samples)))
-    return {
-        "setup": msgspec.structs.asdict(gemm.setup),
-        "size": gemm.size,
-        "peak_gflop_per_s": 1e3 * gemm.gflop / best_ms,
-        "samples_ms": list(samples),
-    }
+    return Peak(
+        setup=gemm.setup,
+        size=gemm.size,
+        gflop_per_s=1e3 * gemm.gflop / best_ms,
+        latency=Latency(samples_ms=tuple(samples)),
+    )

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeprune import __version__
 from edgeprune.errors import InputError
 from edgeprune.io import code_key, decode, encode, load, read_bytes, sha256_file, writable
 from edgeprune.records import Engine, Manifest, Preprocessing, Report, Schedule, Staircase, Vit
+from edgeprune.version import __version__
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

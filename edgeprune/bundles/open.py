@@ -1,4 +1,4 @@
-"""A bundle on this machine: its device, runtime and engine; refused by name where they do not belong together."""
+"""A bundle on this machine: its device, runtime and engine; refused where they do not fit together."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from edgeprune.io import load
 from edgeprune.records import Device, Manifest, Setup
 from edgeprune.runtimes import Runtime, Session, runtime_for
 
-MUST_MATCH = ("runtime", "runtime_version", "machine", "compute_capability")  # of an engine that was compiled
+MUST_MATCH = ("runtime", "runtime_version", "machine", "compute_capability")  # for an engine that was compiled
 
 
 @dataclass(frozen=True)
-class Local:
-    """A bundle whose files are whole and whose device is this machine."""
+class LocalBundle:
+    """A bundle with unchanged files whose device is this machine."""
 
     path: Path
     manifest: Manifest
@@ -27,46 +27,47 @@ class Local:
 
     @property
     def compiled(self) -> bool:
-        """Is the engine more than the ONNX, and so bound to a version and a machine?"""
+        """Is the engine a compiled file, bound to a version and a machine? False where it is the ONNX itself."""
         return self.manifest.engine.path != ONNX
 
-    def open(self) -> Session:
+    def open_engine(self) -> Session:
         """Load its engine. Raises EngineError."""
         return self.runtime.open(self.path / self.manifest.engine.path, self.setup)
 
     def mismatch(self) -> str | None:
-        """Which part of the setup an engine was not made for, with what it takes and what is here."""
+        """The first part of the setup that does not fit the engine, with both values; None where all fit."""
         for field in MUST_MATCH if self.compiled else ("runtime",):
-            wanted, found = getattr(self.manifest.engine.setup, field), getattr(self.setup, field)
-            if wanted != found:
-                return f"{field} {wanted!r}, here it is {found!r}"
+            wanted, here = getattr(self.manifest.engine.setup, field), getattr(self.setup, field)
+            if wanted != here:
+                return f"{field} {wanted!r}, here it is {here!r}"
         return None
 
 
 def device_of(path: Path, manifest: Manifest) -> Device:
-    """The device that a bundle was built for, as it was then."""
+    """The device that a bundle was built for, as its file was at that time. Raises RecordError, DeviceError."""
     if DEVICE in manifest.files:
         return load(path / DEVICE, Device)
     return load_device(manifest.engine.setup.device)
 
 
-def found(path: Path, manifest: Manifest) -> Local:
+def local_bundle(path: Path, manifest: Manifest) -> LocalBundle:
     """A loaded bundle on this machine. Raises DeviceError where its device is another, MissingError."""
     device, built = device_of(path, manifest), manifest.engine.setup
     if not built.simulated:
         check_is_here(device)
     runtime = runtime_for(device, built.simulated)
-    return Local(path, manifest, device, runtime, runtime.setup(device, built.precision, built.batch))
+    return LocalBundle(path, manifest, device, runtime, runtime.setup(device, built.precision, built.batch))
 
 
-def local(path: Path, manifest: Manifest | None = None) -> Local:
-    """A bundle that can run here. Raises InputError, DeviceError, MissingError."""
-    here = found(path, manifest or load_bundle(path))
-    if (wrong := here.mismatch()) is not None:
-        raise DeviceError(f"{path}: its engine was built for {wrong}: {rebuild(path, here.manifest)}")
-    return here
+def open_bundle(path: Path, manifest: Manifest | None = None) -> LocalBundle:
+    """A bundle whose engine can run here. Raises InputError, RecordError, DeviceError, MissingError."""
+    bundle = local_bundle(path, manifest or load_bundle(path))
+    if (wrong := bundle.mismatch()) is not None:
+        advice = compile_again(path, bundle.manifest)
+        raise DeviceError(f"{path}: its engine was built for {wrong}: {advice}")
+    return bundle
 
 
-def rebuild(path: Path, manifest: Manifest) -> str:
-    """What to do with an engine that does not fit."""
-    return f"rebuild it here with edgeprune compile {path / ONNX} --device {manifest.engine.setup.device}"
+def compile_again(path: Path, manifest: Manifest) -> str:
+    """The advice for an engine that does not fit."""
+    return f"compile it here with edgeprune compile {path / ONNX} --device {manifest.engine.setup.device}"

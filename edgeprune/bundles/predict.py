@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edgeprune.bundles.open import local
+from edgeprune.bundles.open import open_bundle
 from edgeprune.errors import EngineError
 from edgeprune.images import batches, load_images, read_image
 from edgeprune.latency.timing import WARMUP, latency_of
@@ -51,11 +51,11 @@ def predict(bundle: Path, sources: Sequence[Path], top: int = 5, progress: Progr
 
     Raises ImageError, InputError, DeviceError, EngineError.
     """
-    here = local(bundle)
-    manifest, paths = here.manifest, [path for source in sources for path in _pictures(source)]
+    opened = open_bundle(bundle)
+    manifest, paths = opened.manifest, [path for source in sources for path in _pictures(source)]
     how, batch = manifest.preprocessing, manifest.engine.setup.batch
     rows: list[Prediction] = []
-    with here.open() as session:
+    with opened.open_engine() as session:
         for start in range(0, len(paths), batch):
             part = paths[start : start + batch]
             progress("classifying", start, len(paths))
@@ -70,7 +70,7 @@ def predict(bundle: Path, sources: Sequence[Path], top: int = 5, progress: Progr
                 rows.append(Prediction(path, found))
         progress("classifying", len(paths), len(paths))
         latency = latency_of(session, TIMED, WARMUP)
-    return Predictions(bundle, manifest.vit.name, here.setup, tuple(rows), latency)
+    return Predictions(bundle, manifest.vit.name, opened.setup, tuple(rows), latency)
 
 
 def _pictures(source: Path) -> tuple[Path, ...]:

@@ -1,4 +1,4 @@
-"""Is a bundle whole, does it belong here, does it still compute and time what it did? Every mismatch by name."""
+"""Checks of a bundle: are its files complete, is this its machine, are its outputs and latency still the same?"""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from edgeprune import __version__
 from edgeprune.bundles.format import GOLDEN, load_bundle
-from edgeprune.bundles.open import MUST_MATCH, Local, found, rebuild
+from edgeprune.bundles.open import MUST_MATCH, LocalBundle, compile_again, local_bundle
 from edgeprune.errors import EdgepruneError
 from edgeprune.io import load_array
 from edgeprune.latency.timing import latency_of
+from edgeprune.records import Latency
 from edgeprune.stats import typical_difference
+from edgeprune.version import __version__
 
 MIB = 1 << 20
 SIMULATED = "simulated"
 TIMED, WARMUP = 40, 10
-MEMORY_OF_SIZE = 2  # bytes that a loaded engine takes, by byte of its file: itself, and what it works in
+MEMORY_OF_SIZE = 2  # memory of a loaded engine as a multiple of its file: the engine and its working memory
+LEAST_ROUNDS = 5  # below it samples give no interval to compare with
+
+
+NOT_COMPARABLE = "latencies of the two are not comparable: measure again with edgeprune bench"
 
 
 class Check(NamedTuple):
@@ -31,7 +36,7 @@ class Check(NamedTuple):
 
 
 def verify(path: Path) -> list[Check]:
-    """All checks that could be made, in order; the first that fails ends it. Raises nothing but OSError."""
+    """The checks in order, up to the first that fails. Raises nothing but OSError."""
     checks: list[Check] = []
     for check in _checks(path):
         checks.append(check)
@@ -44,21 +49,21 @@ def _checks(path: Path) -> Iterator[Check]:
     try:
         manifest = load_bundle(path)
     except EdgepruneError as error:
-        yield Check("files", "failed", "a whole bundle", str(error))
+        yield Check("files", "failed", "a complete bundle", str(error))
         return
-    yield Check("files", "ok", f"{len(manifest.files)} files by sha256", "all there and unchanged")
-    again = rebuild(path, manifest)
+    yield Check("files", "ok", f"{len(manifest.files)} files by sha256", "all present and unchanged")
+    advice = compile_again(path, manifest)
     if manifest.engine.setup.simulated:
-        yield Check(SIMULATED, "warning", "measured latencies", "those of a model", "build it on the device")
+        yield Check(SIMULATED, "warning", "measured latencies", "simulated ones", "build it on the device")
     if manifest.edgeprune != __version__:
         yield Check("edgeprune", "warning", manifest.edgeprune, __version__, "install the version that built it")
     try:
-        here = found(path, manifest)
+        bundle = local_bundle(path, manifest)
     except EdgepruneError as error:
-        yield Check("device", "failed", manifest.engine.setup.machine, str(error), again)
+        yield Check("device", "failed", manifest.engine.setup.machine, str(error), advice)
         return
-    yield from _setup(here, again)
-    free, needed = here.runtime.free_bytes(), MEMORY_OF_SIZE * manifest.engine.size_bytes
+    yield from _setup(bundle, advice)
+    free, needed = bundle.runtime.free_bytes(), MEMORY_OF_SIZE * manifest.engine.size_bytes
     if free is not None:
         what = f"at least {needed // MIB} MiB free", f"{free // MIB} MiB"
         yield (
@@ -67,45 +72,53 @@ def _checks(path: Path) -> Iterator[Check]:
             else Check("memory", "failed", *what, "close other programs")
         )
     try:
-        yield from _run(here, again)
+        yield from _run(bundle, advice)
     except EdgepruneError as error:
-        yield Check("engine", "failed", "loads and runs", str(error), again)
+        yield Check("engine", "failed", "loads and runs", str(error), advice)
 
 
-def _setup(here: Local, again: str) -> Iterator[Check]:
-    """What an engine that was compiled is bound to; for one that is ONNX only the latency depends on it."""
-    built = here.manifest.engine.setup
+def _setup(bundle: LocalBundle, advice: str) -> Iterator[Check]:
+    """The setup that a compiled engine is bound to; an engine that is the ONNX itself only loses comparability."""
+    built = bundle.manifest.engine.setup
     for field in MUST_MATCH:
-        wanted, now = getattr(built, field), getattr(here.setup, field)
+        wanted, now = getattr(built, field), getattr(bundle.setup, field)
         if wanted is None and now is None:
             continue
         if wanted == now:
             yield Check(field, "ok", str(wanted), str(now))
-        elif here.compiled or field == "runtime":
-            yield Check(field, "failed", str(wanted), str(now), again)
+        elif bundle.compiled or field == "runtime":
+            yield Check(field, "failed", str(wanted), str(now), advice)
         else:
-            yield Check(field, "warning", str(wanted), str(now), "latencies of the two do not compare")
-    if built.power_mode != here.setup.power_mode:
-        advice = "latencies of the two do not compare"
-        yield Check("power mode", "warning", str(built.power_mode), str(here.setup.power_mode), advice)
+            yield Check(field, "warning", str(wanted), str(now), NOT_COMPARABLE)
+    if built.power_mode != bundle.setup.power_mode:
+        yield Check("power mode", "warning", str(built.power_mode), str(bundle.setup.power_mode), NOT_COMPARABLE)
 
 
-def _run(here: Local, again: str) -> Iterator[Check]:
-    """Golden input to golden output, then the latency."""
-    manifest, report = here.manifest, here.manifest.report
-    images, wanted = (load_array(here.path / name) for name in GOLDEN)
-    with here.open() as session:
+def _run(bundle: LocalBundle, advice: str) -> Iterator[Check]:
+    """Golden input against golden output, then the latency."""
+    manifest, report = bundle.manifest, bundle.manifest.report
+    images, wanted = (load_array(bundle.path / name) for name in GOLDEN)
+    with bundle.open_engine() as session:
         output = session.infer(images)
         if output.shape != wanted.shape:
-            yield Check("output", "failed", f"shape {wanted.shape}", f"shape {output.shape}", again)
+            yield Check("output", "failed", f"shape {wanted.shape}", f"shape {output.shape}", advice)
             return
         typical = typical_difference(output, wanted)
-        what = f"within {manifest.tolerance:g} of the golden output", f"{typical:.2g} away"
+        what = f"within {manifest.tolerance:g} of the golden output", f"{typical:.2g} from it"
         good = typical <= manifest.tolerance  # NaN is not
-        yield Check("output", "ok", *what) if good else Check("output", "failed", *what, again)
+        yield Check("output", "ok", *what) if good else Check("output", "failed", *what, advice)
         latency = latency_of(session, TIMED, WARMUP)
-    (low, high), (now_low, now_high) = report.latency.interval_ms, latency.interval_ms
-    what = f"{low:.3f} to {high:.3f} ms", f"{now_low:.3f} to {now_high:.3f} ms"
-    meets = now_low <= high and low <= now_high
-    advice = "see edgeprune doctor, or build it again"
-    yield Check("latency", "ok", *what) if meets else Check("latency", "warning", *what, advice)
+    yield _latency(report.latency, latency, bundle.setup.noiseless)
+
+
+def _latency(stored: Latency, now: Latency, noiseless: bool) -> Check:
+    """Do the 95 % intervals of the bundle's latency and of the one measured now overlap?"""
+    (low, high), (now_low, now_high) = stored.interval_ms, now.interval_ms
+    figures = f"{low:.3f} to {high:.3f} ms", f"{now_low:.3f} to {now_high:.3f} ms"
+    if len(stored.samples_ms) < LEAST_ROUNDS and not noiseless:
+        return Check(
+            "latency", "warning", *figures, f"measured in too few rounds: build it with {LEAST_ROUNDS} or more"
+        )
+    if now_low <= high and low <= now_high:
+        return Check("latency", "ok", *figures)
+    return Check("latency", "warning", *figures, "see edgeprune doctor, or build it again")

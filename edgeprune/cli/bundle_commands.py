@@ -37,23 +37,23 @@ def bench(
 
     from edgeprune.benchmark.baseline import failure
     from edgeprune.benchmark.bench import bench_bundles
+    from edgeprune.cli.rows import bench_row
     from edgeprune.cli.summary import bench_markdown, bench_table
     from edgeprune.io import write_bytes
 
     with output.progress() as progress:
-        result = bench_bundles(bundles, rounds, progress, baseline, lock_clocks)
-    result["failed"] = None if fail_slower is None else failure(result["rows"], fail_slower)
-    for path, text in (
-        (out, json.dumps(result, allow_nan=False)),
-        (summary, bench_markdown(result, result["failed"])),
-    ):
-        if path is not None:
-            write_bytes(path, text.encode())
-    output.show(bench_table(result), as_json)
+        measured = bench_bundles(bundles, rounds, progress, baseline, lock_clocks)
+    failed = None if fail_slower is None else failure(measured, fail_slower)
+    result = bench_row(measured) | {"failed": failed}
+    if out is not None:
+        write_bytes(out, json.dumps(result, allow_nan=False).encode())
+    if summary is not None:
+        write_bytes(summary, bench_markdown(measured, failed).encode())
+    output.show(bench_table(measured), as_json)
     if as_json:
         output.json_line(result)
-    if result["failed"] is not None:
-        output.tell(f"failed: {result['failed']}", True)
+    if failed is not None:
+        output.tell(f"failed: {failed}", True)
         raise typer.Exit(3)
 
 

@@ -5,10 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from edgeprune.latency.probing import confirmed_edges
-from edgeprune.records import Report, Schedule, Setup, Staircase
+from edgeprune.records import SCHEMA, Report, Schedule, Setup, Staircase
+from edgeprune.version import __version__
 
 if TYPE_CHECKING:
+    from edgeprune.benchmark.result import Bench, BenchRow, Peak, Ratio
     from edgeprune.bundles.predict import Predictions
     from edgeprune.pipeline.compare import Comparison
 
@@ -89,6 +93,61 @@ def compare_rows(comparison: Comparison) -> list[dict[str, Any]]:
         assert entry.report is not None
         rows.append({"target": entry.target, **row_of(comparison.setup, entry.schedule, entry.report, None)})
     return rows
+
+
+def bench_row(bench: Bench) -> dict[str, Any]:
+    """A bench as the JSON object of `bench --json`, which is also a baseline; matrix products are its "probes"."""
+    return {
+        "schema": SCHEMA,
+        "edgeprune": __version__,
+        "rows": [_bundle_row(row) for row in bench.rows],
+        "probes": [_peak_row(peak) for peak in bench.peaks],
+    }
+
+
+def _bundle_row(row: BenchRow) -> dict[str, Any]:
+    setup, schedule = row.setup, row.schedule
+    return {
+        "bundle": row.bundle,
+        "model": schedule.vit.name,
+        "device": setup.device,
+        "runtime": setup.runtime,
+        "runtime_version": setup.runtime_version,
+        "precision": setup.precision,
+        "batch": setup.batch,
+        "method": schedule.method,
+        "policy": schedule.policy,
+        "tokens": list(schedule.tokens),
+        "simulated": setup.simulated,
+        "setup": msgspec.structs.asdict(setup),
+        "latency_ms": {**row.latency.summary(), "p90": row.p90_ms},
+        "speedup_to_first": row.speedup.value,
+        "speedup_interval": list(row.speedup.interval),
+        "images_per_s": row.images_per_s,
+        "gflop": row.gflop,
+        "gflop_per_s": row.gflop_per_s,
+        "peak_gflop_per_s": row.peak_gflop_per_s,
+        "peak_share": row.peak_share,
+        "samples_ms": list(row.latency.samples_ms),
+        "peak_memory_mib": row.peak_memory_mib,
+        "energy_per_image_mj": row.energy_per_image_mj,
+        **_baseline_figures(row.to_baseline),
+    }
+
+
+def _peak_row(peak: Peak) -> dict[str, Any]:
+    return {
+        "setup": msgspec.structs.asdict(peak.setup),
+        "size": peak.size,
+        "peak_gflop_per_s": peak.gflop_per_s,
+        "samples_ms": list(peak.latency.samples_ms),
+        **_baseline_figures(peak.to_baseline),
+    }
+
+
+def _baseline_figures(ratio: Ratio | None) -> dict[str, Any]:
+    """Absent where nothing was compared."""
+    return {} if ratio is None else {"baseline_ratio": ratio.value, "baseline_interval": list(ratio.interval)}
 
 
 def predictions_row(found: Predictions) -> dict[str, Any]:

@@ -1,11 +1,14 @@
-"""A bench for a person: as a table, and as Markdown for the summary of a CI job."""
+"""A bench as a table for the terminal, and as Markdown for the summary of a CI job."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import msgspec
 
 from edgeprune.benchmark.baseline import drift
+from edgeprune.benchmark.result import Bench, BenchRow, Ratio
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -13,13 +16,13 @@ if TYPE_CHECKING:
 TITLE = "bundles, measured interleaved"
 
 
-def bench_table(result: Mapping[str, Any]) -> Table:
-    """Bundles with what was measured of them; columns of which nothing is known are left out."""
+def bench_table(bench: Bench) -> Table:
+    """One line per bundle; columns without any known figure are left out."""
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=TITLE)
-    head, *lines = _cells(result)
+    head, *lines = _cells(bench)
     for column in head:
         table.add_column(column, justify="left" if column == "bundle" else "right", overflow="fold")
     for line in lines:
@@ -27,59 +30,59 @@ def bench_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def bench_markdown(result: Mapping[str, Any], failed: str | None) -> str:
-    """The same table in GitHub's Markdown, under a line for each setup; `failed` says why the bench does."""
-    known = [{k: v for k, v in row["setup"].items() if v is not None and v is not False} for row in result["rows"]]
-    setups = [", ".join(f"{k} {v}" for k, v in setup.items()) for setup in known]
-    head, *lines = _cells(result)
+def bench_markdown(bench: Bench, failed: str | None) -> str:
+    """The same table in GitHub's Markdown, under a line for each setup; `failed` is the reason of a failure."""
+    fields = [msgspec.structs.asdict(row.setup).items() for row in bench.rows]
+    setups = [", ".join(f"{k} {v}" for k, v in known if v is not None and v is not False) for known in fields]
+    head, *lines = _cells(bench)
     text = [f"### {TITLE}", ""]
     text += [f"- {escaped(setup)}" for setup in dict.fromkeys(setups)]
     text += ["", _line(head), _line("---" if column == "bundle" else "---:" for column in head)]
     text += [_line(map(escaped, line)) for line in lines]
     text += [f"\n**{escaped(failed)}**"] if failed else []
-    text += [f"\nWarning: {escaped(changed)}"] if (changed := drift(result["probes"])) else []
+    text += [f"\nWarning: {escaped(changed)}"] if (changed := drift(bench.peaks)) else []
     return "\n".join(text) + "\n"
 
 
 def escaped(text: str) -> str:
-    """Text that Markdown shows as it is: names of folders come from outside."""
+    """Text with the characters escaped that Markdown interprets: names of folders can be anything."""
     return "".join(f"\\{letter}" if letter in "\\`*_[]<>|#~&" else letter for letter in " ".join(text.split()))
 
 
-def _line(cells: Any) -> str:
+def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _cells(result: Mapping[str, Any]) -> list[list[str]]:
+def _cells(bench: Bench) -> list[list[str]]:
     """Head and one line per bundle."""
-    rows = [_named(row) for row in result["rows"]]
+    rows = [_named(row) for row in bench.rows]
     shown = [column for column in rows[0] if any(row[column] is not None for row in rows)]
     return [shown, *([row[column] or "–" for column in shown] for row in rows)]
 
 
-def _named(row: Mapping[str, Any]) -> dict[str, str | None]:
+def _named(row: BenchRow) -> dict[str, str | None]:
     """The cells of one bundle by column; None where the figure is unknown."""
-    ms, share = row["latency_ms"], row["peak_share"]
-    peak = "" if share is None else f" ({100 * share:.1f} %)"
+    low, high = row.latency.interval_ms
+    peak = "" if row.peak_share is None else f" ({100 * row.peak_share:.1f} %)"
     return {
-        "bundle": row["bundle"] + (" (SIMULATED)" if row["simulated"] else ""),
-        "median, ms (95 %)": f"{ms['median']:.3f} ({ms['low']:.3f} to {ms['high']:.3f})",
-        "p90": f"{ms['p90']:.3f}",
-        "p99": f"{ms['p99']:.3f}",
-        "speed-up to the first": _ratio(row, "speedup_to_first", "speedup_interval"),
-        "to baseline": _ratio(row, "baseline_ratio", "baseline_interval"),
-        "images/s": f"{row['images_per_s']:.1f}",
-        "GFLOP/s (of peak)": None if row["gflop_per_s"] is None else f"{row['gflop_per_s']:.1f}{peak}",
-        "memory, MiB": _number(row["peak_memory_mib"]),
-        "mJ/image": _number(row["energy_per_image_mj"]),
+        "bundle": row.bundle + (" (SIMULATED)" if row.setup.simulated else ""),
+        "median, ms (95 %)": f"{row.latency.median_ms:.3f} ({low:.3f} to {high:.3f})",
+        "p90": f"{row.p90_ms:.3f}",
+        "p99": f"{row.latency.p99_ms:.3f}",
+        "speed-up to the first": _ratio(row.speedup),
+        "to baseline": _ratio(row.to_baseline),
+        "images/s": f"{row.images_per_s:.1f}",
+        "GFLOP/s (of peak)": None if row.gflop_per_s is None else f"{row.gflop_per_s:.1f}{peak}",
+        "memory, MiB": _number(row.peak_memory_mib),
+        "mJ/image": _number(row.energy_per_image_mj),
     }
 
 
-def _ratio(row: Mapping[str, Any], value: str, interval: str) -> str | None:
-    if value not in row:
+def _ratio(ratio: Ratio | None) -> str | None:
+    if ratio is None:
         return None
-    low, high = row[interval]
-    return f"{row[value]:.3f} ({low:.3f} to {high:.3f})"
+    value, (low, high) = ratio
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
 
 
 def _number(value: float | None) -> str | None:

@@ -25,7 +25,9 @@ from edgeprune.benchmark import bench
 from edgeprune.benchmark.baseline import Baseline, check_comparable, drift, failure
 from edgeprune.benchmark.bench import bench_bundles
 from edgeprune.benchmark.peak import CHAIN, gemm_onnx, largest_useful
+from edgeprune.benchmark.result import Bench, BenchRow, Peak, Ratio
 from edgeprune.bundles.format import write_bundle
+from edgeprune.cli.rows import bench_row
 from edgeprune.cli.summary import bench_markdown, escaped
 from edgeprune.devices import load_device
 from edgeprune.devices import sensors as resources
@@ -102,8 +104,8 @@ def quiet(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """The result of one bench of the toy bundles a and b, named so."""
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    """One bench of the toy bundles a and b, named so."""
     folder = tmp_path_factory.mktemp("stored")
     before = os.getcwd()
     os.chdir(folder)
@@ -113,6 +115,12 @@ def stored(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             return bench_bundles([toy_bundle(Path("a")), toy_bundle(Path("b"))], 20)
     finally:
         os.chdir(before)
+
+
+@pytest.fixture(scope="module")
+def stored(measured: Bench) -> dict[str, Any]:
+    """The same as JSON."""
+    return bench_row(measured)
 
 
 def scaled(result: dict[str, Any], factor: float, machine: float = 1.0) -> dict[str, Any]:
@@ -155,16 +163,16 @@ def test_figures_of_a_bundle_follow_from_its_samples(stored: dict[str, Any]) -> 
 
 
 def test_what_cannot_be_counted_is_null(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    [row] = bench_bundles([toy_bundle(tmp_path / "a", "Einsum")], 5)["rows"]
-    assert row["gflop"] is row["gflop_per_s"] is row["peak_share"] is None and row["latency_ms"]["median"] > 0
+    [row] = bench_bundles([toy_bundle(tmp_path / "a", "Einsum")], 5).rows
+    assert row.gflop is row.gflop_per_s is row.peak_share is None and row.latency.median_ms > 0
     assert "Einsum" in caplog.text
 
 
-def test_int8_has_no_measured_peak_but_tells_drift(tmp_path: Path) -> None:
+def test_int8_has_no_measured_peak_but_shows_drift(tmp_path: Path) -> None:
     result = bench_bundles([toy_bundle(tmp_path / "a", precision="int8")], 5)
-    [row], [probe] = result["rows"], result["probes"]
-    assert row["peak_gflop_per_s"] is None and row["gflop_per_s"] > 0
-    assert probe["setup"]["precision"] == "fp32"
+    [row], [peak] = result.rows, result.peaks
+    assert row.peak_gflop_per_s is row.peak_share is None and (row.gflop_per_s or 0) > 0
+    assert peak.setup.precision == "fp32"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="/proc/self/clear_refs is Linux's")
@@ -212,11 +220,11 @@ def test_peak_memory_is_unknown_where_proc_does_not_tell(tmp_path: Path, monkeyp
     assert memory.bytes is None
 
 
-# --- the GEMM probe ---
+# --- the matrix product ---
 
 
 @pytest.mark.parametrize("fp16", [False, True])
-def test_probe_is_the_product_it_says(fp16: bool, tmp_path: Path) -> None:
+def test_matrix_product_computes_what_it_says(fp16: bool, tmp_path: Path) -> None:
     model = gemm_onnx(64, fp16)
     onnx.checker.check_model(model, full_check=True)
     onnx.save(model, tmp_path / "g.onnx")
@@ -243,7 +251,7 @@ def test_measured_peak_of_a_simulated_board_is_nearly_its_data_sheet(precision: 
     assert 0.9 < 1e3 * found.gflop / found.searched_ms / sheet <= 1
 
 
-def test_size_of_the_probe_doubles_while_that_gains(tmp_path: Path) -> None:
+def test_size_of_the_matrix_product_doubles_while_that_gains(tmp_path: Path) -> None:
     """A machine that loses half a millisecond below 1024, and reaches the same rate from there on."""
     opened: list[int] = []
 
@@ -349,13 +357,20 @@ def test_bootstrap_needs_equally_many_rounds_only_where_paired() -> None:
     assert bootstrap_ratio([4.0], [2.0, 2.0], paired=False) == (2, (2, 2))
 
 
-def verdict(now: np.ndarray, then: np.ndarray, percent: float = 5) -> str | None:
-    value, interval = bootstrap_ratio(list(now), list(then), paired=False)
-    return failure([{"bundle": "b", "baseline_ratio": value, "baseline_interval": list(interval)}], percent)
+@pytest.fixture
+def verdict(measured: Bench) -> Callable[..., str | None]:
+    """Why a bundle fails whose samples are `now` against a baseline of `then`."""
+
+    def found(now: np.ndarray, then: np.ndarray, percent: float = 5) -> str | None:
+        ratio = Ratio(*bootstrap_ratio(list(now), list(then), paired=False))
+        row: BenchRow = msgspec.structs.replace(measured.rows[0], to_baseline=ratio)
+        return failure(Bench(rows=(row,), peaks=()), percent)
+
+    return found
 
 
 @pytest.mark.usefixtures("few_resamples")
-def test_the_same_never_fails_and_a_fifth_slower_always_does() -> None:
+def test_the_same_never_fails_and_a_fifth_slower_always_does(verdict: Callable[..., str | None]) -> None:
     for seed in range(30):
         rng = np.random.default_rng(seed)
         then, again = (np.exp(0.05 * rng.standard_normal(60)) for _ in range(2))
@@ -367,7 +382,7 @@ def test_the_same_never_fails_and_a_fifth_slower_always_does() -> None:
         assert verdict(1.2 * again, then, 40) is None
 
 
-def test_noise_as_large_as_the_change_does_not_fail() -> None:
+def test_noise_as_large_as_the_change_does_not_fail(verdict: Callable[..., str | None]) -> None:
     rng = np.random.default_rng(1)
     now, then = 1.1 * np.exp(0.5 * rng.standard_normal(20)), np.exp(0.5 * rng.standard_normal(20))
     assert np.median(now) / np.median(then) > 1.05, "the medians alone would fail"
@@ -387,7 +402,7 @@ def test_baseline_of_another_setup_is_refused_by_field(field: str, stored: dict[
     path.write_text(json.dumps(stored))
     assert len(check_comparable(path, named(stored)).rows) == 2
     other = json.loads(json.dumps(stored))
-    value = 3 if field in ("batch", "threads") else "other"
+    value: Any = {"batch": 3, "threads": 3, "noiseless": True}.get(field, "other")
     other["rows"][1]["setup"][field] = value
     path.write_text(json.dumps(other))
     with pytest.raises(InputError) as error:
@@ -428,14 +443,17 @@ def test_file_that_is_no_baseline(
         load(tmp_path / "base.json", Baseline)
 
 
-def test_drift_of_the_machine_is_told() -> None:
-    def probe(ratio: float, low: float, high: float) -> dict[str, Any]:
-        return {"baseline_ratio": ratio, "baseline_interval": [low, high]}
+def test_drift_of_the_machine_is_reported(measured: Bench) -> None:
+    [uncompared] = measured.peaks
 
-    assert drift([{}]) is None and drift([probe(1.01, 1.005, 1.02)]) is None
-    assert drift([probe(1.3, 0.9, 1.6)]) is None, "noise is no drift"
-    assert "7 % slower" in (drift([probe(1.07, 1.05, 1.09)]) or "")
-    assert "20 % faster" in (drift([probe(1.0, 1.0, 1.0), probe(0.8, 0.7, 0.9)]) or "")
+    def peak(ratio: float, low: float, high: float) -> Peak:
+        changed: Peak = msgspec.structs.replace(uncompared, to_baseline=Ratio(ratio, (low, high)))
+        return changed
+
+    assert drift([uncompared]) is None and drift([peak(1.01, 1.005, 1.02)]) is None
+    assert drift([peak(1.3, 0.9, 1.6)]) is None, "noise is no drift"
+    assert "7 % slower" in (drift([peak(1.07, 1.05, 1.09)]) or "")
+    assert "20 % faster" in (drift([peak(1.0, 1.0, 1.0), peak(0.8, 0.7, 0.9)]) or "")
 
 
 def test_exit_3_after_table_json_and_summary(
@@ -463,10 +481,10 @@ def test_exit_3_after_table_json_and_summary(
 
 
 @pytest.mark.parametrize("size", [512, 1024])
-def test_probe_is_as_large_as_the_baselines(
+def test_matrix_product_is_as_large_as_the_baselines(
     size: int, stored: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Products of different sizes would tell nothing of drift."""
+    """Products of different sizes could not be compared."""
     stored = scaled(stored, 1)
     stored["probes"][0]["size"] = size
     Path("base.json").write_text(json.dumps(stored))
@@ -477,9 +495,10 @@ def test_probe_is_as_large_as_the_baselines(
         return largest_useful(*given[:-1], 256)
 
     monkeypatch.setattr(bench, "largest_useful", search)
-    [probe] = bench_bundles([toy_bundle(Path("a"))], 5, baseline=Path("base.json"))["probes"]
+    result = bench_bundles([toy_bundle(Path("a"))], 5, baseline=Path("base.json"))
     assert asked == [size]
-    assert "baseline_ratio" not in probe, "it was run at 256"
+    [peak] = bench_row(result)["probes"]
+    assert "baseline_ratio" not in peak, "it was run at 256"
 
 
 def test_no_failure_where_it_is_as_fast(
@@ -503,7 +522,7 @@ def test_another_setup_exits_1_before_anything_is_measured(
     Path("base.json").write_text(json.dumps(stored))
     monkeypatch.setenv("EDGEPRUNE_THREADS", "2")
     monkeypatch.setattr(bench, "interleave", lambda *_, **__: pytest.fail("measured"))
-    monkeypatch.setattr("test_build.ONE_THREAD", {})
+    monkeypatch.setattr("support.builds.ONE_THREAD", {})
     code, out, err = call(capsys, "bench", "a", "--baseline", "base.json", "--fail-slower", "5")
     assert code == 1 and not out
     assert err.splitlines() == [
@@ -537,9 +556,9 @@ def test_simulated_and_measured_do_not_mix(tmp_path: Path) -> None:
     simulated = toy_bundle(tmp_path / "s", device="orin-nano", runtime="simulated", precision="fp16")
     with pytest.raises(InputError, match="simulated"):
         bench_bundles([toy_bundle(tmp_path / "a"), simulated], 5)
-    [row] = bench_bundles([simulated], 5)["rows"]
-    assert row["simulated"] is True and len(row["samples_ms"]) == 1
-    assert 0 < row["peak_share"] < 1 and row["peak_memory_mib"] is row["energy_per_image_mj"] is None
+    [row] = bench_bundles([simulated], 5).rows
+    assert row.setup.simulated and len(row.latency.samples_ms) == 1
+    assert 0 < (row.peak_share or 0) < 1 and row.peak_memory_mib is row.energy_per_image_mj is None
 
 
 def test_clocks_are_locked_while_the_setup_is_read_and_bundles_run(
@@ -554,9 +573,9 @@ def test_clocks_are_locked_while_the_setup_is_read_and_bundles_run(
         yield
         events.append("unlock")
 
-    real_candidate, real_interleave = bench.local, bench.interleave
+    real_open, real_interleave = bench.open_bundle, bench.interleave
     monkeypatch.setattr(bench, "locked_clocks", locked)
-    monkeypatch.setattr(bench, "local", lambda *a: events.append("setup") or real_candidate(*a))
+    monkeypatch.setattr(bench, "open_bundle", lambda *a: events.append("setup") or real_open(*a))
     monkeypatch.setattr(bench, "interleave", lambda *a, **k: events.append("measure") or real_interleave(*a, **k))
     bundles = [toy_bundle(tmp_path / name) for name in "ab"]
     bench_bundles(bundles, 5, lock_clocks=True)
@@ -615,17 +634,16 @@ def test_energy_per_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     found = bench._energy_mj(Slow(), batch=2)  # type: ignore[arg-type]
     assert found is not None and found >= 7 * 2e-3 / 2 * 1e3 * 0.99
-    [row] = bench_bundles([toy_bundle(tmp_path / "a")], 5)["rows"]
-    assert row["energy_per_image_mj"] > 0
+    [row] = bench_bundles([toy_bundle(tmp_path / "a")], 5).rows
+    assert (row.energy_per_image_mj or 0) > 0
 
 
 # --- Markdown ---
 
 
-def test_markdown_shows_names_as_they_are(stored: dict[str, Any]) -> None:
-    odd = json.loads(json.dumps(stored))
-    odd["rows"][0]["bundle"] = "a|b\n<img src=x> [l](u) `c` **d**"
-    page = bench_markdown(odd, None)
+def test_markdown_shows_names_as_they_are(measured: Bench) -> None:
+    odd = msgspec.structs.replace(measured.rows[0], bundle="a|b\n<img src=x> [l](u) `c` **d**")
+    page = bench_markdown(Bench(rows=(odd,), peaks=()), None)
     [line] = [text for text in page.splitlines() if "img" in text]
     assert r"a\|b \<img src=x\> \[l\](u) \`c\` \*\*d\*\*" in line
     assert "mJ/image" not in page and "to baseline" not in page, "columns of which nothing is known"

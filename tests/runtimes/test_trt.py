@@ -388,8 +388,8 @@ def test_whole_build_and_bench(fake: Fake, tmp_path: Path, monkeypatch: pytest.M
     assert len(list((tmp_path / "work").glob("timing-*.cache"))) == 1
     launches, compiled = fake.launches, len(fake.configs)
     assert build(options).manifest == manifest and len(fake.configs) == compiled, "engines were built twice"
-    [row] = bench_bundles([built.path], 5)["rows"]
-    assert row["runtime"] == "trt" and fake.launches > launches
+    [row] = bench_bundles([built.path], 5).rows
+    assert row.setup.runtime == "trt" and fake.launches > launches
     before = len(fake.configs)
     again = Inputs(built.path / "model.onnx", rounds=5, out=tmp_path / "again")
     _, rebuilt = compile_onnx(target_for("cuda", work=tmp_path / "other"), again)
@@ -397,4 +397,4 @@ def test_whole_build_and_bench(fake: Fake, tmp_path: Path, monkeypatch: pytest.M
     assert rebuilt.schedule == manifest.schedule and rebuilt.report.speedup is None
     bytes_of_tensors = 4 * (3 * 28 * 28 + 10)
     wanted = (1 << 20) + bytes_of_tensors + (built.path / "model.engine").stat().st_size
-    assert row["peak_memory_mib"] == wanted / 2**20, "working memory, input and output, and the plan"
+    assert row.peak_memory_mib == wanted / 2**20, "working memory, input and output, and the plan"

@@ -72,7 +72,7 @@ class Shared(NamedTuple):
 
 def program(*argv: object) -> list[str]:
     """The command line in a process of its own."""
-    return [sys.executable, "-m", "edgeprune.cli", *map(str, argv)]
+    return [sys.executable, "-m", "edgeprune", *map(str, argv)]
 
 
 def start(*argv: object, **options: Any) -> subprocess.CompletedProcess[str]:
