@@ -16,6 +16,7 @@ PACKAGES = {
     "onnx": "base",
     "pillow": "base",
     "jinja2": "base",
+    "packaging": "base",
     "torch": "export",
     "torchvision": "export",
     "timm": "export",

@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from edgeprune.devices import check_is_here, this_machine
 from edgeprune.devices.power import power_mode
@@ -216,16 +217,11 @@ class TrtSession:
 
 
 def fits(version: str, wanted: str) -> bool:
-    """Does a version fit ">=8.6,<11"?"""
-    here = [int(part) for part in re.findall(r"\d+", version)[:3]]
-    for clause in wanted.split(","):
-        match = re.fullmatch(r"\s*(>=|<)\s*(\d+(?:\.\d+)*)\s*", clause)
-        if match is None:
-            raise DeviceError(f"{wanted!r} is no range of versions: write it as >=8.6,<11")
-        bound = [int(part) for part in match[2].split(".")]
-        if (here >= bound) != (match[1] == ">="):
-            return False
-    return True
+    """Is a version such as "8.6.1.6" within a range such as ">=8.6,<11" (PEP 440)? Raises DeviceError for no range."""
+    try:
+        return SpecifierSet(wanted).contains(version, prereleases=True)
+    except InvalidSpecifier:
+        raise DeviceError(f"{wanted!r} is not a range of versions: write it as >=8.6,<11") from None
 
 
 def described(options: TrtOptions) -> str | None:

@@ -245,9 +245,13 @@ def test_setup_names_what_latencies_depend_on(fake: Fake, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("version", "wanted", "fit"),
     [
-        ("8.6.1", ">=8.6,<11", True),
+        ("8.6", ">=8.6,<11", True),
+        ("8.6.1.6", ">=8.6,<11", True),
+        ("10.3.0", ">=8.6,<11", True),
+        ("10.13.3.9.post1", ">=10.13", True),
+        ("10.0.0b6", ">=8.6", True),
+        ("10.9.0.34", ">=10.13", False),
         ("11.0.0", ">=8.6,<11", False),
-        ("10.13.3.9", ">=10.13", True),
         ("8.5", ">=8.6", False),
     ],
 )
@@ -255,9 +259,10 @@ def test_fits(version: str, wanted: str, fit: bool) -> None:
     assert fits(version, wanted) is fit
 
 
-def test_a_range_that_is_none_is_refused() -> None:
-    with pytest.raises(DeviceError, match="is no range of versions"):
-        fits("8.6", "~=8.6")
+@pytest.mark.parametrize("wanted", ["8.6", ">=8.6 <11", "JetPack 6", ">=x"])
+def test_a_bad_range_of_versions_is_refused(wanted: str) -> None:
+    with pytest.raises(DeviceError, match="is not a range of versions: write it as"):
+        fits("8.6", wanted)
 
 
 @pytest.mark.parametrize(
