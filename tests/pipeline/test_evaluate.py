@@ -1,4 +1,4 @@
-"""Is what was exported what PyTorch computes?"""
+"""Parity with PyTorch, the gate of a precision, and the figures of a report."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from edgeprune.errors import ExportError
-from edgeprune.pipeline.evaluate import PARITY_IMAGES, check_parity
+from edgeprune.errors import ExportError, PrecisionError
+from edgeprune.pipeline.evaluate import PARITY_IMAGES, check_parity, gate, with_fidelity
+from edgeprune.pipeline.measure import Measured
+from edgeprune.records import Latency, Report
+from edgeprune.scheduling.goals import Goal
 from edgeprune.vit import fidelity
 
 
@@ -26,12 +30,71 @@ def test_parity_forgives_a_tie_and_nothing_else(
     found = wanted.copy()
     found[:wrong, 3] += by
     runtime = SimpleNamespace(parity=1e-4)
-    job: Any = SimpleNamespace(model=None, pixels=np.zeros(PARITY_IMAGES), target=SimpleNamespace(runtime=runtime))
+    context: Any = SimpleNamespace(model=None, target=SimpleNamespace(runtime=runtime))
+    pictures: Any = SimpleNamespace(pixels=np.zeros(PARITY_IMAGES))
     schedule: Any = SimpleNamespace(method="pomt", tokens=(5, 3), prefix_last=False)
     if refused:
         with pytest.raises(ExportError, match="differ from PyTorch's"):
-            check_parity(job, schedule, found)
+            check_parity(context, pictures, schedule, found)
     else:
-        order = check_parity(job, schedule, found)
+        order = check_parity(context, pictures, schedule, found)
         assert sorted(order) == list(range(PARITY_IMAGES))
         assert wrong == PARITY_IMAGES or order[-1] == 0, "an image with a tie is the last to be kept as golden input"
+
+
+# --- the gate ---
+
+LABELS = tuple(range(10)) * 10
+EXACT = np.eye(10, dtype=np.float32)[list(LABELS)]
+
+
+def wrong(count: int) -> NDArray[np.float32]:
+    """EXACT with so many rows (percent, as there are 100) predicted wrongly."""
+    logits = EXACT.copy()
+    logits[:count] = np.roll(EXACT[:count], 1, axis=1)
+    return logits
+
+
+def timed(*runs: tuple[float, ...]) -> list[Measured]:
+    """Engines of those latencies, ms."""
+    return [Measured(Latency(samples_ms=samples)) for samples in runs]
+
+
+FASTER = timed((1.0, 1.1, 1.0), (2.0, 2.1, 2.0))  # the precision, fp32
+
+
+def test_gate_lets_pass_what_is_faster_and_as_good() -> None:
+    gate("int8", Goal(), FASTER, wrong(1), EXACT, LABELS)
+    gate("int8", Goal(max_drop=5), FASTER, wrong(4), EXACT, LABELS)
+    gate("int8", Goal(), FASTER, wrong(4), EXACT, None)
+
+
+@pytest.mark.parametrize(
+    ("labels", "goal", "measured", "count", "told"),
+    [
+        (LABELS, Goal(), FASTER, 2, r"loses 2\.00 points of top-1 .*1\.5.* 2\.00x"),
+        (LABELS, Goal(max_drop=0.5), FASTER, 1, r"loses 1\.00 points of top-1 .*0\.5"),
+        (None, Goal(), FASTER, 6, r"loses 6\.00 points of agreement .*5\.0"),
+        (LABELS, Goal(), timed((1.5,), (1.0,)), 0, r"slower.* 1\.5 ms against 1 ms in fp32"),
+    ],
+)
+def test_gate_refuses_with_the_figures(
+    labels: Any, goal: Goal, measured: list[Measured], count: int, told: str
+) -> None:
+    with pytest.raises(PrecisionError, match=f"int8 is refused.*{told}.*build with --precision fp32"):
+        gate("int8", goal, measured, wrong(count), EXACT, labels)
+
+
+# --- the figures ---
+
+
+def test_figures_are_of_what_is_known() -> None:
+    report = Report(latency=Latency(samples_ms=(1.0,)))
+    full = with_fidelity(report, EXACT, wrong(7), LABELS, True)
+    assert (full.top1, full.dense_top1, full.agreement) == (93, 100, 93) and full.kl is not None and full.kl > 0
+    assert (full.images, full.held_out, full.latency) == (100, True, report.latency)
+    unlabelled = with_fidelity(report, EXACT, wrong(7), None, False)
+    assert (unlabelled.top1, unlabelled.dense_top1, unlabelled.agreement) == (None, None, 93)
+    assert unlabelled.held_out is False
+    alone = with_fidelity(report, None, wrong(7), LABELS, None)
+    assert (alone.top1, alone.dense_top1, alone.agreement, alone.kl, alone.held_out) == (93, None, None, None, None)

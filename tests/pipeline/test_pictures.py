@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from support.builds import few_digits
 
 from edgeprune.images import calibration_indices
-from edgeprune.pipeline.context import Job, Options
+from edgeprune.pipeline.context import Context, Options, context_for
+from edgeprune.pipeline.scores import ScheduleScores
 
 
-def job_on(images: Path, tmp_path: Path, **options: Any) -> Job:
-    return Job(Options(images=images, work=tmp_path / "work", **options))
+def context_on(images: Path, tmp_path: Path, **options: Any) -> Context:
+    return context_for(Options(images=images, work=tmp_path / "work", **options))
 
 
 @pytest.fixture(scope="module")
@@ -41,30 +42,34 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_figures_are_of_pictures_that_chose_nothing(
     options: dict[str, Any], left: int, held_out: bool, digits: Path, tmp_path: Path
 ) -> None:
-    job = job_on(digits, tmp_path, **options)
-    images, good = job.held_out
+    context = context_on(digits, tmp_path, **options)
+    pictures, precision = context.needed_pictures(), context.target.onnx_precision
+    images, good = pictures.held_out(context.method, precision)
     assert (len(images), good) == (left, held_out)
     if good and options.get("method") != "none":
-        assert not {*images.tolist()} & {*job.chosen.tolist()}
+        assert not {*images.tolist()} & {*pictures.search.tolist()}
     if good and options.get("precision") == "int8":
         assert not {*images.tolist()} & {*calibration_indices(70).tolist()}
-    assert job.with_method("none").held_out[1] is True
+    assert pictures.held_out("none", precision)[1] is True
 
 
 def test_max_drop_is_judged_on_the_search_pictures(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Else no picture would be left for the figures. The second schedule is wrong on one of ten pictures."""
-    job = job_on(digits, tmp_path, search_images=10)
-    assert job.pictures is not None and job.pictures.labels is not None
-    right = np.eye(10, dtype=np.float32)[[job.pictures.labels[i] for i in job.chosen]]
-    dense, seen = (job.model.vit.tokens,) * job.model.vit.depth, []
+    context = context_on(digits, tmp_path, search_images=10)
+    pictures = context.needed_pictures()
+    labels = pictures.labels(pictures.search)
+    assert labels is not None
+    right = np.eye(10, dtype=np.float32)[labels]
+    dense, seen = context.dense_tokens, []
 
     def logits(model: Any, method: str, tokens: Any, pixels: NDArray[np.uint8], *_: Any) -> NDArray[np.float32]:
         seen.append(pixels)
         return right if tokens == dense else np.concatenate([np.roll(right[:1], 1), right[1:]])
 
     monkeypatch.setattr("edgeprune.vit.fidelity.logits_of_schedule", logits)
-    assert job.drop((*dense[:-1], 20)) == pytest.approx(10)
+    assert ScheduleScores(context).drop((*dense[:-1], 20)) == pytest.approx(10)
+    assert len(seen) == 2
     for pixels in seen:
-        np.testing.assert_array_equal(pixels, job.pixels[job.chosen])
+        np.testing.assert_array_equal(pixels, pictures.pixels[pictures.search])

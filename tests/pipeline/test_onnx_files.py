@@ -1,0 +1,86 @@
+"""The ONNX files of a build: INT8 ranges from a choice of all pictures, and a whole build in INT8."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from numpy.typing import NDArray
+from PIL import Image
+from support.builds import few_digits
+from support.computed import context_of
+
+from edgeprune.images import load_images
+from edgeprune.pipeline import export, onnx_files
+from edgeprune.pipeline.build import build
+from edgeprune.pipeline.context import Options
+from edgeprune.pipeline.measure import Measured
+from edgeprune.pipeline.pictures import Pictures
+from edgeprune.records import Int8Ranges
+from edgeprune.scheduling.goals import Goal
+
+
+def test_build_and_export_calibrate_on_the_same_pictures(
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """650 pictures in five class folders, each of its own colour, by which it is known again."""
+    for index in range(650):
+        path = tmp_path / "pictures" / f"class-{index // 130}" / f"{index:03}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (index % 256, index // 256, 0)).save(path)
+    model, files = tiny("cls"), load_images(tmp_path / "pictures")
+    seen: list[NDArray[np.float32]] = []
+
+    def calibrated(graph: onnx.ModelProto, batches: Any, progress: Any) -> Int8Ranges:
+        seen.append(np.concatenate(list(batches)))
+        return Int8Ranges(way="entropy", ranges={}, kept=(), kl=0.0)
+
+    for module in (onnx_files, export):
+        monkeypatch.setattr(module, "calibrated", calibrated)
+    monkeypatch.setattr(export, "int8", lambda graph, ranges, kept: graph)
+    export.export_model(model, None, 3, tmp_path / "exported.onnx", "int8", files)
+    context = context_of(model.vit, tmp_path / "work", batch=3, calib=tmp_path / "calib")
+    pictures = Pictures(files, model.preprocessing, context.target, 128)
+    context = replace(context, model=model, pictures=pictures)
+    for _ in range(2):
+        onnx_files.int8_ranges(context, tmp_path / "exported.onnx")
+    exported, built = seen
+    np.testing.assert_array_equal(built, exported)
+    red, green = (np.rint((built[:, channel, 0, 0] + 1) * 127.5).astype(int) for channel in (0, 1))
+    chosen = {*(red + 256 * green).tolist()}
+    assert len(chosen) == 32 and {index // 130 for index in chosen} == set(range(5))
+
+
+def test_build_in_int8(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All steps; the gate is recorded but not obeyed, because INT8 need not be faster on this processor."""
+    from edgeprune.bundles.format import load_bundle
+
+    compared: list[tuple[str, int]] = []
+
+    def gate(precision: str, goal: Goal, measured: list[Measured], *_: object) -> None:
+        compared.append((precision, len(measured)))
+
+    monkeypatch.setattr("edgeprune.pipeline.evaluate.gate", gate)
+    monkeypatch.setattr("edgeprune.images.CALIBRATION_IMAGES", 4)
+    monkeypatch.setattr("edgeprune.latency.profiling.ROUNDS", 1)
+    options = Options(
+        method="topk", policy="paper", goal=Goal(speedup=1.05), precision="int8", rounds=3, neighbours=0,
+        images=few_digits(tmp_path / "digits", 45), search_images=4,
+        work=tmp_path / "work", out=tmp_path / "bundle", calib=tmp_path / "calib",
+    )  # fmt: skip
+    built = build(options)
+    manifest = load_bundle(built.path)
+    assert manifest.engine.setup.precision == "int8" and compared == [("int8", 2)]
+    operators = {node.op_type for node in onnx.load(built.path / "model.onnx").graph.node}
+    assert {"QuantizeLinear", "DequantizeLinear"} <= operators
+    assert list((tmp_path / "calib").glob("int8-*.json"))
+    assert manifest.report.agreement is not None and manifest.report.agreement > 90
+    assert manifest.report.held_out and manifest.report.images >= 45 - 8
+    assert manifest.report.dense_latency is not None
+    trunk = next((tmp_path / "work").glob("profiling-models-*")) / "trunk.onnx"
+    assert "QuantizeLinear" in {n.op_type for n in onnx.load(trunk, load_external_data=False).graph.node}
