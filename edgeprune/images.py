@@ -1,4 +1,4 @@
-"""A folder or CSV of images as preprocessed batches, exactly as timm's eval transform makes them."""
+"""A folder or CSV of images as preprocessed batches, equal to those of timm's eval transform."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from PIL import Image
 
 from edgeprune.errors import ImageError
 from edgeprune.io import key_of, sha256_file
-from edgeprune.records import Preprocessing
+from edgeprune.records import Preprocessing, Progress, silent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Pictures in a fixed order; labels (class indices) where every picture has one."""
+    """Pictures in a fixed order; labels (class indices) if every picture has one."""
 
     paths: tuple[Path, ...]
     labels: tuple[int, ...] | None
@@ -40,12 +40,12 @@ class ImageSet:
         return len(self.paths)
 
     def key(self) -> str:
-        """Hash of contents and labels."""
+        """Hash of the files' contents and the labels."""
         return key_of([sha256_file(path) for path in self.paths], self.labels)
 
 
 def drawn(images: int, count: int) -> NDArray[np.int64]:
-    """Sorted indices of `count` of `images` pictures, or of all: the first of one seeded order, spread over the set.
+    """Sorted indices of `count` of `images` pictures (of all if there are fewer), at random with a fixed seed.
 
     A smaller choice is part of every larger one.
     """
@@ -53,7 +53,7 @@ def drawn(images: int, count: int) -> NDArray[np.int64]:
 
 
 def calibration_indices(images: int) -> NDArray[np.int64]:
-    """Indices of the pictures, of a set of `images`, that INT8 ranges come from: the same in `build` and `export`."""
+    """Indices of the calibration pictures for INT8 in a set of `images`: the same in `build` and `export`."""
     return drawn(images, CALIBRATION_IMAGES)
 
 
@@ -83,7 +83,7 @@ def _pictures(folder: Path) -> tuple[Path, ...]:
 
 def _from_csv(source: Path) -> ImageSet:
     if source.stat().st_size > MAX_CSV_BYTES:
-        raise ImageError(f"{source}: too large for a CSV of images")
+        raise ImageError(f"{source}: is larger than {MAX_CSV_BYTES >> 20} MiB: split it into smaller CSV files")
     paths: list[Path] = []
     labels: list[int] = []
     base = source.parent.resolve()
@@ -91,12 +91,14 @@ def _from_csv(source: Path) -> ImageSet:
         with open(source, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             if not reader.fieldnames or "image" not in reader.fieldnames:
-                raise ImageError(f"{source}: the first line must be `image` or `image,label`")
+                raise ImageError(f"{source}: the first line is not a header: make it `image` or `image,label`")
             for row in reader:
                 where = f"{source}:{reader.line_num}"
                 path = (base / (row["image"] or "")).resolve()
                 if not path.is_relative_to(base):
-                    raise ImageError(f"{where}: {row['image']} leads out of {base.name}/: keep paths inside")
+                    raise ImageError(
+                        f"{where}: {row['image']} leads out of {base.name}/: use paths inside the folder of the CSV"
+                    )
                 if not os.path.isfile(path):
                     raise ImageError(f"{where}: {row['image']} does not exist: paths are relative to the CSV")
                 paths.append(path)
@@ -118,7 +120,7 @@ def _label(text: str | None, where: str) -> int:
 
 
 def read_image(path: Path, how: Preprocessing) -> NDArray[np.uint8]:
-    """One picture as (P, P, 3) bytes after resize and centre crop. Raises ImageError."""
+    """One picture as (P, P, 3) bytes after resizing and centre cropping. Raises ImageError."""
     resample = {
         "bicubic": Image.Resampling.BICUBIC,
         "bilinear": Image.Resampling.BILINEAR,
@@ -133,12 +135,12 @@ def read_image(path: Path, how: Preprocessing) -> NDArray[np.uint8]:
     width, height = image.size
     if how.crop_mode == "squash":
         target = (how.resize_px, how.resize_px)
-    else:  # the shorter side to resize_px, the longer truncated as torchvision does
+    else:  # shorter side to resize_px; the longer side is rounded down as in torchvision
         short, long = min(width, height), max(width, height)
         longer = int(how.resize_px * long / short)
         target = (how.resize_px, longer) if width <= height else (longer, how.resize_px)
     if target[0] * target[1] > MAX_RESIZED_PIXELS:
-        raise ImageError(f"{path}: {width} x {height} is too narrow to be scaled to {how.resize_px}: crop it")
+        raise ImageError(f"{path}: {width} x {height} is too narrow to be resized to {how.resize_px} px: crop it")
     if target != image.size:
         image = image.resize(target, resample)
     return _centre(np.asarray(image), how.image_px)
@@ -165,13 +167,18 @@ def normalise(pixels: NDArray[np.uint8], how: Preprocessing) -> NDArray[np.float
     return np.ascontiguousarray((planes - mean) / std)
 
 
-def load_pixels(paths: Sequence[Path], how: Preprocessing) -> NDArray[np.uint8]:
+def load_pixels(paths: Sequence[Path], how: Preprocessing, progress: Progress = silent) -> NDArray[np.uint8]:
     """All pictures as (images, P, P, 3) bytes: 150 kB an image at 224 px. Raises ImageError."""
-    return np.stack([read_image(path, how) for path in paths])
+    pixels = []
+    for done, path in enumerate(paths):
+        progress("decoding images", done, len(paths))
+        pixels.append(read_image(path, how))
+    progress("decoding images", len(paths), len(paths))
+    return np.stack(pixels)
 
 
 def batches(pixels: NDArray[np.uint8], how: Preprocessing, batch: int) -> Iterator[tuple[NDArray[np.float32], int]]:
-    """Whole static batches and how many of each are real: the last one repeats its last picture."""
+    """Batches (batch, 3, P, P) of equal size, each with its number of real pictures; the last picture is repeated."""
     for start in range(0, len(pixels), batch):
         piece = pixels[start : start + batch]
         real = len(piece)

@@ -1,1 +1,1 @@
-"""Model to bundle, step by step."""
+"""The steps from a model to a bundle, and the commands made of them."""

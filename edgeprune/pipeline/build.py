@@ -1,4 +1,4 @@
-"""Model to bundle: staircase, schedule, ONNX, engine, measurement. What the work folder holds is not redone."""
+"""Model to bundle: staircase, schedule, ONNX, engine, measurement. Steps found in the work folder are reused."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from edgeprune.runtimes.target import work_lock
 
 log = logging.getLogger(__name__)
 
-SHOWN = 4  # pictures on the page of a bundle
+SHOWN = 4  # pictures on the report page of a bundle
 
 
 @dataclass(frozen=True)
@@ -36,18 +36,18 @@ class Built:
 
 
 def build(options: Options, progress: Progress = silent) -> Built:
-    """Model to bundle. Raises any EdgepruneError; nothing half-written is left."""
+    """Build a bundle. Raises any EdgepruneError; nothing half-written is left."""
     context = context_for(options, progress)
     check_out(context.out)
     with work_lock(options.work):
-        log.info("step 1 of 4: measuring the staircase of %s on %s", context.model.vit.name, options.device)
+        log.info("step 1 of 4: measuring the latency staircase of %s on %s", context.model.vit.name, options.device)
         staircase = measured_staircase(context.target, context.model, (context.method,), options.exhaustive)
-        log.info("step 2 of 4: choosing a schedule (%s), building and timing the best", options.goal)
+        log.info("step 2 of 4: searching for a schedule (goal: %s), then building and timing the best", options.goal)
         refined = refine(context, staircase, ScheduleScores(context))
-        log.info("step 3 of 4: evaluating the chosen schedule beside the unpruned model")
+        log.info("step 3 of 4: measuring and evaluating the chosen schedule against the unpruned model")
         evaluated = evaluate(context, refined.staircase, refined.schedule)
         warn_if_missed(options.goal, evaluated.report)
-        log.info("step 4 of 4: writing %s", context.out)
+        log.info("step 4 of 4: writing the bundle %s", context.out)
         return _written(context, refined, evaluated)
 
 
@@ -67,7 +67,7 @@ def _written(context: Context, refined: Refined, evaluated: Evaluated) -> Built:
 
 
 def build_trace(context: Context, metadata: ModelMetadata, refined: Refined) -> BuildTrace:
-    """How a build came to its schedule: what it considered, what it built, and what the schedule does to pictures."""
+    """How a build chose its schedule: what it evaluated, what it built and timed, the effect on a few pictures."""
     from edgeprune.vit.token_groups import samples_of
 
     samples: tuple[Sample, ...] = ()
@@ -81,5 +81,5 @@ def build_trace(context: Context, metadata: ModelMetadata, refined: Refined) -> 
         Trial(tokens=m.schedule.tokens, predicted_ms=m.predicted_ms, latency=m.measured.latency)
         for m in refined.measured
     )
-    asked = str(context.options.goal)
-    return BuildTrace(asked=asked, candidates=refined.candidates, trials=tuple(trials), samples=samples)
+    goal = str(context.options.goal)
+    return BuildTrace(asked=goal, candidates=refined.candidates, trials=tuple(trials), samples=samples)

@@ -1,4 +1,4 @@
-"""Methods side by side at equal measured latency: solved, exported, timed interleaved, evaluated."""
+"""Compare methods at equal measured latency: solve, export, time in interleaved rounds, evaluate."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from edgeprune.vit.reducers import reducer_named
 
 log = logging.getLogger(__name__)
 
-SESSIONS = 3  # in which schedules are corrected at most; one more measures those that are kept
+SESSIONS = 3  # of measurement, at most, that correct the schedules; one more measures the final ones
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One method, shaped by one policy, for one target speed-up."""
+    """The schedule of one method by one policy for one target speed-up."""
 
     method: str
-    policy: str  # search, or published: the baseline's own shape
+    policy: str  # search, or published: the schedule shape of the method's authors
     target: float
     schedule: Schedule
-    goal: Goal  # given to the additive model, corrected by measurements
+    goal: Goal  # as given to the additive model, after correction by measurement
     report: Report | None = None
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """All entries with their reports, measured in one session; those out of reach by name and reason."""
+    """All entries with their reports, measured in one session, and the targets that could not be reached."""
 
     entries: tuple[Entry, ...]
     missing: tuple[tuple[str, str, float, str], ...]  # method, policy, target, reason
@@ -51,9 +51,9 @@ class Comparison:
 def compare(
     options: Options, methods: Sequence[str], targets: Sequence[float], progress: Progress = silent
 ) -> Comparison:
-    """Every method at every target speed-up, by the search and in its published shape.
+    """Every method at every target speed-up, with a searched schedule and with one of its published shape.
 
-    Schedules are chosen on the search pictures and reported on all others. Raises any EdgepruneError.
+    Schedules are chosen on the search pictures; figures are of all other pictures. Raises any EdgepruneError.
     """
     if not methods or len(set(methods)) < len(methods):
         raise InputError("--methods needs one or more different names, separated by commas")
@@ -62,14 +62,14 @@ def compare(
     for method in methods:
         reducer_named(method)
     if options.precision != "fp32" and not options.simulate:
-        raise InputError(f"compare measures fp32, not {options.precision}: leave out --precision, or --simulate")
+        raise InputError(f"compare measures fp32, not {options.precision}: leave out --precision or pass --simulate")
     context = context_for(options, progress)
     with work_lock(options.work):
         return _Methods(context, methods).compared(targets)
 
 
 class _Methods:
-    """The methods of one comparison on one staircase, whose treads are confirmed as schedules come to use them."""
+    """The methods of one comparison on one staircase; the tread ends that schedules use are confirmed on the way."""
 
     def __init__(self, context: Context, methods: Sequence[str]) -> None:
         self.context, self.methods = context, tuple(methods)
@@ -105,7 +105,7 @@ class _Methods:
         return published_schedule(self.staircase, method, limit, self.context.prefix_last)
 
     def confirmed(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Entries on confirmed edges, as `build` does it; published shapes stay what they are."""
+        """Entries with their counts at confirmed tread ends, as in `build`; published shapes do not change."""
         used = {n for entry in entries if entry.policy == "search" for n in entry.schedule.tokens}
         self.staircase = confirmed(self.context, self.staircase, self.methods, used)
         moved = []
@@ -119,25 +119,28 @@ class _Methods:
         return moved
 
     def corrected(self, entries: Sequence[Entry]) -> list[Entry]:
-        """For each entry the schedule, of those that a few sessions tried, that meets its target most narrowly."""
-        tries: list[list[tuple[float, Entry]]] = [[] for _ in entries]  # measured speed-up, and of what
+        """For each entry the schedule, of all measured in a few sessions, that meets its target most narrowly."""
+        tries: list[list[tuple[float, Entry]]] = [[] for _ in entries]  # (measured speed-up, entry)
         for _ in range(SESSIONS):
             measured = measured_schedules(self.context, self.staircase, [e.schedule for e in entries])
-            for found, entry, mine in zip(tries, entries, measured, strict=True):
-                found.append((mine.speedup, entry))
-            again = self.confirmed([self.sought_again(e, m) for e, m in zip(entries, measured, strict=True)])
+            for attempts, entry, result in zip(tries, entries, measured, strict=True):
+                attempts.append((result.speedup, entry))
+            again = self.confirmed([self.solved_again(e, m) for e, m in zip(entries, measured, strict=True)])
             if [e.schedule.tokens for e in again] == [e.schedule.tokens for e in entries]:
                 break
             entries = again
-        return self.confirmed([narrowest(found) for found in tries])
+        return self.confirmed([narrowest(attempts) for attempts in tries])
 
-    def sought_again(self, entry: Entry, measured: MeasuredSchedule) -> Entry:
+    def solved_again(self, entry: Entry, measured: MeasuredSchedule) -> Entry:
         """The entry solved for a corrected goal where its measured speed-up misses the target."""
-        asked = Goal(speedup=entry.target)
-        goal = corrected_goal(asked, entry.goal, measured.measured) if entry.method != "none" else None
+        target = Goal(speedup=entry.target)
+        goal = corrected_goal(target, entry.goal, measured.measured) if entry.method != "none" else None
         if goal is None:
             return entry
-        log.info("%s, %s: measured %.3fx for %.2fx", entry.method, entry.policy, measured.speedup, entry.target)
+        log.info(
+            "%s (%s): measured %.3fx for a target of %.2fx; solving again",
+            entry.method, entry.policy, measured.speedup, entry.target,
+        )  # fmt: skip
         try:
             schedule = self.solved(entry.method, entry.policy, goal)
         except ScheduleError:
@@ -145,7 +148,7 @@ class _Methods:
         return entry if schedule is None else replace(entry, schedule=schedule, goal=goal)
 
     def reported(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Entries measured in one session, with their reports on the pictures that no schedule was chosen on."""
+        """Entries measured in one session, with reports on the pictures that were not used to choose a schedule."""
         context, pictures = self.context, self.context.needed_pictures()
         measured = measured_schedules(context, self.staircase, [e.schedule for e in entries])
         method = next((m for m in self.methods if m != "none"), "none")
@@ -155,15 +158,15 @@ class _Methods:
         labels = pictures.labels(kept)
         dense = logits_on(context, pictures, dense_onnx(context))[kept]
         reported = []
-        for entry, mine in zip(entries, measured, strict=True):
+        for entry, result in zip(entries, measured, strict=True):
             own = self.contexts[entry.method]
             logits = logits_on(own, pictures, pruned_onnx(own, entry.schedule))[kept]
-            report = report_of(mine.measured, entry.schedule, self.staircase)
+            report = report_of(result.measured, entry.schedule, self.staircase)
             reported.append(replace(entry, report=with_fidelity(report, dense, logits, labels, held_out)))
         return reported
 
 
-def narrowest(found: Sequence[tuple[float, Entry]]) -> Entry:
-    """The slowest that meets its target, short of MISS; the fastest where none does."""
-    met = [(speedup, entry) for speedup, entry in found if speedup >= entry.target * (1 - MISS)]
-    return min(met, key=lambda pair: pair[0])[1] if met else max(found, key=lambda pair: pair[0])[1]
+def narrowest(attempts: Sequence[tuple[float, Entry]]) -> Entry:
+    """The slowest entry that meets its target within MISS; the fastest where none does."""
+    met = [(speedup, entry) for speedup, entry in attempts if speedup >= entry.target * (1 - MISS)]
+    return min(met, key=lambda pair: pair[0])[1] if met else max(attempts, key=lambda pair: pair[0])[1]

@@ -1,4 +1,4 @@
-"""ONNX to bundle on the machine that will run it: compiled, timed, checked, written. Needs no torch."""
+"""ONNX to bundle on the machine that will run it: compile, time, check, write. Needs no torch."""
 
 from __future__ import annotations
 
@@ -29,36 +29,38 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What `compile` is given besides the target: the command line's options by name."""
+    """The options of `compile` besides the target, named as on the command line."""
 
     onnx: Path
-    dense: Path | None = None  # the unpruned model's ONNX, beside which the pruned one is timed
+    dense: Path | None = None  # the unpruned model's ONNX, to measure the speed-up
     images: Path | None = None
-    staircase: Path | None = None  # of this target, for the prediction
+    staircase: Path | None = None  # measured on this target, to predict the latency
     rounds: int = ROUNDS
     out: Path | None = None
 
 
 def compile_onnx(target: Target, given: Inputs) -> tuple[Path, Manifest]:
-    """A bundle from an ONNX file that `export` wrote or that lies in a bundle.
+    """Build a bundle from an ONNX file that `export` wrote or that is part of a bundle; its folder and manifest.
 
-    What cannot be known stays None: the speed-up without `dense`, top-1 without labelled `images`. Raises
-    InputError for an ONNX that does not say which model it is, and what the target's runtime raises.
+    Unknown figures are None: the speed-up without `dense`, top-1 without labelled `images`. Raises InputError for an
+    ONNX without edgeprune's metadata and for files that do not belong together, ImageError, EngineError, OutputError.
     """
     with work_lock(target.work):
         return _compiled(target, given)
 
 
 def _compiled(target: Target, given: Inputs) -> tuple[Path, Manifest]:
-    metadata, beside = described(given.onnx)
+    metadata, bundle = described(given.onnx)
     setup, vit, schedule = target.setup, metadata.vit, metadata.schedule
     out = given.out or ENGINES / setup.device / vit.name / f"{schedule.method}-{setup.precision}-b{setup.batch}"
     check_out(out)
     if given.dense is not None and input_shape(load_graph(given.dense)) != input_shape(load_graph(given.onnx)):
-        raise InputError(f"{given.dense} takes another shape than {given.onnx}: export both alike")
+        raise InputError(
+            f"{given.dense} has another input shape than {given.onnx}: export both with the same --batch"
+        )
     staircase = load(given.staircase, Staircase) if given.staircase else None
     if staircase is not None and (staircase.setup != setup or staircase.vit != vit):
-        raise InputError(f"{given.staircase} is of another model or setup: profile it on this device")
+        raise InputError(f"{given.staircase} is of another model or setup: profile this model on this device")
     pictures = load_images(given.images) if given.images is not None else None
     fusable = attention_fusion.expected(given.onnx, schedule, setup)
     (measured,) = measured_engines(target, [given.onnx], given.dense, given.rounds)
@@ -66,25 +68,25 @@ def _compiled(target: Target, given: Inputs) -> tuple[Path, Manifest]:
     if pictures is not None:
         report = _with_fidelity(target, report, metadata, given, pictures)
     example, expected = _example(metadata, setup.batch, pictures), None
-    if beside is not None:
+    if bundle is not None:
         example, expected = (load_array(given.onnx.parent / name) for name in GOLDEN)
     return out, bundle_from_onnx(target, out, given.onnx, metadata, report, example, staircase, expected)
 
 
 def described(onnx: Path) -> tuple[ModelMetadata, Manifest | None]:
-    """What an ONNX file is, from the bundle that it lies in or from its own metadata. Raises InputError."""
+    """The metadata of an ONNX file, and the manifest of its bundle if it is part of one. Raises InputError."""
     if onnx.name == ONNX and (onnx.parent / MANIFEST).is_file():
         manifest = load_bundle(onnx.parent)
         fields = {name: getattr(manifest, name) for name in ("vit", "schedule", "preprocessing", "labels")}
         return ModelMetadata(**fields), manifest
     metadata = metadata_in(onnx)
     if metadata is None:
-        raise InputError(f"{onnx} does not say which model it is: pass one that edgeprune export or build wrote")
+        raise InputError(f"{onnx} has no edgeprune metadata: pass a file that edgeprune export or build wrote")
     return metadata, None
 
 
 def _example(metadata: ModelMetadata, batch: int, pictures: ImageSet | None) -> NDArray[np.float32]:
-    """One batch to keep as the golden input: the first pictures, or seeded noise without any."""
+    """The golden input, (batch, 3, P, P): the first pictures, or seeded noise where there are none."""
     if pictures is None:
         return noise_batch(metadata.vit, batch)
     paths, how = pictures.paths, metadata.preprocessing
@@ -94,12 +96,14 @@ def _example(metadata: ModelMetadata, batch: int, pictures: ImageSet | None) -> 
 def _with_fidelity(
     target: Target, report: Report, metadata: ModelMetadata, given: Inputs, pictures: ImageSet
 ) -> Report:
-    """Top-1 on labelled pictures; agreement and KL beside the unpruned engine."""
-    pixels = load_pixels(pictures.paths, metadata.preprocessing)
+    """The report with top-1 on labelled pictures, and agreement and KL if there is an unpruned engine."""
+    pixels = load_pixels(pictures.paths, metadata.preprocessing, target.progress)
 
     def logits(onnx: Path) -> NDArray[np.float32]:
         with target.opener(onnx)() as session:
-            return logits_of(session, pixels, metadata.preprocessing, target.setup.batch, target.progress)
+            return logits_of(
+                session, pixels, metadata.preprocessing, target.setup.batch, target.progress, "evaluating images"
+            )
 
     dense = logits(given.dense) if given.dense is not None else None
     return with_fidelity(report, dense, logits(given.onnx), pictures.labels, None)

@@ -1,4 +1,4 @@
-"""What a build is asked for and what all its steps share: target, model and pictures, the same from start to end."""
+"""The options of a build, and what all its steps share: target, model and pictures."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ POLICIES = ("search", "paper")
 
 @dataclass(frozen=True)
 class Options:
-    """What a user asks of a build: the command line's options by name."""
+    """The options of a build, named as on the command line."""
 
     device: str = "cpu"
     model: str | nn.Module = zoo.EMBEDDED
@@ -46,13 +46,13 @@ class Options:
     simulate: bool = False
     exhaustive: bool = False
     block: int = PAPER_BLOCK
-    whole_last: bool = False  # compute the whole last block though the head reads the prefix alone
+    whole_last: bool = False  # compute the whole last block even if the head reads only the prefix
     search_images: int = 128
     rounds: int = ROUNDS
-    neighbours: int = 3  # schedules similar to the best that are built and timed beside it
+    neighbours: int = 3  # similar schedules to build and time in addition to the best
     calib: Path = Path("calib")  # where INT8 ranges are kept
-    host: Host | None = None  # the device, where it is another machine
-    lock_clocks: bool = False  # on that host
+    host: Host | None = None  # the device, if it is another machine
+    lock_clocks: bool = False  # of that host
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -68,23 +68,23 @@ class Context:
 
     @property
     def method(self) -> str:
-        """How tokens are lost."""
+        """How tokens are removed."""
         return self.options.method
 
     @property
     def prefix_last(self) -> bool:
-        """Does the last block compute the prefix alone?"""
+        """Does the last block compute only the prefix tokens?"""
         vit = self.model.vit
         return vit.prefix_pooled and vit.depth > 1 and not self.options.whole_last
 
     @property
     def dense_tokens(self) -> tuple[int, ...]:
-        """The schedule that cuts nothing."""
+        """The schedule without a cut, one token count per block."""
         return (self.model.vit.tokens,) * self.model.vit.depth
 
     @property
     def out(self) -> Path:
-        """Where the bundle goes."""
+        """The folder of the bundle."""
         options = self.options
         name = f"{options.method}-{options.precision}-b{options.batch}" + ("-simulated" if options.simulate else "")
         return options.out or ENGINES / self.target.device.name / self.model.vit.name / name
@@ -94,7 +94,7 @@ class Context:
         return replace(self, options=replace(self.options, method=method))
 
     def needed_pictures(self) -> Pictures:
-        """The pictures. Raises InputError where there are none."""
+        """The pictures. Raises InputError if there are none."""
         if self.pictures is None:
             raise InputError(f"{self.model.vit.name} needs pictures to choose a schedule: pass --images DIR|CSV")
         return self.pictures
@@ -114,7 +114,7 @@ def context_for(options: Options, progress: Progress = silent) -> Context:
     found = image_set(options)
     if found and found.labels and max(found.labels) >= model.vit.classes:
         raise InputError(
-            f"label {max(found.labels)} does not exist: {model.vit.name} has classes 0 to "
+            f"label {max(found.labels)} is out of range: {model.vit.name} has classes 0 to "
             f"{model.vit.classes - 1}: check the CSV or the weights"
         )
     pictures = Pictures(found, model.preprocessing, target, options.search_images) if found else None
@@ -122,13 +122,13 @@ def context_for(options: Options, progress: Progress = silent) -> Context:
 
 
 def check_policy(policy: str) -> None:
-    """Raise InputError for a policy that does not exist."""
+    """Raise InputError for an unknown policy."""
     if policy not in POLICIES:
         raise InputError(f"unknown policy {policy!r}: choose from {', '.join(POLICIES)}")
 
 
 def image_set(options: Options) -> ImageSet | None:
-    """The images asked for; the embedded model's held-out digits by default. Raises ImageError."""
+    """The images of --images; by default the held-out digits for the embedded model. Raises ImageError."""
     if options.images is not None:
         return load_images(options.images)
     return load_images(zoo.images_dir() / "labels.csv") if options.model == zoo.EMBEDDED else None

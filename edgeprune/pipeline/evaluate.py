@@ -1,4 +1,4 @@
-"""A schedule's final engine: timed beside the unpruned model, its outputs compared, and refused where it loses."""
+"""The final engine of a schedule: timed with the unpruned model, outputs compared, refused if it loses too much."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 
 PARITY_IMAGES = 8
 MOST_LOST = 1.5  # points of top-1 that a precision may lose against fp32
-MOST_CHANGED = 5.0  # points of agreement, where there are no labels
+MOST_CHANGED = 5.0  # points of agreement that it may lose where there are no labels
 
 
 class Evaluated(NamedTuple):
-    """The ONNX to ship, its report, and the pictures on which runtimes agree best (indices), for the golden input."""
+    """The final ONNX, its report, and for the golden input the indices of pictures on which runtimes agree best."""
 
     onnx: Path
     report: Report
@@ -41,10 +41,11 @@ class Evaluated(NamedTuple):
 
 
 def evaluate(context: Context, staircase: Staircase, schedule: Schedule) -> Evaluated:
-    """Compile, time beside the unpruned model, compare outputs on pictures that chose nothing.
+    """Compile, time with the unpruned model, and compare outputs on pictures that were not used to choose anything.
 
-    In fp16 and INT8 the unpruned model is timed in that precision too, outputs are compared with the fp32 one's, and
-    the pruned model in fp32 shows what the precision gains and loses (`gate`). Raises ExportError, PrecisionError.
+    In fp16 and INT8 the unpruned model is timed in the same precision, outputs are compared with those of the
+    unpruned model in fp32, and the pruned model in fp32 shows what the precision gains and loses (`gate`). Raises
+    ExportError, EngineError, PrecisionError.
     """
     target = context.target
     reference, exact = dense_onnx(context), pruned_onnx(context, schedule)
@@ -75,9 +76,9 @@ def with_fidelity(
     labels: Sequence[int] | None,
     held_out: bool | None,
 ) -> Report:
-    """A report with top-1 where there are labels, agreement and KL where the unpruned model's logits are known.
+    """The report with top-1 if there are labels, and agreement and KL if there are logits of the unpruned model.
 
-    Logits are (images, classes) of the same pictures; `held_out` says whether these chose nothing.
+    Logits are (images, classes) of the same pictures. `held_out`: the pictures were not used to choose anything.
     """
     return msgspec.structs.replace(
         report,
@@ -93,9 +94,9 @@ def with_fidelity(
 def check_parity(
     context: Context, pictures: Pictures, schedule: Schedule, logits: NDArray[np.float32]
 ) -> NDArray[np.int64]:
-    """Compare the engine's logits with PyTorch's on a few images, by stats.typical_difference.
+    """Compare the engine's logits (images, classes) with PyTorch's on a few images, by stats.typical_difference.
 
-    Returns the indices of these images, the one on which both agree best first. Raises ExportError.
+    Returns the indices of these images, best agreement first. Raises ExportError where they differ on most images.
     """
     from edgeprune.vit.fidelity import logits_of_schedule
 
@@ -104,7 +105,7 @@ def check_parity(
         context.model, schedule.method, schedule.tokens, pictures.pixels[:count], schedule.prefix_last
     )
     typical, most = stats.typical_difference(logits[:count], wanted), context.target.runtime.parity
-    if not typical <= most:  # NaN, even of one image, is worse than any number
+    if not typical <= most:  # written so that NaN, even of one image, fails
         raise ExportError(f"the engine's logits differ from PyTorch's by {typical:.2g}, above {most}: {REPORT}")
     return np.argsort(stats.differences(logits[:count], wanted), kind="stable")
 
@@ -117,16 +118,17 @@ def gate(
     exact: NDArray[np.float32],
     labels: Sequence[int] | None,
 ) -> None:
-    """Raise PrecisionError where a precision is slower than fp32, or loses more than allowed.
+    """Raise PrecisionError if a precision is slower than fp32 or loses more accuracy than allowed.
 
-    `measured` and logits (images, classes) are of the precision and of fp32. Allowed are the goal's --max-drop or
-    MOST_LOST points of top-1; without labels MOST_CHANGED of agreement.
+    `measured` holds the latency in the precision, then in fp32; `logits` and `exact` (images, classes) are in the
+    precision and in fp32. The limit is the goal's --max-drop or MOST_LOST points of top-1, and MOST_CHANGED points
+    of agreement where there are no labels.
     """
     lower, fp32 = (each.latency for each in measured)
     gain, _ = stats.ratio(fp32.samples_ms, lower.samples_ms)
     if gain < 1:
         times = f"{lower.median_ms:.3g} ms against {fp32.median_ms:.3g} ms in fp32"
-        raise PrecisionError(f"{precision} is refused: {times}: build fp32")
+        raise PrecisionError(f"{precision} is refused because it is slower, {times}: build with --precision fp32")
     if labels:
         lost, most, what = stats.top1(exact, labels) - stats.top1(logits, labels), MOST_LOST, "top-1"
         most = most if goal.max_drop is None else goal.max_drop
@@ -134,18 +136,20 @@ def gate(
         lost, most, what = 100 - stats.agreement(exact, logits), MOST_CHANGED, "agreement"
     if lost > most:
         raise PrecisionError(
-            f"{precision} is refused: it loses {lost:.2f} points of {what} against fp32, {most} are allowed, "
-            f"for {gain:.2f}x: build fp32, or more --search-images"
+            f"{precision} is refused because it loses {lost:.2f} points of {what} against fp32 (limit {most}) for "
+            f"{gain:.2f}x: build with --precision fp32 or pass more --search-images"
         )
-    log.info("%s: %.2fx against fp32, %.2f points of %s lost", precision, gain, lost, what)
+    log.info("%s: %.2fx faster than fp32, %.2f points of %s lost", precision, gain, lost, what)
 
 
 def logits_on(context: Context, pictures: Pictures, file: Path) -> NDArray[np.float32]:
-    """Outputs of an ONNX file's engine over all pictures, (images, classes)."""
+    """Logits of an ONNX file's engine for all pictures, (images, classes). Raises EngineError, OutputError."""
 
     def make(path: Path) -> None:
         with context.target.opener(file)() as session:
-            array = logits_of(session, pictures.pixels, pictures.how, context.options.batch, context.progress)
+            array = logits_of(
+                session, pictures.pixels, pictures.how, context.options.batch, context.progress, "evaluating images"
+            )
         with replacing(path) as temporary, open(temporary, "wb") as out:
             np.save(out, array, allow_pickle=False)
 

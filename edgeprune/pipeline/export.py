@@ -1,4 +1,4 @@
-"""The `export` command: a model with a schedule, or unpruned, as a static ONNX that says what it is."""
+"""The `export` command: a model with a schedule, or unpruned, as an ONNX file with static shapes and metadata."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def metadata_of(model: Model, schedule: Schedule, class_names: tuple[str, ...] | None) -> ModelMetadata:
-    """What an exported file says of itself."""
+    """The metadata of an exported file."""
     from edgeprune.vit.models import class_labels
 
     labels = class_labels(model.vit, class_names)
@@ -34,9 +34,9 @@ def export_model(
     pictures: ImageSet | None = None,
     progress: Progress = silent,
 ) -> Path:
-    """Write a pruned or, without a schedule, the unpruned model; what it is lies in the file's metadata.
+    """Write a pruned model or, without a schedule, the unpruned one, with metadata that describes it; returns `out`.
 
-    `pictures` give the INT8 ranges. Raises InputError, ExportError, OutputError.
+    `pictures` are for INT8 calibration. Raises InputError, ExportError, OutputError.
     """
     from edgeprune.vit.export import onnx_of_schedule
 
@@ -45,9 +45,9 @@ def export_model(
     if schedule is not None:
         found = load(schedule, Schedule)
         if found.vit != vit:
-            raise InputError(f"{schedule} is of {found.vit.name} with other weights: make it for this model")
+            raise InputError(f"{schedule} was made for another model or other weights: make one for this model")
     if precision == "int8" and pictures is None:
-        raise InputError("INT8 ranges come from pictures: pass --images DIR|CSV")
+        raise InputError("INT8 needs pictures for calibration: pass --images DIR|CSV")
     metadata = metadata_of(model, found, pictures.class_names if pictures else None)
 
     def quantised(graph: onnx.ModelProto) -> onnx.ModelProto:

@@ -1,4 +1,4 @@
-"""Engines timed beside the unpruned model's in the same rounds, and goals corrected by what that shows."""
+"""Time engines and the unpruned model in the same rounds, and correct a latency goal by the measurement."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from edgeprune.scheduling.goals import Goal
 
 log = logging.getLogger(__name__)
 
-MISS = 0.02  # of the goal, beyond which it counts as missed whatever the noise
-OFF = 0.05  # of the prediction, beyond which the user is told
+MISS = 0.02  # relative error beyond which a goal counts as missed whatever the noise
+OFF = 0.05  # relative error of the prediction beyond which a warning is logged
 
 
 class Measured(NamedTuple):
-    """An engine's latency, and its speed-up over the unpruned model where that was timed in the same rounds."""
+    """The latency of an engine, and its speed-up if the unpruned model was timed in the same rounds."""
 
     latency: Latency
     dense: Latency | None = None
@@ -36,7 +36,7 @@ class Measured(NamedTuple):
 
 
 class MeasuredSchedule(NamedTuple):
-    """A schedule that was built and timed; its fidelity on the search pictures where it was searched."""
+    """A schedule that was built and timed, with its fidelity on the search pictures if the search found it."""
 
     schedule: Schedule
     predicted_ms: float
@@ -45,15 +45,15 @@ class MeasuredSchedule(NamedTuple):
 
     @property
     def speedup(self) -> float:
-        """Over the unpruned model."""
+        """Speed-up over the unpruned model."""
         assert self.measured.speedup is not None
         return self.measured.speedup
 
 
 def measured_engines(target: Target, files: Sequence[Path], dense: Path | None, rounds: int) -> list[Measured]:
-    """Engines of ONNX files, timed in the same interleaved rounds as that of the unpruned model, if there is one.
+    """Latencies of the engines of ONNX files, timed in interleaved rounds together with the unpruned model `dense`.
 
-    Kept in the work folder by the hashes of the files. Raises EngineError, OutputError.
+    The result is kept in the work folder under the hashes of the files. Raises EngineError, OutputError.
     """
     rounds = 1 if target.setup.noiseless else rounds
     everything = [*files, *([dense] if dense else [])]
@@ -83,7 +83,10 @@ def measured_engines(target: Target, files: Sequence[Path], dense: Path | None, 
 def measured_schedules(
     context: Context, staircase: Staircase, schedules: Sequence[Schedule]
 ) -> list[MeasuredSchedule]:
-    """Schedules exported, compiled and timed beside the unpruned model; predictions scaled by its drift."""
+    """Export and compile schedules and time them with the unpruned model; predictions are scaled by its drift.
+
+    Raises ExportError, EngineError, OutputError.
+    """
     files = [nominal_onnx(context, pruned_onnx(context.with_method(s.method), s)) for s in schedules]
     dense = nominal_onnx(context, dense_onnx(context))
     found = [
@@ -100,13 +103,13 @@ def measured_schedules(
 
 
 def predicted_ms(staircase: Staircase, schedule: Schedule, measured: Measured) -> float:
-    """Prediction of the additive model, ms, scaled by how the unpruned model has drifted since the staircase."""
+    """Prediction of the additive model, ms, scaled by the drift of the unpruned model since the staircase."""
     drift = measured.dense.median_ms / staircase.dense.median_ms if measured.dense else 1.0
     return predict_ms(staircase, schedule.tokens, schedule.method, schedule.prefix_last) * drift
 
 
 def report_of(measured: Measured, schedule: Schedule, staircase: Staircase | None) -> Report:
-    """What was measured of an engine, as a report without fidelity."""
+    """A report with the latency of an engine, without fidelity."""
     return Report(
         latency=measured.latency,
         dense_latency=measured.dense,
@@ -118,9 +121,9 @@ def report_of(measured: Measured, schedule: Schedule, staircase: Staircase | Non
 
 
 def corrected_goal(asked: Goal, used: Goal, measured: Measured) -> Goal | None:
-    """The goal to give the additive model so that the measurement meets `asked`.
+    """The goal to give the additive model so that the measurement meets `asked`; `used` was given before.
 
-    None where it is met and exceeded by no more than MISS, or limits no latency.
+    None where `asked` is met and exceeded by no more than MISS, and for goals that do not limit latency.
     """
     if asked.speedup is not None and used.speedup is not None:
         assert measured.speedup is not None
@@ -135,9 +138,9 @@ def corrected_goal(asked: Goal, used: Goal, measured: Measured) -> Goal | None:
 
 
 def meets(goal: Goal, found: Measured | Report) -> bool:
-    """Is a latency goal met, or missed by no more than MISS and by what the 95 % interval leaves open?
+    """Is a latency goal met? The 95 % interval has to contain it, and the median may miss it by MISS at most.
 
-    True for a goal that limits no latency.
+    True for a goal that does not limit latency.
     """
     if goal.speedup is not None:
         assert found.speedup is not None and found.speedup_interval is not None
@@ -149,7 +152,10 @@ def meets(goal: Goal, found: Measured | Report) -> bool:
 
 
 def warn_if_missed(goal: Goal, report: Report) -> None:
-    """Warn where the bundle's own measurement misses the goal."""
+    """Log a warning if the final measurement misses the goal."""
     if report.speedup is not None and not meets(goal, report):
         ms = report.latency.median_ms
-        log.warning("goal not met: the best measured is %.3fx, %.3f ms", report.speedup, ms)
+        log.warning(
+            "the goal (%s) is not met: measured %.3fx, %.3f ms; ask for less",
+            goal, report.speedup, ms,
+        )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The pictures of a build: decoded once, and parted into those that choose the schedule and those that judge it."""
+"""The pictures of a build: decoded once, and split into those for choosing a schedule and those for the figures."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
-LEAST_HELD_OUT = 32  # pictures that chose nothing, below which figures are of all
-BIASED = "figures are of all %d images, some of which chose the schedule: pass more --images for unbiased figures"
+LEAST_HELD_OUT = 32  # with fewer pictures left after the choice of a schedule, figures are of all pictures
+BIASED = "figures are of all %d images, including those used to choose the schedule: pass more --images to avoid bias"
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A set of images as one model sees them; the target's work folder keeps the decoded pixels."""
+    """Images with the preprocessing of one model; the decoded pixels are kept in the target's work folder."""
 
     files: ImageSet
     how: Preprocessing
     target: Target
-    search_images: int  # how many of them schedules are chosen on
+    search_images: int  # number of them used to choose a schedule
 
     @cached_property
     def pixels(self) -> NDArray[np.uint8]:
-        """All pictures, (images, P, P, 3) bytes. Raises ImageError."""
+        """All pictures, (images, P, P, 3) bytes. Raises ImageError, OutputError."""
 
         def make(path: Path) -> None:
-            array = load_pixels(self.files.paths, self.how)
+            array = load_pixels(self.files.paths, self.how, self.target.progress)
             with replacing(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, array, allow_pickle=False)
 
@@ -51,13 +51,13 @@ class Pictures:
 
     @cached_property
     def search(self) -> NDArray[np.int64]:
-        """Indices of the seeded choice of pictures on which schedules are compared."""
+        """Sorted indices of the pictures on which schedules are compared, chosen at random with a fixed seed."""
         return drawn(len(self.files), self.search_images)
 
     def held_out(self, method: str, precision: str) -> tuple[NDArray[np.int64], bool]:
-        """Indices of the pictures that figures are of, and whether none of them chose the schedule or INT8 ranges.
+        """Indices of the pictures for the figures, and whether none of them was used for the schedule or INT8 ranges.
 
-        All pictures, and False, where fewer than LEAST_HELD_OUT would be left.
+        All pictures and False where fewer than LEAST_HELD_OUT would be left.
         """
         everything = np.arange(len(self.files))
         seen = self.search if method != "none" else everything[:0]
@@ -68,6 +68,6 @@ class Pictures:
         return (left if good else everything), good
 
     def labels(self, indices: NDArray[np.int64]) -> list[int] | None:
-        """Class indices of some pictures; None where pictures have none."""
+        """Class indices of some pictures; None where the pictures have no labels."""
         labels = self.files.labels
         return [labels[i] for i in indices] if labels else None

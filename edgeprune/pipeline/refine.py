@@ -1,4 +1,4 @@
-"""A schedule refined by measurement: the goal corrected by what engines take, then similar schedules compared."""
+"""Refine a schedule by measurement: correct the goal by measured latencies, then compare similar schedules."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from edgeprune.scheduling.search import Tokens
 
 log = logging.getLogger(__name__)
 
-CORRECTIONS = 2  # times a schedule whose measured latency misses the goal is solved again
+CORRECTIONS = 2  # times that solving is repeated for a schedule whose measured latency misses the goal
 
 
 class Refined(NamedTuple):
-    """The schedule to ship, the staircase it rests on, all schedules that were timed, and all that were searched."""
+    """The final schedule, the staircase it is based on, all schedules that were timed, and all evaluated ones."""
 
     schedule: Schedule
     staircase: Staircase
@@ -32,49 +32,49 @@ class Refined(NamedTuple):
 
 
 def refine(context: Context, staircase: Staircase, scores: ScheduleScores) -> Refined:
-    """Solve, build, time; correct the goal by the measurement and solve again; then let similar schedules compete.
+    """Solve, build and time; correct the goal by the measurement and solve again; then compare similar schedules.
 
-    The additive model knows latencies of single treads, not what the blocks of one engine do to each other. Raises
-    ScheduleError where no schedule meets the goal even by prediction.
+    The additive model adds up latencies of blocks at constant token counts and cannot know how the blocks of one
+    engine affect each other. Raises ScheduleError where no schedule meets the goal even by prediction.
     """
     asked = goal = context.options.goal
-    tried: list[MeasuredSchedule] = []
+    measured: list[MeasuredSchedule] = []
     seen: dict[Tokens, Candidate] = {}
     for _ in range(CORRECTIONS + 1):
         try:
             solution = solve(context, staircase, scores, goal)
         except ScheduleError:
-            if not tried:
+            if not measured:
                 raise
-            log.info("no faster schedule exists; keeping the best that was measured")
+            log.info("no faster schedule exists; keeping the best one measured so far")
             break
         seen |= {c.tokens: c for c in solution.candidates}
         staircase = confirmed(context, staircase, (context.method,), solution.schedule.tokens)
         schedule = with_confirmed_edges(staircase, solution.schedule)
-        if any(m.schedule.tokens == schedule.tokens for m in tried):
+        if any(m.schedule.tokens == schedule.tokens for m in measured):
             break
-        tried += with_fidelity(measured_schedules(context, staircase, [schedule]), staircase, scores)
-        corrected = corrected_goal(asked, goal, tried[-1].measured)
+        measured += with_fidelity(measured_schedules(context, staircase, [schedule]), staircase, scores)
+        corrected = corrected_goal(asked, goal, measured[-1].measured)
         if corrected is None:
             break
         goal = corrected
-    best = pick(asked, tried, scores)
-    similar = most_promising(context, staircase, scores, best, tried)
+    best = pick(asked, measured, scores)
+    similar = most_promising(context, staircase, scores, best, measured)
     if similar:
         schedules = [best.schedule, *similar]
         together = with_fidelity(measured_schedules(context, staircase, schedules), staircase, scores)
         best = pick(asked, together, scores)
-        tried = [m for m in tried if m.schedule.tokens != together[0].schedule.tokens] + together
-    seen |= {m.fidelity.tokens: m.fidelity for m in tried if m.fidelity is not None}
+        measured = [m for m in measured if m.schedule.tokens != together[0].schedule.tokens] + together
+    seen |= {m.fidelity.tokens: m.fidelity for m in measured if m.fidelity is not None}
     chosen = best.schedule
     last = finished(staircase, chosen.method, chosen.policy, chosen.tokens, chosen.prefix_last)
-    return Refined(last, staircase, tuple(tried), tuple(seen.values()))
+    return Refined(last, staircase, tuple(measured), tuple(seen.values()))
 
 
 def with_fidelity(
     measured: Sequence[MeasuredSchedule], staircase: Staircase, scores: ScheduleScores
 ) -> list[MeasuredSchedule]:
-    """Measured schedules with their fidelity on the search pictures, where a search chose them."""
+    """Measured schedules with their fidelity on the search pictures, if the search found them."""
     return [
         m._replace(fidelity=scores.candidate(staircase, m.schedule.tokens)) if is_searched(m.schedule) else m
         for m in measured
@@ -82,27 +82,27 @@ def with_fidelity(
 
 
 def is_searched(schedule: Schedule) -> bool:
-    """Did the search choose a schedule, by its fidelity?"""
+    """Was a schedule found by the search, which evaluates fidelity?"""
     return schedule.policy == "search" and schedule.method != "none"
 
 
-def pick(goal: Goal, tried: Sequence[MeasuredSchedule], scores: ScheduleScores) -> MeasuredSchedule:
-    """The best by measurement: what the goal asks for among those that meet it; else the fastest."""
+def pick(goal: Goal, measured: Sequence[MeasuredSchedule], scores: ScheduleScores) -> MeasuredSchedule:
+    """The best measured schedule for the goal among those that meet it; the fastest if none does."""
     if goal.max_drop is not None:
-        first = tried[0].measured.latency.median_ms
-        faster = [m for m in tried[1:] if m.measured.latency.median_ms < first]
+        first = measured[0].measured.latency.median_ms
+        faster = [m for m in measured[1:] if m.measured.latency.median_ms < first]
         faster.sort(key=lambda m: m.measured.latency.median_ms)
-        return next((m for m in faster if scores.drop(m.schedule.tokens) <= goal.max_drop), tried[0])
+        return next((m for m in faster if scores.drop(m.schedule.tokens) <= goal.max_drop), measured[0])
     if not goal.limits_latency:
-        return max(tried, key=lambda m: goal.utility(1 / m.speedup, agreement_of(m) / 100))
-    good = [m for m in tried if meets(goal, m.measured)]
+        return max(measured, key=lambda m: goal.utility(1 / m.speedup, agreement_of(m) / 100))
+    good = [m for m in measured if meets(goal, m.measured)]
     if good:
         return min(good, key=lambda m: (m.fidelity.kl if m.fidelity else 0.0, m.measured.latency.median_ms))
-    return max(tried, key=lambda m: m.speedup)
+    return max(measured, key=lambda m: m.speedup)
 
 
 def agreement_of(found: MeasuredSchedule) -> float:
-    """Agreement with the unpruned model, percent; of what was not searched 100, so that latency decides."""
+    """Agreement with the unpruned model, percent; 100 without a search, so that latency decides."""
     return found.fidelity.agreement if found.fidelity else 100.0
 
 
@@ -111,13 +111,13 @@ def most_promising(
     staircase: Staircase,
     scores: ScheduleScores,
     best: MeasuredSchedule,
-    tried: Sequence[MeasuredSchedule],
+    measured: Sequence[MeasuredSchedule],
 ) -> list[Schedule]:
-    """The similar schedules worth building, by the additive model corrected with what was measured of the best."""
+    """The similar schedules most worth building, by the additive model scaled to the measurement of the best."""
     schedule, goal = best.schedule, context.options.goal
     if best.fidelity is None or not context.options.neighbours:
         return []
-    known = {m.schedule.tokens for m in tried}
+    known = {m.schedule.tokens for m in measured}
     last = schedule.vit.depth - (2 if schedule.prefix_last else 1)
     scale = best.measured.latency.median_ms / best.fidelity.predicted_ms
     dense_ms = best.speedup * best.measured.latency.median_ms
@@ -138,7 +138,7 @@ def most_promising(
 
 
 def similar_schedules(tokens: Tokens, levels: Sequence[int], last: int) -> Iterator[Tokens]:
-    """Schedules that differ in one cut by one tread of `levels` (ascending), or by one block; cuts end at `last`."""
+    """Schedules that differ in one cut, by one of `levels` (ascending) or by one block; no cut after block `last`."""
     before = (levels[-1], *tokens)
     cuts = [block for block in range(len(tokens)) if tokens[block] < before[block]]
     for index, cut in enumerate(cuts):

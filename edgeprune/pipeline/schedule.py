@@ -1,4 +1,4 @@
-"""The `schedule` command: tokens per block from a staircase file and pictures, without measuring."""
+"""The `schedule` command: tokens per block from a staircase and pictures; measures nothing."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ log = logging.getLogger(__name__)
 def schedule_from_staircase(
     staircase: Staircase, options: Options, progress: Progress = silent, source: str = "the staircase"
 ) -> Schedule:
-    """The schedule that a goal asks for on a measured staircase.
+    """The best schedule for a goal on a measured staircase.
 
-    Counts are those of its treads as they were probed: nothing is measured here, and a log line says which of them
-    `build` would still confirm. Raises InputError where the staircase is of another model, ScheduleError where the
-    goal is out of reach.
+    Token counts are the tread ends as far as they are measured; a log line names those that `build` would still
+    confirm. Raises InputError where the staircase is of another model, ScheduleError where the goal is out of reach.
     """
     options = replace(options, device="cpu", precision="fp32", batch=staircase.setup.batch)
     context = context_for(options, progress)
     vit = context.model.vit
     if msgspec.structs.replace(staircase.vit, weights_sha256=vit.weights_sha256) != vit:
-        raise InputError(f"{source} is of {staircase.vit.name}, not of this {vit.name}: profile it")
+        raise InputError(
+            f"{source} is of {staircase.vit.name}, not of this {vit.name}: run edgeprune profile for this model"
+        )
     staircase = msgspec.structs.replace(staircase, vit=vit)
     schedule = solve(context, staircase, ScheduleScores(context), options.goal).schedule
     if open_ends := unconfirmed(staircase, schedule.tokens):
         counts = ", ".join(map(str, open_ends))
-        log.info("not confirmed as right ends of treads: %s tokens; build measures that", counts)
+        log.info("tread ends that are not confirmed: %s tokens; edgeprune build measures them", counts)
     return schedule
 
 
 def schedule_from_file(path: Path, options: Options, progress: Progress = silent) -> tuple[Schedule, float]:
-    """The same from a staircase file; also the unpruned latency (ms) it was measured against."""
+    """The schedule from a staircase file, and the unpruned latency in that file, ms."""
     staircase = load(path, Staircase)
     return schedule_from_staircase(staircase, options, progress, str(path)), staircase.dense.median_ms

@@ -1,4 +1,4 @@
-"""Fidelity of schedules on the search pictures, evaluated once each and kept in the work folder."""
+"""Fidelity of schedules on the search pictures; each is evaluated once and kept in the work folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Row = tuple[float, float, float | None]  # KL, agreement, top-1
 
 
 class ScheduleScores:
-    """KL, agreement and top-1 by schedule of one context; what is known outlives an interrupted search."""
+    """KL, agreement and top-1 of the schedules of one context; saved, so that an interrupted search can resume."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -37,7 +37,7 @@ class ScheduleScores:
 
     @property
     def key(self) -> tuple[object, ...]:
-        """All that a score depends on besides the tokens."""
+        """Everything that a score depends on besides the tokens."""
         context = self.context
         pictures = context.pictures.key if context.pictures else ""
         model, count = context.model, context.options.search_images
@@ -45,7 +45,7 @@ class ScheduleScores:
 
     @cached_property
     def evaluator(self) -> Evaluator:
-        """Made at the first schedule that is not known. Raises InputError without pictures."""
+        """Created for the first schedule whose score is not known. Raises InputError without pictures."""
         from edgeprune.vit.fidelity import Evaluator
 
         context, pictures = self.context, self.context.needed_pictures()
@@ -53,7 +53,10 @@ class ScheduleScores:
         return Evaluator(context.model, context.method, pictures.pixels[pictures.search], labels, context.prefix_last)
 
     def of(self, tokens: tuple[int, ...], base: tuple[int, ...]) -> Fidelity:
-        """Fidelity of a schedule; `base` is the one it was derived from, whose activations it shares."""
+        """Fidelity of a schedule; `base` is the one it was derived from, whose activations it shares.
+
+        Raises InputError without pictures, OutputError.
+        """
         from edgeprune.vit.fidelity import Fidelity
 
         key = ",".join(map(str, tokens))
@@ -73,13 +76,13 @@ class ScheduleScores:
         return candidate_of(staircase, self.context.method, self.context.prefix_last, tokens, score)
 
     def save(self) -> None:
-        """Write what is known. Raises OutputError."""
+        """Write the known scores. Raises OutputError."""
         if self._unsaved:
             write_bytes(self.path, msgspec.json.encode(self.known))
             self._unsaved = 0
 
     def random_drop(self, tokens: int) -> float:
-        """The paper's A(n), percent: top-1 with n random tokens, agreement where there are no labels (sec. 3)."""
+        """A(n), percent: top-1 with n random tokens, agreement without labels (arXiv 2407.05941, sec. 3)."""
         score = self.evaluator.random_drop(tokens)
         return score.agreement if score.top1 is None else score.top1
 

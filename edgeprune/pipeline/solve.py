@@ -1,4 +1,4 @@
-"""The schedule for a goal, by the policy asked for; what was solved once is kept in the work folder."""
+"""The schedule for a goal by the requested policy; solutions are kept in the work folder."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from edgeprune.scheduling.search import Search
 
 
 class Solution(NamedTuple):
-    """A schedule and the candidates it was chosen from; none where nothing was searched."""
+    """A schedule and the candidates it was chosen from; no candidates where nothing was searched."""
 
     schedule: Schedule
     candidates: tuple[Candidate, ...]
 
 
 def solve(context: Context, staircase: Staircase, scores: ScheduleScores, goal: Goal) -> Solution:
-    """Tokens per block for a goal. Raises ScheduleError where it is out of reach, InputError without pictures."""
+    """The schedule for a goal. Raises ScheduleError where the goal is out of reach, InputError without pictures."""
     options, prefix_last = context.options, context.prefix_last
     if context.method == "none":
         return Solution(finished(staircase, "none", options.policy, context.dense_tokens, prefix_last), ())
@@ -51,7 +51,7 @@ def solve(context: Context, staircase: Staircase, scores: ScheduleScores, goal: 
 def searched(
     context: Context, staircase: Staircase, scores: ScheduleScores, limit_ms: float | None
 ) -> tuple[Candidate, ...]:
-    """All schedules that the search evaluates within a latency; over all latencies without one."""
+    """All schedules that the search evaluates within `limit_ms`; over all latencies where that is None."""
 
     def make(path: Path) -> None:
         search = Search(staircase, context.method, scores.of, context.prefix_last, context.progress)
@@ -66,6 +66,6 @@ def searched(
 
 
 def with_confirmed_edges(staircase: Staircase, schedule: Schedule) -> Schedule:
-    """The same schedule with every count at a confirmed right end of a tread."""
+    """The schedule with every count at a confirmed right end of a tread."""
     tokens = on_confirmed_edges(staircase, schedule.tokens)
     return finished(staircase, schedule.method, schedule.policy, tokens, schedule.prefix_last)

@@ -1,4 +1,4 @@
-"""A bundle from an ONNX file: its engine compiled and run once for the golden output, then all written at once."""
+"""A bundle from an ONNX file: compile the engine, run it once for the golden output, write everything at once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 def noise_batch(vit: Vit, batch: int) -> NDArray[np.float32]:
-    """(batch, 3, P, P) of seeded noise: a golden input where there are no pictures."""
+    """Noise with a fixed seed, (batch, 3, P, P): the golden input where there are no pictures."""
     shape = (batch, 3, vit.image_px, vit.image_px)
     return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
 
@@ -55,10 +55,10 @@ def bundle_from_onnx(
     expected: NDArray[np.float32] | None = None,
     trace: Callable[[], BuildTrace] = BuildTrace,
 ) -> Manifest:
-    """Compile, run `example` (one normalised batch) as the golden input, write; the very same bundle stays.
+    """Compile, run `example` (one normalised batch) as the golden input, and write the bundle; its manifest.
 
-    `trace` is called only where a bundle is written. Raises EngineError where the outputs are not finite, or in
-    fp32 not those `expected` on most images of the batch.
+    An identical bundle that already exists is kept; `trace` is called only where one is written. Raises EngineError
+    where the outputs are not finite, or in fp32 differ from `expected` on most images of the batch, and OutputError.
     """
     engine_file, weights = target.engine(onnx), {file.name: file for file in weights_of(onnx)}
     parts = (engine_file, *(weights.values() if engine_file == onnx else ()))
@@ -102,19 +102,19 @@ def bundle_from_onnx(
 def check_golden(
     golden: NDArray[np.float32], expected: NDArray[np.float32] | None, onnx: Path, target: Target
 ) -> None:
-    """Raise EngineError for outputs (batch, classes) that are not finite, or in fp32 typically not those expected."""
+    """Raise EngineError if outputs (batch, classes) are not finite, or in fp32 typically differ from `expected`."""
     if not np.isfinite(golden).all():
-        raise EngineError(f"{onnx}: outputs are not finite in {target.setup.precision}: build fp32")
+        raise EngineError(f"{onnx}: outputs are not finite in {target.setup.precision}: build with --precision fp32")
     if expected is None:
         return
     off, most = stats.typical_difference(golden, expected), max(TOLERANCE, target.runtime.parity)
-    log.info("golden output: differs by %.2g (median of the images) from that of the bundle the ONNX lies in", off)
+    log.info("golden output: differs by %.2g (median over images) from that of the bundle with this ONNX", off)
     if target.setup.precision == "fp32" and not off <= most:
-        raise EngineError(f"{onnx}: logits differ by {off:.2g} from its bundle's, above {most}: {REPORT}")
+        raise EngineError(f"{onnx}: logits differ by {off:.2g} from those of its bundle, above {most}: {REPORT}")
 
 
 def _bundle_in(out: Path) -> Manifest | None:
-    """The bundle that is there, None where there is none or it is damaged."""
+    """The manifest of an existing bundle; None if there is none or it is damaged."""
     try:
         return load_bundle(out)
     except EdgepruneError:

@@ -317,7 +317,7 @@ def test_profile_trunk_of_another_batch_is_refused(
 
 
 def test_export_trunk_does_not_mix_models(probes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A folder that holds the probes of other weights is refused, or all of it is written anew."""
+    """A folder of models with other weights is refused, or all of it is written again."""
     folder = tmp_path / "probes"
     shutil.copytree(probes, folder)
     record = json.loads((folder / "vit.json").read_text())
