@@ -1,4 +1,4 @@
-"""What the commands share: their options, the progress bar, and where output goes."""
+"""The options that several commands share."""
 
 from __future__ import annotations
 
@@ -9,41 +9,52 @@ from typing import Annotated, Any
 import typer
 
 from edgeprune.errors import InputError
+from edgeprune.scheduling.goals import DEFAULT_ALPHA
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, a Jetson (see `edgeprune devices`), or your own .toml")]
-Model = Annotated[str, typer.Option(help="a timm VisionTransformer by name; default: the embedded one")]
+Model = Annotated[str, typer.Option(help="name of a timm VisionTransformer; default: the embedded model")]
 Weights = Annotated[
     str | None, typer.Option(help="pretrained | embedded | FILE (.safetensors, or .pth with tensors only)")
 ]
 Images = Annotated[
     Path | None, typer.Option(help="folder of class folders, CSV `image[,label]`, or folder of pictures")
 ]
-Method = Annotated[str, typer.Option(help="how tokens are lost: fold | pomt | tome | evit | topk | none")]
-Policy = Annotated[str, typer.Option(help="search: cuts in any blocks, by KL | paper: one block, by utility")]
-Alpha = Annotated[float | None, typer.Option(help="weight of latency in the utility, 0 to 1", min=0, max=1)]
-Speedup = Annotated[float | None, typer.Option(help="be at least this many times faster")]
-Budget = Annotated[float | None, typer.Option("--budget-ms", help="take at most this many ms")]
-MaxDrop = Annotated[float | None, typer.Option(help="lose at most these points of top-1", min=0)]
+Method = Annotated[str, typer.Option(help="how tokens are removed: fold | pomt | tome | evit | topk | none")]
+Policy = Annotated[str, typer.Option(help="search: cuts in any blocks, lowest KL | paper: one cut, highest utility")]
+Alpha = Annotated[
+    float | None,
+    typer.Option(
+        help=f"weight of latency in the utility, 0 to 1; without another goal {DEFAULT_ALPHA:g}", min=0, max=1
+    ),
+]
+Speedup = Annotated[float | None, typer.Option(help="goal: at least this many times faster")]
+Budget = Annotated[float | None, typer.Option("--budget-ms", help="goal: at most this many ms per inference")]
+MaxDrop = Annotated[float | None, typer.Option(help="goal: lose at most this many points of top-1", min=0)]
 Precision = Annotated[str, typer.Option(help="fp32 | fp16 | int8")]
-Batch = Annotated[int, typer.Option(help="images in one inference")]
+Batch = Annotated[int, typer.Option(help="images per inference")]
 WholeLast = Annotated[
-    bool, typer.Option("--whole-last", help="compute the whole last block, though the head reads the prefix alone")
+    bool,
+    typer.Option("--whole-last", help="compute the whole last block even if the head reads only the prefix tokens"),
 ]
 Work = Annotated[Path, typer.Option(help="folder that keeps finished steps")]
-AsJson = Annotated[bool, typer.Option("--json", help="one JSON object as the last line of stdout")]
-Simulate = Annotated[bool, typer.Option(help="latency from the device's tail-effect model, not from hardware")]
-Exhaustive = Annotated[bool, typer.Option(help="probe every token count")]
-Block = Annotated[int, typer.Option(help="block of the single cut (policy paper)", min=0)]
-CropPct = Annotated[float | None, typer.Option(help="override the data config", min=0.05, max=1)]
-Interpolation = Annotated[str | None, typer.Option(help="override the data config")]
-Mean = Annotated[str | None, typer.Option(help="override the data config: r,g,b")]
-Std = Annotated[str | None, typer.Option(help="override the data config: r,g,b")]
-LockClocks = Annotated[bool, typer.Option("--lock-clocks", help="clocks at their maximum while measuring (root)")]
-OnHost = Annotated[
-    str | None, typer.Option("--host", help="USER@HOST: the device, over ssh; it needs edgeprune, no torch")
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
+Simulate = Annotated[
+    bool, typer.Option(help="take latencies from the tail-effect model of the device instead of hardware")
 ]
-HostProgram = Annotated[str, typer.Option(help="edgeprune on that host, where it is not in the PATH")]
-SearchImages = Annotated[int, typer.Option(help="pictures that schedules are compared on", min=1)]
+Exhaustive = Annotated[bool, typer.Option(help="measure every token count")]
+Block = Annotated[int, typer.Option(help="block of the single cut with --policy paper", min=0)]
+CropPct = Annotated[float | None, typer.Option(help="crop percentage, instead of the model's own", min=0.05, max=1)]
+Interpolation = Annotated[str | None, typer.Option(help="interpolation, instead of the model's own")]
+Mean = Annotated[str | None, typer.Option(help="mean as r,g,b, instead of the model's own")]
+Std = Annotated[str | None, typer.Option(help="standard deviation as r,g,b, instead of the model's own")]
+LockClocks = Annotated[
+    bool, typer.Option("--lock-clocks", help="lock the clocks at their maximum while measuring (needs root)")
+]
+OnHost = Annotated[
+    str | None, typer.Option("--host", help="USER@HOST of the device, used over ssh; it needs edgeprune but no torch")
+]
+HostProgram = Annotated[str, typer.Option(help="path of edgeprune on that host, if it is not in its PATH")]
+SearchImages = Annotated[int, typer.Option(help="pictures on which schedules are compared", min=1)]
 
 
 def goal_from(alpha: Any, speedup: Any, budget_ms: Any, max_drop: Any) -> Any:
@@ -52,9 +63,9 @@ def goal_from(alpha: Any, speedup: Any, budget_ms: Any, max_drop: Any) -> Any:
     if sum(value is not None for value in (alpha, speedup, budget_ms, max_drop)) > 1:
         raise typer.BadParameter("pass at most one of --alpha, --speedup, --budget-ms and --max-drop")
     if speedup is not None and not 1 <= speedup < 1e6:
-        raise typer.BadParameter("--speedup is a factor of at least 1")
+        raise typer.BadParameter("--speedup must be a factor of at least 1")
     if budget_ms is not None and not 0 < budget_ms < 1e9:
-        raise typer.BadParameter("--budget-ms is above 0")
+        raise typer.BadParameter("--budget-ms must be above 0")
     return Goal(alpha=alpha, speedup=speedup, budget_ms=budget_ms, max_drop=max_drop)
 
 

@@ -1,4 +1,4 @@
-"""Schedules by rule: the paper's utility, the published shapes, and what a goal picks from a Pareto front."""
+"""Goals of a schedule, the Pareto front of candidates, and which of them meets a goal best."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgeprune.records import Candidate, Schedule, Staircase, Vit
 
 
 class Score(Protocol):
-    """What a schedule keeps of the unpruned model."""
+    """Fidelity of a schedule to the unpruned model: KL in nats, agreement and top-1 in percent."""
 
     @property
     def kl(self) -> float: ...
@@ -22,14 +22,14 @@ class Score(Protocol):
     def top1(self) -> float | None: ...
 
 
-DEFAULT_ALPHA = 0.5  # weight of latency in the utility, where no other goal is given (arXiv 2407.05941, sec. 3)
+DEFAULT_ALPHA = 0.5  # weight of latency in the utility if no other goal is given (arXiv 2407.05941, sec. 3)
 
 
 class Goal(NamedTuple):
-    """What is asked for; at most one field is set.
+    """The goal of a schedule; at most one field is set. Without any, alpha is DEFAULT_ALPHA.
 
-    alpha: weight of latency in the utility, 0 to 1; speedup: factor of at least 1; budget_ms: latency of one
-    inference; max_drop: points of top-1 (of agreement without labels) that may be lost. Without any, alpha is 0.5.
+    alpha: weight of latency in the utility, 0 to 1. speedup: factor of at least 1. budget_ms: latency of one
+    inference. max_drop: points of top-1 that may be lost, of agreement where there are no labels.
     """
 
     alpha: float | None = None
@@ -39,43 +39,43 @@ class Goal(NamedTuple):
 
     def __str__(self) -> str:
         if self.speedup is not None:
-            return f"{self.speedup:g} times faster or more"
+            return f"at least {self.speedup:g} times faster"
         if self.budget_ms is not None:
-            return f"{self.budget_ms:g} ms or less"
+            return f"at most {self.budget_ms:g} ms"
         if self.max_drop is not None:
             return f"at most {self.max_drop:g} points of top-1 lost"
-        return f"the best trade-off at alpha {self.latency_weight:g}"
+        return f"best trade-off at alpha {self.latency_weight:g}"
 
     @property
     def latency_weight(self) -> float:
-        """Alpha, or its default."""
+        """Weight of latency in the utility, 0 to 1."""
         return DEFAULT_ALPHA if self.alpha is None else self.alpha
 
     @property
     def limits_latency(self) -> bool:
-        """Is it a speed-up or a budget?"""
+        """Is it a speed-up or a latency budget?"""
         return self.speedup is not None or self.budget_ms is not None
 
     def utility(self, latency: float, accuracy: float) -> float:
-        """U = alpha (1 - L / L_max) + (1 - alpha) A / A_max of two shares (arXiv 2407.05941, sec. 3)."""
+        """U = alpha (1 - L / L_max) + (1 - alpha) A / A_max from the two ratios (arXiv 2407.05941, sec. 3)."""
         return self.latency_weight * (1 - latency) + (1 - self.latency_weight) * accuracy
 
     def limit_ms(self, dense_ms: float) -> float | None:
-        """The latency this goal allows, ms; None where it limits something else."""
+        """The largest latency this goal allows, ms, for an unpruned latency of `dense_ms`; None if it limits none."""
         if self.speedup is not None:
             return dense_ms / self.speedup
         return self.budget_ms
 
 
 def single_cut(vit: Vit, block: int, tokens: int) -> tuple[int, ...]:
-    """All tokens before `block`, `tokens` from it on."""
+    """The schedule with one cut: all tokens before `block`, `tokens` from it on."""
     return (vit.tokens,) * block + (tokens,) * (vit.depth - block)
 
 
 def finished(
     staircase: Staircase, method: str, policy: str, tokens: Sequence[int], prefix_last: bool = False
 ) -> Schedule:
-    """A schedule record with its prediction and the staircase it rests on."""
+    """A schedule record with its predicted latency and the hash of the staircase."""
     return Schedule(
         vit=staircase.vit,
         method=method,
@@ -96,7 +96,7 @@ def candidate_of(
 
 
 def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that no other beats in both predicted latency and KL, fastest first."""
+    """The candidates that no other beats in both predicted latency and KL, fastest first."""
     front: list[Candidate] = []
     for candidate in sorted(candidates, key=lambda c: (c.predicted_ms, c.kl)):
         if not front or candidate.kl < front[-1].kl:
@@ -111,11 +111,11 @@ def choose(
     goal: Goal,
     drop: Callable[[Sequence[int]], float],
 ) -> Candidate:
-    """The candidate of a front (fastest first) that a goal asks for.
+    """The candidate of a front (fastest first) that meets a goal best.
 
-    Latency goals: the lowest KL within the limit. alpha: the highest utility, with agreement for A.
-    max_drop: the fastest whose `drop` (points of top-1, or of agreement without labels) is
-    within it, by bisection. Raises ScheduleError with what is possible.
+    Latency goals: the lowest KL within the limit. alpha: the highest utility, with agreement for A. max_drop: the
+    fastest whose `drop` (points of top-1, or of agreement without labels) is within the limit, by bisection.
+    Raises ScheduleError, which says what is possible, where no candidate meets the goal.
     """
     limit = goal.limit_ms(staircase.dense.median_ms)
     if limit is not None:
@@ -124,9 +124,11 @@ def choose(
             raise impossible(limit, staircase, min(c.predicted_ms for c in front), method)
         return min(fits, key=lambda c: c.kl)
     if goal.max_drop is not None:
-        low, high = 0, len(front) - 1  # front[-1] has the lowest KL: nearest to the unpruned model
+        low, high = 0, len(front) - 1  # front[-1] has the lowest KL to the unpruned model
         if drop(front[high].tokens) > goal.max_drop:
-            raise ScheduleError(f"no schedule of {method} loses at most {goal.max_drop} points: raise --max-drop")
+            raise ScheduleError(
+                f"every schedule of {method} loses more than {goal.max_drop} points: raise --max-drop"
+            )
         while low < high:
             middle = (low + high) // 2
             if drop(front[middle].tokens) <= goal.max_drop:
@@ -140,9 +142,9 @@ def choose(
 
 
 def impossible(limit: float, staircase: Staircase, best: float, method: str) -> ScheduleError:
-    """What to say where even the fastest schedule, predicted to take `best` ms, misses the limit (ms)."""
+    """The error for a latency limit (ms) that even the fastest schedule, predicted at `best` ms, cannot meet."""
     dense = staircase.dense.median_ms
     return ScheduleError(
         f"{limit:.3g} ms cannot be met: {staircase.vit.name} takes {dense:.3g} ms unpruned and about "
-        f"{best:.3g} ms at best with {method} ({dense / best:.2f}x): ask for less"
+        f"{best:.3g} ms at best with {method} ({dense / best:.2f}x): ask for less with --speedup or --budget-ms"
     )

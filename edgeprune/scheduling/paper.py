@@ -1,4 +1,4 @@
-"""The paper's schedule: one cut, chosen by utility (arXiv 2407.05941, sec. 3)."""
+"""The paper's schedule: one cut, whose token count has the highest utility (arXiv 2407.05941, sec. 3)."""
 
 from __future__ import annotations
 
@@ -21,19 +21,20 @@ def paper_schedule(
     prefix_last: bool = False,
     progress: Progress = silent,
 ) -> Schedule:
-    """POMT's schedule (arXiv 2407.05941, sec. 3): one cut, in `block`.
+    """The schedule of the paper (arXiv 2407.05941, sec. 3): one cut, in `block`.
 
-    U(n) = alpha (1 - L(n) / L_max) + (1 - alpha) A(n) / A_max over the treads, where `accuracy` gives
-    A(n) in percent. With a latency goal instead of alpha, the most tokens that meet it. The paper takes
-    any n; here only treads are candidates, and a tie goes to more tokens. Raises ScheduleError.
+    Maximises U(n) = alpha (1 - L(n) / L_max) + (1 - alpha) A(n) / A_max, where L(n) is the latency of the trunk and
+    `accuracy` gives A(n) in percent. With a latency goal it takes the most tokens that meet it. The paper considers
+    every n; here the candidates are the tread ends, and of equal ones the larger is taken. Raises ScheduleError for a
+    block that cannot be cut, for max_drop, and for a latency out of reach.
     """
     vit = staircase.vit
     end = vit.depth - 2 if prefix_last else vit.depth - 1
     if not 0 <= block <= end:
-        raise ScheduleError(f"block {block} cannot lose tokens: {vit.name} can be cut in blocks 0 to {end}")
+        raise ScheduleError(f"block {block} cannot remove tokens: pass --block 0 to {end} for {vit.name}")
     counts = [n for n in treads(staircase) if n > vit.prefix + 1]
     if goal.max_drop is not None:
-        raise ScheduleError("--max-drop needs --policy search: the paper's policy has no accuracy bound")
+        raise ScheduleError("the paper's policy has no accuracy bound: pass --policy search with --max-drop")
     limit = goal.limit_ms(staircase.dense.median_ms)
     if limit is not None:
         cost = {n: predict_ms(staircase, single_cut(vit, block, n), method, prefix_last) for n in counts}
@@ -44,9 +45,9 @@ def paper_schedule(
     else:
         gained = {}
         for done, n in enumerate(counts):
-            progress("random-drop accuracy", done, len(counts))
+            progress("evaluating random token subsets", done, len(counts))
             gained[n] = accuracy(n)
-        progress("random-drop accuracy", len(counts), len(counts))
+        progress("evaluating random token subsets", len(counts), len(counts))
         slowest, most = trunk_ms(staircase, vit.tokens), max(gained.values())
         best = max(
             counts, key=lambda n: (goal.utility(trunk_ms(staircase, n) / slowest, gained[n] / max(most, 1e-9)), n)

@@ -1,4 +1,4 @@
-"""The schedules of baselines in the shapes that their authors published."""
+"""Schedules of the baselines in the shapes that their authors published."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from edgeprune.scheduling.paper import PAPER_BLOCK
 
 
 def published_shapes(vit: Vit, method: str, prefix_last: bool = False) -> Iterator[tuple[int, ...]]:
-    """The schedules of a baseline as its authors shape them, from gentle to strong.
+    """The schedules of a baseline in its authors' shape, from the weakest pruning to the strongest.
 
-    pomt: one cut in block 3 (arXiv 2407.05941, sec. 4). evit: the same keep rate in blocks 3, 6 and 9 of 12
-    (arXiv 2202.07800, sec. 4), one fused token each. tome, topk: equally many tokens less in every block
+    pomt: one cut in block 3 (arXiv 2407.05941, sec. 4). evit: the same keep rate in blocks 3, 6 and 9 of 12, each
+    with one fused token (arXiv 2202.07800, sec. 4). tome, topk: the same number of tokens removed in every block
     (arXiv 2210.09461, sec. 3). Yields nothing for a method without a published shape.
     """
     body, last = vit.tokens - vit.prefix, vit.depth - 1 if prefix_last else vit.depth
@@ -41,9 +41,9 @@ def published_shapes(vit: Vit, method: str, prefix_last: bool = False) -> Iterat
 def published_schedule(
     staircase: Staircase, method: str, limit_ms: float, prefix_last: bool = False
 ) -> Schedule | None:
-    """The gentlest schedule of the published shape that is predicted within a latency; None without a shape.
+    """The weakest pruning in the published shape that is predicted to take at most `limit_ms`.
 
-    Raises ScheduleError where none is.
+    None for a method without a published shape. Raises ScheduleError where no schedule of that shape is fast enough.
     """
     best = float("inf")
     for tokens in published_shapes(staircase.vit, method, prefix_last):

@@ -1,4 +1,4 @@
-"""The schedule search: cuts in any blocks, counts on treads only, least KL for the latency it saves."""
+"""The schedule search: cuts in any blocks, token counts at tread ends, lowest KL for a given latency."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from edgeprune.latency.staircase import block_ms, treads, unit
 from edgeprune.records import Candidate, Progress, Staircase, silent
 from edgeprune.scheduling.goals import Score, candidate_of, pareto, single_cut
 
-SAMPLED = 8  # treads at which a block's single cut is evaluated; between them its loss is interpolated
-BUCKETS = 200  # of latency up to the limit: paths that end in one differ in loss alone
-KEPT = 4  # paths per bucket and count, so that the best ones differ in more than a token
-EVALUATED = 48  # plans within a latency limit whose KL is really taken
-STEPS, PER_STEP = 40, 2  # without a limit: plans per step of latency, between nothing and the unpruned model
+SAMPLED = 8  # treads at which single cuts of a block are evaluated; losses in between are interpolated
+BUCKETS = 200  # of latency up to the limit; partial schedules in the same bucket are compared by loss only
+KEPT = 4  # partial schedules per bucket and last count, so that the best ones differ in more than one token
+EVALUATED = 48  # schedules within a latency limit whose KL is evaluated
+STEPS, PER_STEP = 40, 2  # without a limit: steps of latency up to the unpruned one, and schedules per step
 
 Tokens = tuple[int, ...]
-Fidelity = Callable[[Tokens, Tokens], Score]  # of a schedule, given the one whose streams are to be kept
+Fidelity = Callable[[Tokens, Tokens], Score]  # of a schedule; the second is the one whose activations are kept
 
 
 class Search:
-    """Dynamic programming over blocks on an additive model of KL, whose best plans are then evaluated for real.
+    """Dynamic programming over blocks with an additive model of KL; the best schedules are then evaluated.
 
-    KL of single cuts, measured, gives what each block adds by running on n tokens; with the additive latency
-    model the best plans over all cuts follow exactly, at the cost of the cuts. Sums of losses rank plans only
-    roughly, so the best of them are evaluated. Greedy descent did worse, with look-back no better, at three to
-    five times the evaluations (docs/benchmarks.md). All is deterministic.
+    The KL of single cuts is evaluated and gives the loss that each block adds when it runs on n tokens. With the
+    additive latency model, dynamic programming then finds the schedules with the lowest sum of losses. Such sums
+    rank schedules only roughly, so the best of them are evaluated. Greedy descent found worse schedules with three
+    to five times the evaluations (docs/benchmarks.md). The search is deterministic.
     """
 
     def __init__(
@@ -48,16 +48,16 @@ class Search:
         self.found: dict[Tokens, Candidate] = {}
 
     def candidate(self, tokens: Tokens, base: Tokens) -> Candidate:
-        """A schedule with its prediction and fidelity, evaluated once."""
+        """A schedule with its prediction and fidelity; each is evaluated only once."""
         if tokens not in self.found:
             score = self.fidelity(tokens, base)
             self.found[tokens] = candidate_of(self.staircase, self.method, self.prefix_last, tokens, score)
         return self.found[tokens]
 
     def front(self, limit_ms: float | None = None) -> list[Candidate]:
-        """Pareto front, fastest first: densest just within `limit_ms`, or over all latencies without a limit."""
+        """Pareto front, fastest first: most schedules close to `limit_ms`, or over all latencies without a limit."""
         losses = self.losses()
-        plans = sorted(self.plans(losses, limit_ms))  # neighbours share their first blocks
+        plans = sorted(self.plans(losses, limit_ms))  # in this order neighbours share their first blocks
         for done, tokens in enumerate(plans):
             self.progress("evaluating schedules", done, len(plans))
             self.candidate(tokens, tokens)
@@ -65,7 +65,7 @@ class Search:
         return pareto(list(self.found.values()))
 
     def losses(self) -> NDArray[np.float64]:
-        """(last + 1, levels) nats that a block adds by running on fewer tokens; sums are exact for single cuts."""
+        """Loss (nats) that each block adds when run on fewer tokens, (last + 1, levels); exact for single cuts."""
         self.candidate(self.dense, self.dense)
         below = self.levels[:-1]
         sampled = (
@@ -75,14 +75,14 @@ class Search:
         for block in range(self.last + 1):
             roots = []
             for done, tokens in enumerate(sampled):
-                self.progress("single cuts", block * len(sampled) + done, (self.last + 1) * len(sampled))
+                self.progress("evaluating single cuts", block * len(sampled) + done, (self.last + 1) * len(sampled))
                 kl = self.candidate(single_cut(self.staircase.vit, block, tokens), self.dense).kl
-                roots.append(max(kl, 0.0) ** 0.5)  # grows about evenly with the tokens lost
+                roots.append(max(kl, 0.0) ** 0.5)  # roughly linear in the number of tokens removed
             single[block] = np.interp(self.levels, [*sampled, self.dense[0]], [*roots, 0.0]) ** 2
         return single[:-1] - single[1:]
 
     def plans(self, losses: NDArray[np.float64], limit_ms: float | None) -> Iterator[Tokens]:
-        """Schedules with the least sum of losses: within the limit, or in every step of latency."""
+        """Schedules with the lowest sum of losses: within the limit, or in every step of latency."""
         dense = self.found[self.dense].predicted_ms
         paths = sorted(self._paths(losses, dense if limit_ms is None else limit_ms))
         if limit_ms is not None:
@@ -96,7 +96,7 @@ class Search:
                 yield tokens
 
     def _paths(self, losses: NDArray[np.float64], limit_ms: float) -> list[tuple[float, float, Tokens]]:
-        """(loss, ms, tokens) of the best schedules by bucket of latency and last count."""
+        """The best schedules by bucket of latency and last token count, as (loss, ms, tokens)."""
         levels, depth, scale = self.levels, len(self.dense), unit(self.staircase)
         ends = range(len(levels))
 
