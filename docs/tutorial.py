@@ -22,7 +22,7 @@ for point in staircase.points[::4]:
 # %% Schedule: how many tokens leave each block
 # The search compares schedules on a few pictures and needs no labels. It predicts latency from the staircase, so
 # nothing is measured here.
-goal = edgeprune.Goal(speedup=2)
+goal = edgeprune.Goal(speedup=2.4)
 schedule = edgeprune.schedule(staircase, images=LABELS, goal=goal, search_images=8)
 print("tokens per block:", schedule.tokens)
 print(f"predicted: {schedule.predicted_ms:.3f} ms instead of {staircase.dense.median_ms:.3f} ms")
