@@ -224,20 +224,20 @@ def page(rows: list[Row], command: str) -> str:
     lines = [
         "# Models",
         "",
-        f"**{told['ok']} of {told['plain']} plain VisionTransformer names are ok ({told['share_of_plain']:.1%})**; "
-        f"{len(told['failed'])} fail, {len(told['not_tried'])} were not tried here. Largest difference: "
+        f"**{told['ok']} of {told['plain']} plain VisionTransformer names work ({told['share_of_plain']:.1%})**; "
+        f"{len(told['failed'])} fail, {len(told['not_tried'])} were not tried. Largest difference: "
         f"{max(row.get('difference', 0.0) for row in rows):.1e}.",
-        f"timm registers {told['names']} names in its modules vision_transformer and deit. "
-        f"{told['names'] - told['plain']} of them are not plain: their blocks are not",
-        "timm's Attention followed by an MLP, and edgeprune refuses them by the name of what they have instead.",
+        f"timm registers {told['names']} names in its modules vision_transformer and deit. The blocks of "
+        f"{told['names'] - told['plain']} of them are",
+        "not timm's Attention followed by an MLP; edgeprune refuses these and says what they have instead.",
         "",
-        f"Each has random weights, every parameter shaken by {NOISE} of normal noise, and a {METHOD} schedule: cuts",
-        f"at a quarter, half and three quarters of the depth, to {shares} of the tokens; p: the last block",
-        "computes the prefix alone. The export is that of `edgeprune export --schedule`, fp32, batch 1. ok: every",
-        f"shape is static, the opset is {OPSET}, onnx's checker passes, and ONNX Runtime's logits on one random",
-        f"image differ from PyTorch's by at most {TOLERANCE} of their standard deviation (the column is that share).",
-        f"Above {INLINE_BYTES >> 30} GiB the weights lie beside the ONNX. A name built exactly like another (same",
-        "modules, settings and shapes) shares its result.",
+        f"Each model has random weights with added normal noise of {NOISE}, and a {METHOD} schedule: cuts at a quarter,",
+        f"half and three quarters of the depth, to {shares} of the tokens. p: the last block computes only the",
+        "prefix. The export is that of `edgeprune export --schedule`, fp32, batch 1. ok means: every shape is static,",
+        f"the opset is {OPSET}, onnx's checker passes, and ONNX Runtime's logits on one random image differ from",
+        f"PyTorch's by at most {TOLERANCE} of their standard deviation (the column gives that share).",
+        f"Weights above {INLINE_BYTES >> 30} GiB are in a file next to the ONNX. Names with the same modules, settings and",
+        "shapes share one result.",
         "",
         f"`{command}` with {versions}.",
         "",
