@@ -1,31 +1,44 @@
-# Two commands set up everything: `make demo` and `make test`. Nothing else needs to be installed first
-# but Python 3.10 to 3.13 with pip and venv.
+# `make demo` and `make test` set up everything themselves; nothing but Python 3.10 to 3.13 with pip and venv is needed.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+# Compiled modules are kept: without them every test that starts a Python compiles PyTorch's 2,000 files.
+unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint picture clean
+.PHONY: demo test lint fuzz docs picture clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/run.stamp
 	$(BIN)/edgeprune build --device cpu
 
-test: $(VENV)/dev.stamp $(VENV)/debian.stamp lint
+test: lint $(VENV)/debian.stamp
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check edgeprune tests benchmarks
 	$(BIN)/ruff format --check edgeprune tests benchmarks
+	$(BIN)/lint-imports
 	$(BIN)/mypy
+
+# Ten times as many mutated files, and a real build killed at twenty random moments.
+fuzz: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m slow
+
+docs: $(VENV)/docs.stamp
+	$(BIN)/mkdocs build --strict
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) -e ".[export,ort]"
 	touch $@
 
-$(VENV)/dev.stamp: $(VENV)/run.stamp
-	$(PIP) -e ".[export,ort,train]" -r requirements-dev.txt
+$(VENV)/dev.stamp: $(VENV)/run.stamp requirements-dev.txt
+	$(PIP) -r requirements-dev.txt
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/run.stamp docs/requirements.txt
+	$(PIP) -r docs/requirements.txt
 	touch $@
 
 # What some tests drive for real: a browser and an SSH server. Without root or apt-get those tests are skipped by name.
@@ -44,4 +57,4 @@ picture: $(VENV)/run.stamp $(VENV)/debian.stamp
 	  --window-size=1120,1565 --screenshot=docs/report.png "file://$(abspath $(VENV))/picture/report.html"
 
 clean:
-	rm -rf $(VENV) engines/.work
+	rm -rf $(VENV) engines/.work site

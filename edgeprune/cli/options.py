@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from edgeprune.errors import InputError
-from edgeprune.scheduling.goals import DEFAULT_ALPHA
+from edgeprune.scheduling import DEFAULT_ALPHA
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, a Jetson (see `edgeprune devices`), or your own .toml")]
 Model = Annotated[str, typer.Option(help="name of a timm VisionTransformer; default: the embedded model")]

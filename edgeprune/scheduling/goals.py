@@ -9,6 +9,7 @@ from edgeprune.errors import ScheduleError
 from edgeprune.io import encode, sha256_bytes
 from edgeprune.latency.staircase import predict_ms
 from edgeprune.records import Candidate, Schedule, Staircase, Vit
+from edgeprune.scheduling import DEFAULT_ALPHA
 
 
 class Score(Protocol):
@@ -20,9 +21,6 @@ class Score(Protocol):
     def agreement(self) -> float: ...
     @property
     def top1(self) -> float | None: ...
-
-
-DEFAULT_ALPHA = 0.5  # weight of latency in the utility if no other goal is given (arXiv 2407.05941, sec. 3)
 
 
 class Goal(NamedTuple):
