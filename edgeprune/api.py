@@ -10,7 +10,7 @@ from edgeprune import zoo
 from edgeprune.bundles.bundle import Bundle
 from edgeprune.records import Progress, Schedule, Staircase, silent
 from edgeprune.runtimes.remote.ssh import Host
-from edgeprune.runtimes.target import WORK
+from edgeprune.runtimes.steps import WORK
 from edgeprune.scheduling.goals import Goal
 
 if TYPE_CHECKING:

@@ -1,1 +1,1 @@
-"""Bundles timed side by side, against a stored baseline and the measured peak of the machine."""
+"""Bundles timed side by side, compared with a stored baseline and with the measured peak of the machine."""

@@ -1,4 +1,4 @@
-"""What a device computes at best: products of large square matrices, compiled and run by its own runtime."""
+"""The peak rate of a device: products of large square matrices, compiled and run by its own runtime."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from edgeprune.records import Setup
 from edgeprune.runtimes import Runtime
 from edgeprune.runtimes.inference import Open
 
-CHAIN = 8  # products in a row, so that casts at both ends do not count
+CHAIN = 8  # products one after another, so that the casts at both ends hardly count
 SIZES = (256, 512, 1024, 2048, 4096, 8192)
-GAIN = 1.05  # what a doubled size must be faster by for a larger one to be tried
-LIMIT_MS = 40.0  # of one run: it is measured between bundles
+GAIN = 1.05  # larger sizes are tried while doubling raises the rate by this factor
+LIMIT_MS = 40.0  # of one run, since it is measured in the same rounds as the bundles
 WARMUP = 40
 RUNS = 9
 
@@ -32,18 +32,18 @@ class Gemm:
     setup: Setup
     size: int
     open: Open
-    searched_ms: float  # median alone, before bundles were measured
+    searched_ms: float  # median when run alone, before the bundles
 
     @property
     def gflop(self) -> float:
-        """Operations of one run, 10⁹; two for each multiply-add."""
+        """10⁹ operations of one run; two for each multiply-add."""
         return 2 * CHAIN * self.size**3 / 1e9
 
 
 def largest_useful(runtime: Runtime, setup: Setup, folder: Path, only: int | None = None) -> Gemm:
-    """The size at which the most operations per second are reached, of SIZES; `only` compiles this one.
+    """The size of SIZES with the most operations per second; with `only`, just that size.
 
-    It is doubled while that gains and a run stays below LIMIT_MS. Raises EngineError, OutputError.
+    The size is doubled while the rate rises and a run stays below LIMIT_MS. Raises EngineError, OutputError.
     """
     if only is not None:
         return _compiled(runtime, setup, only, folder)
@@ -61,7 +61,7 @@ def largest_useful(runtime: Runtime, setup: Setup, folder: Path, only: int | Non
 
 def _compiled(runtime: Runtime, setup: Setup, size: int, folder: Path) -> Gemm:
     onnx_file, engine = folder / f"gemm-{size}.onnx", folder / f"gemm-{size}-engine{runtime.suffix}"
-    fp16 = setup.precision == "fp16" and not setup.simulated  # a simulation knows its own precision
+    fp16 = setup.precision == "fp16" and not setup.simulated  # a simulation applies its own precision
     write_bytes(onnx_file, gemm_onnx(size, fp16).SerializeToString())
     runtime.compile(onnx_file, setup, engine)
     with runtime.open(engine, setup) as session:
@@ -71,7 +71,7 @@ def _compiled(runtime: Runtime, setup: Setup, size: int, folder: Path) -> Gemm:
 
 
 def gemm_onnx(size: int, fp16: bool) -> onnx.ModelProto:
-    """x · W · W · … as a static ONNX, (size, size) fp32 in and out; W keeps the variance of x."""
+    """x · W · W · … as a static ONNX, (size, size) fp32 input and output; W preserves the variance of x."""
     kind = np.float16 if fp16 else np.float32
     weight = (np.random.default_rng(0).standard_normal((size, size), np.float32) / size**0.5).astype(kind)
     names = [f"x{i}" for i in range(CHAIN + 1)]

@@ -1,4 +1,4 @@
-"""A bundle as an object: its records, its predictions, its checks."""
+"""A bundle as an object of the Python API."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ class Bundle:
 
     @classmethod
     def load(cls, path: str | Path) -> Bundle:
-        """Open a bundle whose files are all there and unchanged. Raises InputError, RecordError."""
+        """Open a bundle and check the hashes of its files. Raises InputError, RecordError."""
         return cls(Path(path), load_bundle(Path(path)))
 
     @property
     def figures(self) -> Report:
-        """What was measured: latencies in ms, top-1 and agreement in percent, KL in nats; None is unknown."""
+        """Figures: latencies in ms, top-1 and agreement in percent, KL in nats; None is unknown."""
         return self.manifest.report
 
     @property
     def schedule(self) -> Schedule:
-        """Tokens leaving each block."""
+        """How many tokens leave each block, prefix tokens included."""
         return self.manifest.schedule
 
     @property
     def staircase(self) -> Staircase | None:
-        """The staircase that the schedule rests on, if the bundle holds one."""
+        """The staircase that the schedule was chosen on; None where the bundle has none. Raises RecordError."""
         return staircase_of(self.path) if STAIRCASE in self.manifest.files else None
 
     def predict(
@@ -47,7 +47,7 @@ class Bundle:
     ) -> Predictions:
         """The `top` likeliest classes of pictures (files, folders, or CSVs of them) by the bundle's engine.
 
-        Raises ImageError, DeviceError where the engine belongs to another machine, EngineError.
+        Raises InputError, ImageError, EngineError, and DeviceError where the engine was built for another machine.
         """
         from edgeprune.bundles.predict import predict
 
@@ -55,7 +55,7 @@ class Bundle:
         return predict(self.path, [Path(source) for source in sources], top, progress)
 
     def verify(self) -> list[Check]:
-        """Is it whole, does it belong on this machine, does it compute and time what it did?"""
+        """Check its files, its machine, its outputs and its latency; checks end at the first that fails."""
         from edgeprune.bundles.verify import verify
 
         return verify(self.path)

@@ -1,4 +1,4 @@
-"""Engine, manifest and golden input as one hashed folder that appears whole or not at all."""
+"""The folder of a bundle: engine, manifest with hashes, golden input and output; written completely or not at all."""
 
 from __future__ import annotations
 
@@ -50,8 +50,9 @@ def write_bundle(
 ) -> Manifest:
     """Write the folder `out`; an earlier bundle there is replaced only when the new one is complete.
 
-    `files` are copied under their new names: the engine, and the ONNX that it can be built from again.
-    `golden` is one batch of real input and its output. Raises OutputError.
+    `files` maps names in the bundle to the files copied there: the engine, and the ONNX that it can be compiled from.
+    `golden` is one batch of real input, (B, 3, H, W), and its output, (B, classes), both fp32. `extra` holds the
+    content of further files by name. Returns the manifest. Raises InputError, OutputError.
     """
     check_out(out)
     with writable(out):
@@ -79,34 +80,36 @@ def write_bundle(
             )
             (fresh / MANIFEST).write_bytes(encode(manifest))
             os.chmod(fresh, 0o755)
-            _take_place(fresh, out)
+            _replace(fresh, out)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
     return manifest
 
 
 def check_out(out: Path) -> None:
-    """Raise InputError where `out` holds something else than a bundle, OutputError where none can be written.
+    """Raise InputError where `out` is something other than a bundle, OutputError where it cannot be written.
 
-    Makes the folder above `out`.
+    Creates the parent folder, and cleans up after builds that were killed.
     """
     with writable(out):
         if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out} exists and is no bundle: choose another --out")
+            raise InputError(f"{out} exists and is not a bundle: choose another --out")
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()
-        for old in out.parent.glob(f".{out.name}.*.old"):  # what stood here when a build was killed as it took over
+        for old in out.parent.glob(
+            f".{out.name}.*.old"
+        ):  # the earlier bundle, where a build was killed while replacing it
             shutil.rmtree(old) if out.exists() else os.rename(old, out)
         for left in out.parent.glob(f".{out.name}.*.tmp"):
             if time.time() - left.stat().st_mtime > STALE_S:
                 shutil.rmtree(left, ignore_errors=True)
 
 
-def _take_place(fresh: Path, out: Path) -> None:
-    """Put `fresh` where `out` is, in one step: what was there is then where `fresh` was, and goes with it."""
+def _replace(fresh: Path, out: Path) -> None:
+    """Move `fresh` to `out` in one step; an earlier folder there ends up at the place of `fresh`, or is removed."""
     if not out.exists():
         os.rename(fresh, out)
-    elif not _exchanged(fresh, out):  # a file system without that: a kill between these two leaves `.old`
+    elif not _swapped(fresh, out):  # unsupported here; a kill between the two renames leaves `.old`
         old = fresh.with_suffix(".old")
         os.rename(out, old)
         try:
@@ -117,8 +120,8 @@ def _take_place(fresh: Path, out: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _exchanged(a: Path, b: Path) -> bool:
-    """Swap two folders by renameat2(2), Linux 3.15 and glibc 2.28; False where that is not to be had."""
+def _swapped(a: Path, b: Path) -> bool:
+    """Swap two folders with renameat2(2), Linux 3.15 and glibc 2.28; False where it is not supported."""
     try:
         swap = ctypes.CDLL(None).renameat2
     except (AttributeError, OSError):
@@ -127,22 +130,22 @@ def _exchanged(a: Path, b: Path) -> bool:
 
 
 def load_bundle(path: Path) -> Manifest:
-    """The manifest of a bundle whose files are all there and unchanged. Raises InputError, RecordError."""
+    """The manifest of a bundle, whose files are checked by their hashes. Raises InputError, RecordError."""
     if not (path / MANIFEST).is_file():
-        raise InputError(f"{path}: no bundle ({MANIFEST} is missing): make one with edgeprune build")
+        raise InputError(f"{path}: not a bundle ({MANIFEST} is missing): make one with edgeprune build")
     manifest = decode(read_bytes(path / MANIFEST), Manifest, str(path / MANIFEST))
     for name, digest in manifest.files.items():
         file = path / name
-        if not file.is_file() or file.is_symlink():  # that a name stays in the folder, Manifest sees to
+        if not file.is_file() or file.is_symlink():  # Manifest has checked that names stay in the folder
             raise InputError(f"{path}: {name} is missing: build the bundle again")
         found = sha256_file(file)
         if found != digest:
             raise InputError(
-                f"{path}: {name} has sha256 {found[:12]}…, the manifest says {digest[:12]}…: it was changed "
-                "or cut short, copy or build the bundle again"
+                f"{path}: {name} has sha256 {found[:12]}…, not {digest[:12]}… as in the manifest: it was "
+                "changed or truncated, copy or build the bundle again"
             )
     if manifest.engine.path not in manifest.files:
-        raise InputError(f"{path}: the engine {manifest.engine.path} is not in the manifest: build it again")
+        raise InputError(f"{path}: the engine {manifest.engine.path} is not in the manifest: build the bundle again")
     return manifest
 
 

@@ -1,4 +1,4 @@
-"""Pictures through a bundle's engine: the likeliest classes by name, and how long it took."""
+"""Classification of pictures with a bundle's engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from edgeprune.latency.timing import WARMUP, latency_of
 from edgeprune.records import Latency, Progress, Setup, silent
 from edgeprune.stats import log_softmax
 
-TIMED = 20  # inferences whose median is given
+TIMED = 20  # inferences that the latency is measured on
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of one bundle on this machine; `latency` is of one batch on the device, preprocessing aside."""
+    """Predictions of one bundle on this machine; `latency` is of one batch, without preprocessing."""
 
     bundle: Path
     model: str
@@ -47,7 +47,7 @@ class Predictions:
 
 
 def predict(bundle: Path, sources: Sequence[Path], top: int = 5, progress: Progress = silent) -> Predictions:
-    """The `top` likeliest classes of pictures; sources are pictures, folders, or CSVs. Read one batch at a time.
+    """The `top` likeliest classes of pictures; sources are pictures, folders, or CSVs, read one batch at a time.
 
     Raises ImageError, InputError, DeviceError, EngineError.
     """
@@ -63,7 +63,8 @@ def predict(bundle: Path, sources: Sequence[Path], top: int = 5, progress: Progr
             for images, real in batches(pixels, how, batch):
                 shares = np.exp(log_softmax(session.infer(images)[:real])) * 100
                 if shares.shape[1] != len(manifest.labels):
-                    raise EngineError(f"{bundle}: the engine gives {shares.shape[1]} classes: build it again")
+                    sizes = f"{shares.shape[1]} outputs for {len(manifest.labels)} classes"
+                    raise EngineError(f"{bundle}: the engine has {sizes}: build it again")
             for path, row in zip(part, shares, strict=True):
                 best = row.argsort()[::-1][:top]
                 found = tuple(ClassScore(int(i), manifest.labels[i], float(row[i])) for i in best)
@@ -74,7 +75,7 @@ def predict(bundle: Path, sources: Sequence[Path], top: int = 5, progress: Progr
 
 
 def _pictures(source: Path) -> tuple[Path, ...]:
-    """A picture itself, or all of a folder or a CSV."""
+    """The picture itself, or all pictures of a folder or a CSV."""
     if source.is_dir() or source.suffix.lower() == ".csv":
         return load_images(source).paths
     return (source,)

@@ -1,4 +1,4 @@
-"""Bundles to devices over OpenSSH: resumed, hash-checked and verified there before one link is switched to them."""
+"""Copies bundles to devices over OpenSSH: resumed, checked by hash, verified there, then switched to by one link."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CURRENT, PREVIOUS = "current", "previous"
 
 
 class Destination(Record, frozen=True, kw_only=True):
-    """A folder on a machine."""
+    """A folder on another machine."""
 
     host: str  # USER@HOST, or a name of ~/.ssh/config
     dir: str
@@ -40,7 +40,7 @@ class Fleet(Record, frozen=True, kw_only=True):
 
 
 class Shipped(NamedTuple):
-    """How it went: `state` is switched, current (it was there already) or failed."""
+    """The result at one destination: `state` is switched, current (it was current already) or failed."""
 
     to: str
     state: str
@@ -49,11 +49,11 @@ class Shipped(NamedTuple):
 
 
 def destination(text: str, program: str = "edgeprune") -> Destination:
-    """USER@HOST:DIR. Raises InputError."""
+    """Parse USER@HOST:DIR. Raises InputError."""
     host, colon, folder = text.rpartition(":") if text.count(":") == 1 else text.partition("]:")
     host = f"{host}]" if colon == "]:" else host
     if not (host and colon and folder):
-        raise InputError(f"{text!r} is no destination: write USER@HOST:DIR")
+        raise InputError(f"{text!r} is not a destination: write USER@HOST:DIR")
     return Destination(host=host, dir=folder, program=program)
 
 
@@ -70,7 +70,7 @@ def fleet(path: Path) -> tuple[Destination, ...]:
 
 
 def ship_all(bundle: Path, to: Sequence[Destination], progress: Progress = silent) -> list[Shipped]:
-    """`ship` to several at once; with one, the progress is that of its files. Raises InputError for a bad bundle."""
+    """Ship to several destinations at once; with a single one, progress counts bytes. Raises InputError."""
     load_bundle(bundle)
     if len(to) == 1:
         return [ship(bundle, to[0], progress)]
@@ -80,7 +80,7 @@ def ship_all(bundle: Path, to: Sequence[Destination], progress: Progress = silen
 def each(
     action: Callable[[Destination], Shipped], to: Sequence[Destination], progress: Progress = silent
 ) -> list[Shipped]:
-    """An action at several destinations at once; what fails at one does not touch the others."""
+    """Run an action at several destinations at once; a failure at one does not affect the others."""
 
     def one(where: Destination) -> Shipped:
         try:
@@ -97,51 +97,51 @@ def each(
 
 
 def ship(bundle: Path, to: Destination, progress: Progress = silent) -> Shipped:
-    """Copy a bundle to DIR/<name>-<hash>, verify it there, then let DIR/current lead to it, DIR/previous to the last.
+    """Copy a bundle to DIR/<name>-<hash>, verify it there, then point the link DIR/current at it.
 
-    Versions before the last are removed. A file that was cut short goes on where it stopped. The far end needs a
-    POSIX shell, coreutils, flock and edgeprune. Raises HostError, after which DIR/current leads where it
-    did, and InputError for a simulated bundle.
+    DIR/previous points at the version before; older ones are removed. Interrupted copies are resumed. The host needs
+    a POSIX shell, coreutils, flock and edgeprune. Raises HostError, in which case DIR/current is unchanged, and
+    InputError for a damaged or simulated bundle.
     """
     manifest = load_bundle(bundle)
     digest = sha256_file(bundle / MANIFEST)
     schedule, setup = manifest.schedule, manifest.engine.setup
     if setup.simulated:
-        raise InputError(f"{bundle} is simulated, no engine of a device: build it there, or ship what was measured")
+        raise InputError(f"{bundle} is simulated, it has no engine for a device: build it on the device first")
     name = f"{manifest.vit.name}-{schedule.method}-{setup.precision}-b{setup.batch}-{digest[:12]}"
     if not re.fullmatch(r"[\w.-]+", name):
-        raise InputError(f"{name!r} is no name for a folder: rename the model")
+        raise InputError(f"{name!r} cannot be the name of a folder: rename the model")
     files = {**manifest.files, MANIFEST: digest}
-    far = _Far(to, f".{name}.part")
+    remote = _RemoteFolder(to, f".{name}.part")
     where = f"{to.host}:{to.dir}"
-    with far.locked():
-        if far.run(f"readlink {CURRENT} || true").strip() == name:
-            far.verify(name)
+    with remote.locked():
+        if remote.run(f"readlink {CURRENT} || true").strip() == name:
+            remote.verify(name)
             return Shipped(where, "current", name)
         sent = 0
-        if far.run(f"test -d {far.quoted(name)} && echo there || true").strip() != "there":
-            sent = far.fill(bundle, files, progress)
-            far.verify(f".{name}.part")
-            far.run(f"mv {far.incoming} {far.quoted(name)}")
+        if remote.run(f"test -d {remote.quoted(name)} && echo there || true").strip() != "there":
+            sent = remote.fill(bundle, files, progress)
+            remote.verify(f".{name}.part")
+            remote.run(f"mv {remote.incoming} {remote.quoted(name)}")
         else:
-            far.verify(name)
-        far.switch(name)
+            remote.verify(name)
+        remote.switch(name)
     return Shipped(where, "switched", name, sent)
 
 
 def roll_back(to: Destination) -> Shipped:
-    """Let DIR/current lead to the previous version again, once that is verified. Raises HostError."""
-    far = _Far(to, "")
-    with far.locked():
-        name = far.run(f"readlink {PREVIOUS} || true").strip()
+    """Verify the previous version and point DIR/current at it again. Raises HostError."""
+    remote = _RemoteFolder(to, "")
+    with remote.locked():
+        name = remote.run(f"readlink {PREVIOUS} || true").strip()
         if not re.fullmatch(r"[\w.-]+", name):
             raise HostError(f"{to.host}:{to.dir} has no previous version: ship one")
-        far.verify(name)
-        far.switch(name)
+        remote.verify(name)
+        remote.switch(name)
     return Shipped(f"{to.host}:{to.dir}", "switched", name)
 
 
-class _Far:
+class _RemoteFolder:
     """Commands in a folder on another machine."""
 
     def __init__(self, to: Destination, incoming: str) -> None:
@@ -150,35 +150,35 @@ class _Far:
 
     @staticmethod
     def quoted(name: str) -> str:
-        """For a shell, never read as an option."""
+        """A name quoted for the shell; never taken for an option."""
         return shlex.quote(f"./{name}")
 
     def _inside(self, script: str) -> str:
-        """`script` in the folder, which may be ~ or begin with ~/."""
+        """`script` preceded by a cd into the folder, which may begin with ~/."""
         first, _, rest = self.to.dir.partition("/")
         place = f'"$HOME"/{shlex.quote(rest)}' if first == "~" else shlex.quote(self.to.dir)
         return f"set -e; mkdir -p -- {place}; cd -- {place}; {script}"
 
     def run(self, script: str) -> str:
-        """What a script prints. Raises HostError where it fails."""
+        """The output of a script. Raises HostError where it fails."""
         with Channel(self.host, self._inside(script)) as channel:
             said = channel.stdout.read().decode(errors="replace")
             if channel.end():
-                raise channel.trouble()
+                raise channel.failure()
         return said
 
     def locked(self) -> Channel:
-        """Nobody else ships into the folder until this ends, be it by a cut connection. Raises HostError."""
+        """Lock the folder until the channel ends or the connection is lost. Raises HostError."""
         script = f"exec 9>.ship.lock; flock -n 9 || exit {BUSY}; echo ready; cat >/dev/null"
         channel = Channel(self.host, self._inside(script))
         if channel.stdout.readline().strip() != b"ready":
             if channel.end() == BUSY:
-                raise HostError(f"{self.to.host}:{self.to.dir}: another ship is under way: wait for it")
-            raise channel.trouble()
+                raise HostError(f"{self.to.host}:{self.to.dir}: another ship is running: wait for it")
+            raise channel.failure()
         return channel
 
     def fill(self, bundle: Path, files: dict[str, str], progress: Progress) -> int:
-        """Send what is missing of all files (name -> sha256) and compare hashes there; how many bytes that took."""
+        """Send what the host lacks of all files (name -> sha256) and check their hashes; the number of bytes sent."""
         there, sent = self._files(), 0
         whole = sum((bundle / name).stat().st_size for name in files)
         for name in files:
@@ -192,18 +192,20 @@ class _Far:
             found = there.get(name, (0, ""))[1]
             if found != wanted:
                 self.run(f"rm -f {self.incoming}/{shlex.quote(name)}")
-                raise HostError(f"{name} arrived as {found[:12]}…, not {wanted[:12]}…: run it again")
+                raise HostError(
+                    f"{name} arrived damaged (sha256 {found[:12]}…, not {wanted[:12]}…): run the command again"
+                )
         return sent
 
     def _files(self) -> dict[str, tuple[int, str]]:
-        """Size and sha256 of what has arrived, by name."""
+        """Size in bytes and sha256 of the files that have arrived, by name."""
         script = 'for f in *; do if [ -f "$f" ]; then echo "$(wc -c < "$f") $(sha256sum < "$f") $f"; fi; done'
         lines = self.run(f"mkdir -p {self.incoming}; cd {self.incoming}; {script}").splitlines()
         rows = (line.split(None, 3) for line in lines)  # sha256sum writes "hash  -"
         return {name: (int(size), digest) for size, digest, _, name in rows}
 
     def _send(self, file: Path, start: int) -> int:
-        """Append a file from `start` on; how many bytes."""
+        """Send a file from byte `start` on and append it; the number of bytes sent."""
         place = f"{self.incoming}/{shlex.quote(file.name)}"
         with (
             Channel(self.host, self._inside(f"cat {'>>' if start else '>'} {place}")) as channel,
@@ -214,29 +216,29 @@ class _Far:
                 try:
                     channel.stdin.write(piece)
                 except OSError:
-                    raise channel.trouble() from None
+                    raise channel.failure() from None
             if channel.end():
-                raise channel.trouble()
+                raise channel.failure()
         return file.stat().st_size - start
 
     def verify(self, name: str) -> None:
-        """Run `edgeprune verify` there. Raises HostError with the line that it ends with."""
+        """Run `edgeprune verify` there. Raises HostError with the last line of its output."""
         with Channel(self.host, self._inside(f"{self.to.program} verify {self.quoted(name)} 2>&1")) as channel:
             said = channel.stdout.read().decode(errors="replace").strip().splitlines()
             if channel.end():
                 if not said:
-                    raise channel.trouble()
-                raise HostError(f"verify at {self.to.host} failed, {CURRENT} stays as it was: {said[-1][:400]}")
+                    raise channel.failure()
+                raise HostError(f"verify at {self.to.host} failed, {CURRENT} is unchanged: {said[-1][:400]}")
 
     def switch(self, name: str) -> None:
-        """`current` leads to `name`, `previous` to what it led to, each replaced in one step; older versions go."""
+        """Point `current` at `name` and `previous` at the version before, each in one step; remove older versions."""
         link = shlex.quote(name)
         self.run(
             f"old=$(readlink {CURRENT} || true); "
             f'if [ -n "$old" ] && [ "$old" != {link} ]; then ln -s -- "$old" .{PREVIOUS}.new; '
             f"mv -fT .{PREVIOUS}.new {PREVIOUS}; fi; "
             f"rm -f .{CURRENT}.new; ln -s -- {link} .{CURRENT}.new; mv -fT .{CURRENT}.new {CURRENT}; sync; "
-            f"for one in *-{12 * '[0-9a-f]'}; do "  # what was shipped before the last
+            f"for one in *-{12 * '[0-9a-f]'}; do "  # versions before the previous one
             f'[ "$one" = {link} ] || [ "$one" = "$(readlink {PREVIOUS})" ] || [ ! -f "$one/{MANIFEST}" ] '
             '|| rm -rf -- "./$one"; done'
         )

@@ -1,4 +1,4 @@
-"""A bundle as an entry of a Triton model repository: the plain engine, its configuration and its labels."""
+"""A bundle as an entry of a Triton model repository: the engine, its configuration and its labels."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ BACKENDS = {".engine": ("tensorrt", "model.plan"), ".onnx": ("onnxruntime", "mod
 
 
 def triton_entry(bundle: Path, repository: Path, name: str | None = None) -> Path:
-    """Write `repository`/NAME/{config.pbtxt, labels.txt, 1/model.plan or model.onnx}; the folder appears whole.
+    """Write `repository`/NAME/{config.pbtxt, labels.txt, 1/model.plan or model.onnx}, completely or not at all.
 
-    The batch is part of the static shapes, so `max_batch_size` is 0 and dims hold it. Raises InputError where
-    the entry is there already, OutputError.
+    The batch is part of the static shapes, so `max_batch_size` is 0 and it is the first of dims. Returns the folder.
+    Raises InputError where the entry exists already, OutputError.
     """
     manifest = load_bundle(bundle)
     setup, vit, engine = manifest.engine.setup, manifest.vit, bundle / manifest.engine.path
     name = name or f"{vit.name}-{manifest.schedule.method}-{setup.precision}-b{setup.batch}"
     if Path(name).name != name or name.startswith("."):
-        raise InputError(f"{name!r} is no name of a model: use letters, digits, - and _")
+        raise InputError(f"{name!r} cannot be the name of a model: use letters, digits, - and _")
     out = repository / name
     if out.exists():
-        raise InputError(f"{out} is there already: choose another --name, or remove it")
+        raise InputError(f"{out} exists already: choose another --name, or remove it")
     backend, file = BACKENDS[engine.suffix]
     graph = load_graph(bundle / ONNX).graph
     inputs = _tensor("input", graph.input[0].name, (setup.batch, 3, vit.image_px, vit.image_px))
@@ -59,5 +59,5 @@ def triton_entry(bundle: Path, repository: Path, name: str | None = None) -> Pat
 
 
 def _tensor(kind: str, name: str, dims: tuple[int, ...], more: str = "") -> str:
-    """One tensor in protobuf's text format; JSON's strings are valid there."""
+    """One tensor in the text format of protobuf, which takes JSON's strings."""
     return f"{kind} [ {{ name: {json.dumps(name)} data_type: TYPE_FP32 dims: {list(dims)} {more} }} ]\n"

@@ -39,7 +39,7 @@ from edgeprune.cli.options import (
     goal_from,
     overrides_from,
 )
-from edgeprune.runtimes.target import WORK
+from edgeprune.runtimes.steps import WORK
 from edgeprune.zoo import EMBEDDED
 
 
@@ -164,7 +164,7 @@ def compare(
     rows = compare_rows(comparison)
     output.show(compare_table(rows), as_json)
     for method, policy, target, reason in comparison.missing:
-        output.tell(f"not reached: {method}, {policy}, {target}x: {reason}", True)
+        output.tell(f"target not reached by {method} ({policy}) at {target}x: {reason}", True)
     if plot is not None and rows:
         write_bytes(plot, compare_svg(rows))
         output.tell(f"plot: {plot}", as_json)

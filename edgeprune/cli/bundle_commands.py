@@ -21,18 +21,18 @@ from edgeprune.errors import HostError, VerifyError
 def bench(
     bundles: Annotated[list[Path], typer.Argument(help="folders that `edgeprune build` wrote")],
     rounds: Annotated[int, typer.Option(help="interleaved rounds", min=5)] = 60,
-    baseline: Annotated[Path | None, typer.Option(help="earlier --out (or saved --json) to compare with")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="file of an earlier --out or --json to compare with")] = None,
     fail_slower: Annotated[
         float | None, typer.Option(help="exit 3 if slower than the baseline by more than this percentage", min=0)
     ] = None,
     summary: Annotated[Path | None, typer.Option(help="Markdown for the summary of a CI job")] = None,
-    out: Annotated[Path | None, typer.Option(help="where the JSON goes, a baseline for later")] = None,
+    out: Annotated[Path | None, typer.Option(help="write the JSON there, as a baseline for later")] = None,
     lock_clocks: LockClocks = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure bundles, interleaved, on this machine; exit 3 where one is slower than a baseline allows."""
+    """Time bundles side by side on this machine; exit 3 where one is slower than a baseline allows."""
     if fail_slower is not None and (baseline is None or not fail_slower < 1e6):
-        raise typer.BadParameter("--fail-slower is a percentage over a stored bench: pass --baseline FILE too")
+        raise typer.BadParameter("--fail-slower is a percentage above a baseline: pass --baseline FILE too")
     import json
 
     from edgeprune.benchmark.baseline import failure
@@ -81,7 +81,7 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="folder that `edgeprune build` or `compile` wrote")],
     as_json: AsJson = False,
 ) -> None:
-    """Check that a bundle is whole, belongs on this machine, and computes and times what it did."""
+    """Check that a bundle is complete, fits this machine, and has the outputs and latency it had when built."""
     from edgeprune.bundles.verify import SIMULATED
     from edgeprune.bundles.verify import verify as run
     from edgeprune.cli.tables import verify_table
@@ -103,7 +103,9 @@ def ship(
     bundle: Annotated[Path | None, typer.Argument(help="folder that `edgeprune build` or `compile` wrote")] = None,
     to: Annotated[str | None, typer.Argument(help="USER@HOST:DIR")] = None,
     all_: Annotated[Path | None, typer.Option("--all", help="hosts.toml: several destinations at once")] = None,
-    roll_back: Annotated[bool, typer.Option("--roll-back", help="switch to the version before instead")] = False,
+    roll_back: Annotated[
+        bool, typer.Option("--roll-back", help="switch back to the previous version instead")
+    ] = False,
     host_program: HostProgram = "edgeprune",
     as_json: AsJson = False,
 ) -> None:
@@ -133,7 +135,7 @@ def ship(
 def export_triton(
     bundle: Annotated[Path, typer.Argument(help="folder that `edgeprune build` or `compile` wrote")],
     repository: Annotated[Path, typer.Argument(help="Triton model repository")],
-    name: Annotated[str | None, typer.Option(help="of the model there")] = None,
+    name: Annotated[str | None, typer.Option(help="name of the model in the repository")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Write a bundle's engine as an entry of a Triton model repository."""
@@ -148,11 +150,11 @@ def export_triton(
 @app.command()
 def report(
     bundle: Annotated[Path, typer.Argument(help="folder that `edgeprune build` wrote")],
-    out: Annotated[Path | None, typer.Option(help="where the page goes; default: the one in the bundle")] = None,
-    open_it: Annotated[bool, typer.Option("--open", help="show it in the browser")] = False,
+    out: Annotated[Path | None, typer.Option(help="file to write; default: the page in the bundle")] = None,
+    open_it: Annotated[bool, typer.Option("--open", help="open it in the browser")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Draw the page of a bundle again from what the bundle holds, and say where it is."""
+    """Write the HTML page of a bundle again, and print where it is."""
     from edgeprune.html_report.page import page_of_bundle
 
     path = page_of_bundle(bundle, out)

@@ -17,7 +17,7 @@ from edgeprune.cli.options import (
 
 @app.command()
 def devices(as_json: AsJson = False) -> None:
-    """List the devices that edgeprune knows."""
+    """List the devices that edgeprune supports."""
     from edgeprune.cli.rows import device_rows
     from edgeprune.cli.tables import device_table
 
@@ -29,7 +29,7 @@ def devices(as_json: AsJson = False) -> None:
 
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
-    """Say what is installed here, what this machine is, and what would make its figures untrustworthy."""
+    """Check the installation and this machine for anything that makes latencies unreliable."""
     from edgeprune.cli.tables import doctor_table
     from edgeprune.devices.doctor import examine
 
@@ -43,12 +43,12 @@ WORKER_WORK = Path("~/.cache/edgeprune")
 
 
 @app.command(hidden=True)
-def worker(work: Annotated[Path, typer.Option(help="folder that keeps what was sent")] = WORKER_WORK) -> None:
-    """The device's end of `--host`: speaks to a workstation over stdin and stdout."""
+def worker(work: Annotated[Path, typer.Option(help="folder that keeps received files")] = WORKER_WORK) -> None:
+    """The part of `--host` that runs on the device; talks to a workstation over stdin and stdout."""
     import os
 
     from edgeprune.runtimes.remote.worker import serve
 
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what a library prints must not come between the answers
+    os.dup2(2, 1)  # prints of libraries must not mix with the answers
     serve(sys.stdin.buffer, answers, work)

@@ -1,4 +1,4 @@
-"""Commands that plan: profile, schedule."""
+"""Commands that prepare a schedule: profile, schedule."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from edgeprune.cli.options import (
     Work,
     goal_from,
 )
-from edgeprune.runtimes.target import WORK
+from edgeprune.runtimes.steps import WORK
 from edgeprune.zoo import EMBEDDED
 
 
@@ -43,7 +43,7 @@ def profile(
     device: Device = "cpu",
     model: Model = EMBEDDED,
     weights: Weights = None,
-    trunk: Annotated[Path | None, typer.Option(help="trunk.onnx of `export --trunk`: needs no torch")] = None,
+    trunk: Annotated[Path | None, typer.Option(help="trunk.onnx of `edgeprune export --trunk`; needs no torch")] = None,
     method: Method = "none",
     precision: Precision = "fp32",
     batch: Batch = 1,
@@ -53,10 +53,10 @@ def profile(
     host: OnHost = None,
     host_program: HostProgram = "edgeprune",
     work: Work = WORK,
-    out: Annotated[Path, typer.Option(help="where the staircase goes")] = Path("staircase.json"),
+    out: Annotated[Path, typer.Option(help="file for the staircase")] = Path("staircase.json"),
     as_json: AsJson = False,
 ) -> None:
-    """Measure the staircase of a model: latency over token counts, and its treads."""
+    """Measure the latency staircase of a model: latency over token counts, and its treads."""
     from edgeprune.cli.rows import profile_row
     from edgeprune.cli.tables import profile_table
     from edgeprune.html_report.files import staircase_svg
@@ -79,7 +79,7 @@ def profile(
 
 @app.command()
 def schedule(
-    staircase: Annotated[Path, typer.Argument(help="staircase.json of `edgeprune profile`")],
+    staircase: Annotated[Path, typer.Argument(help="staircase.json written by `edgeprune profile`")],
     model: Model = EMBEDDED,
     weights: Weights = None,
     images: Images = None,
@@ -93,10 +93,10 @@ def schedule(
     whole_last: WholeLast = False,
     search_images: SearchImages = 128,
     work: Work = WORK,
-    out: Annotated[Path, typer.Option(help="where the schedule goes")] = Path("schedule.json"),
+    out: Annotated[Path, typer.Option(help="file for the schedule")] = Path("schedule.json"),
     as_json: AsJson = False,
 ) -> None:
-    """Choose the tokens that each block keeps, from a staircase and pictures."""
+    """Choose how many tokens each block keeps, from a staircase and pictures."""
     from edgeprune.cli.tables import runs
     from edgeprune.io import save
     from edgeprune.pipeline.context import Options

@@ -1,4 +1,4 @@
-"""What a person reads and a program parses: tables, and the rows of the command contract."""
+"""Tables for the terminal."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def build_table(manifest: Manifest) -> Table:
-    """Unpruned against pruned."""
+    """Unpruned and pruned model side by side."""
     from rich.table import Table
 
     setup, schedule, report = manifest.engine.setup, manifest.schedule, manifest.report
@@ -49,16 +49,16 @@ def build_table(manifest: Manifest) -> Table:
 
 
 def evaluated_on(images: int, held_out: bool | None) -> str:
-    """Which images figures are of, for a caption."""
+    """Which images the figures were measured on, for a caption."""
     if held_out is None:
         return f"{images} images"
     if held_out:
-        return f"{images} images that the schedule was not chosen on"
-    return f"all {images} images, the schedule was chosen on some of them: pass more --images for unbiased figures"
+        return f"{images} images not used to choose the schedule"
+    return f"all {images} images, some also used to choose the schedule: pass more --images for unbiased figures"
 
 
 def runs(tokens: tuple[int, ...]) -> str:
-    """(197, 197, 120) as "197 x 2, 120"."""
+    """Tokens per block in short: (197, 197, 120) as "197 x 2, 120"."""
     parts: list[list[int]] = []
     for count in tokens:
         if parts and parts[-1][0] == count:
@@ -81,7 +81,7 @@ def _ms(latency: Latency | None) -> str:
 
 
 def profile_table(staircase: Staircase) -> Table:
-    """Treads with their latency."""
+    """The treads of a staircase with their latency."""
     from rich.table import Table
 
     simulated = " (simulated)" if staircase.setup.simulated else ""
@@ -100,7 +100,7 @@ def profile_table(staircase: Staircase) -> Table:
 
 
 def run_table(found: Predictions) -> Table:
-    """Pictures with their likeliest classes."""
+    """Images with their likeliest classes."""
     from rich.table import Table
 
     simulated = ", SIMULATED latency" if found.setup.simulated else ""
@@ -114,7 +114,7 @@ def run_table(found: Predictions) -> Table:
 
 
 def verify_table(bundle: str, checks: Sequence[Check]) -> Table:
-    """What was expected of a bundle and what was found."""
+    """The checks of a bundle: expected, found, and what to do."""
     from rich.table import Table
 
     table = Table(title=bundle)
@@ -126,7 +126,7 @@ def verify_table(bundle: str, checks: Sequence[Check]) -> Table:
 
 
 def ship_table(results: Sequence[Shipped]) -> Table:
-    """Destinations and how it went."""
+    """Destinations with their results."""
     from rich.table import Table
 
     table = Table(title="shipped")
@@ -138,11 +138,11 @@ def ship_table(results: Sequence[Shipped]) -> Table:
 
 
 def device_table(rows: list[dict[str, Any]]) -> Table:
-    """The devices."""
+    """Devices, one per line."""
     from rich.table import Table
 
     table = Table(title="devices")
-    for column in ("name", "what it is", "runtime", "SMs", "GiB", "TensorRT", "JetPack", "--simulate"):
+    for column in ("name", "description", "runtime", "SMs", "GiB", "TensorRT", "JetPack", "--simulate"):
         table.add_column(column)
     for row in rows:
         runtime = row["runtime"] if row["build"] else "planning only"
@@ -153,7 +153,7 @@ def device_table(rows: list[dict[str, Any]]) -> Table:
 
 
 def doctor_table(findings: list[Any]) -> Table:
-    """What the doctor found."""
+    """Findings of the doctor."""
     from rich.table import Table
 
     colours = {"ok": "green", "info": "dim", "warning": "yellow"}
@@ -166,7 +166,7 @@ def doctor_table(findings: list[Any]) -> Table:
 
 
 def compare_table(rows: list[dict[str, Any]]) -> Table:
-    """Entries by target speed-up, the lowest KL first."""
+    """Entries of a comparison by target speed-up, the lowest KL first."""
     from rich.table import Table
 
     first = rows[0] if rows else {}

@@ -1,4 +1,4 @@
-"""The socket for devices: one TOML file each; which there are, and which of them this machine is."""
+"""Devices, one TOML file each, and which of them this machine is."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def load_device(name: str) -> Device:
     if name.endswith(".toml"):
         return parse(read_bytes(Path(name), MAX_TOML_BYTES), name)
     if name not in names():
-        raise DeviceError(f"no device {name!r}: choose {', '.join(names())}, or give your own .toml file")
+        raise DeviceError(f"unknown device {name!r}: choose {', '.join(names())}, or pass your own .toml file")
     return parse((resources.files(__name__) / f"{name}.toml").read_bytes(), f"{name}.toml")
 
 
@@ -54,7 +54,7 @@ def parse(data: bytes, source: str) -> Device:
 
 
 def _problem(device: Device) -> str | None:
-    """The first field with the right type but an unusable value; the name becomes a folder's name."""
+    """The first field with an unusable value, and why; None where all are good."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", device.name):
         return "$.name: use lower-case letters, digits, - and _"
     figures: dict[str, float | None] = {"sm_count": device.sm_count, "memory_gib": device.memory_gib}
@@ -85,7 +85,7 @@ def _trt_problem(options: TrtOptions | None) -> str | None:
 
 
 def this_machine() -> str:
-    """What this machine is, in one line: the board's own name, else the CPU and, if one answers, the GPU."""
+    """The name of this machine on one line: the board's name, else the CPU and the GPU if there is one."""
     if board := _first_line(DEVICE_TREE):
         return board
     cpu = platform.processor() or platform.machine() or "unknown processor"
@@ -103,7 +103,7 @@ def nvidia_gpu() -> str | None:
 
 
 def run(command: str, timeout_s: float = 20) -> str | None:
-    """What a command prints; None where it does not exist, fails or hangs."""
+    """The output of a command; None where it does not exist, fails, or takes longer than `timeout_s`."""
     try:
         done = subprocess.run(
             shlex.split(command), capture_output=True, text=True, errors="replace", timeout=timeout_s
@@ -117,23 +117,23 @@ def check_is_here(device: Device) -> None:
     """Raise DeviceError unless engines for `device` can be built and timed on this machine.
 
     A device with `machine` must find one of those strings in this machine's name; one without needs an
-    NVIDIA GPU if it names TensorRT versions (cuda) and nothing otherwise (cpu).
+    NVIDIA GPU if it has a range of TensorRT versions (cuda), and nothing otherwise (cpu).
     """
     plan = "plan with --simulate" if device.simulation else "choose --device cpu"
     if not device.build:
         raise DeviceError(f"device {device.name} cannot be built for: {device.reason}: {plan}")
-    away = f"device {device.name} is not this machine"
+    elsewhere = f"device {device.name} is not this machine"
     if device.machine:
         here = this_machine()
         if not any(part in here for part in device.machine):
-            raise DeviceError(f"{away} (this is {here}): run there, or {plan}")
+            raise DeviceError(f"{elsewhere} (this is {here}): run there, or {plan}")
     elif device.tensorrt is not None and nvidia_gpu() is None:
-        here = f"{this_machine()}; no NVIDIA GPU answers {NVIDIA_SMI.split()[0]}"
-        raise DeviceError(f"{away} (this is {here}): run there, or {plan}")
+        here = f"{this_machine()}; {NVIDIA_SMI.split()[0]} finds no NVIDIA GPU"
+        raise DeviceError(f"{elsewhere} (this is {here}): run there, or {plan}")
 
 
 def _first_line(path: Path) -> str:
-    """A small system file's first line without its NUL; empty if there is none."""
+    """The first line of a small system file without its NUL; empty where the file is absent."""
     try:
         return path.read_bytes().replace(b"\0", b"").decode(errors="replace").strip().partition("\n")[0]
     except OSError:

@@ -1,4 +1,4 @@
-"""What is installed here, what this machine is, and what would make its figures untrustworthy."""
+"""Checks of the installation and of this machine: what would make its latencies unreliable."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Finding(NamedTuple):
 
 
 def examine() -> list[Finding]:
-    """Look, and change nothing."""
+    """All findings; nothing is changed."""
     return [*_software(), *_machine()]
 
 
@@ -66,11 +66,11 @@ def _machine() -> list[Finding]:
     found = [Finding("machine", "ok", f"{this_machine()}, {cores} processors")]
     governor = _read(CPU / "cpu0/cpufreq/scaling_governor")
     if governor is None:
-        found.append(Finding("governor", "info", "clocks cannot be read (virtual machine?): expect drift"))
+        found.append(Finding("governor", "info", "cannot be read (virtual machine?): expect drift"))
     elif governor == "performance":
         found.append(Finding("governor", "ok", governor))
     else:
-        what = f"{governor}: clocks follow the load, set it to performance before measuring"
+        what = f"{governor}: clocks change with the load, set it to performance before measuring"
         found.append(Finding("governor", "warning", what))
     if hasattr(os, "getloadavg"):
         load = os.getloadavg()[0]
@@ -80,18 +80,18 @@ def _machine() -> list[Finding]:
     degrees = power.temperature_c()
     if degrees is not None:
         hot = degrees >= HOT_C
-        what = f"{degrees:.0f} °C at most" + (": near throttling, let it cool" if hot else "")
+        what = f"{degrees:.0f} °C at most" + (": close to throttling, let it cool down" if hot else "")
         found.append(Finding("temperature", "warning" if hot else "ok", what))
     found += _board()
     stolen = _steal_percent()
     if stolen is not None and stolen > 1:
-        what = f"{stolen:.1f} % of processor time since boot went to other guests: expect noise"
+        what = f"{stolen:.1f} % of processor time since boot went to other guests: latencies are noisy, measure twice"
         found.append(Finding("shared cores", "warning", what))
     return found
 
 
 def _board() -> list[Finding]:
-    """JetPack, power mode and clocks, where this machine is a board that edgeprune knows."""
+    """JetPack, power mode and clocks, where this machine is a known board."""
     found = []
     if (version := power.jetpack()) is not None:
         old = version == "5"
@@ -101,15 +101,17 @@ def _board() -> list[Finding]:
     for device in map(load_device, names()):
         if any(part in here for part in device.machine):
             mode = power.power_mode(device)
-            found.append(Finding("power mode", "ok" if mode else "info", mode or "nvpmodel does not answer"))
+            found.append(Finding("power mode", "ok" if mode else "info", mode or "unknown: nvpmodel gives none"))
             if power.locked(device) is False:
-                found.append(Finding("clocks", "warning", "follow the load: measure with --lock-clocks, as root"))
+                found.append(
+                    Finding("clocks", "warning", "change with the load: measure with --lock-clocks, as root")
+                )
             break
     return found
 
 
 def _steal_percent() -> float | None:
-    """Share of processor time since boot that the hypervisor gave to others, percent (proc(5), cpu steal)."""
+    """Processor time since boot that the hypervisor gave to others, percent; None is unknown. Source: proc(5)."""
     line = (_read(Path("/proc/stat")) or "").partition("\n")[0].split()
     if len(line) < 9 or line[0] != "cpu":
         return None

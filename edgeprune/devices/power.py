@@ -1,4 +1,4 @@
-"""The state of a board that measures: power mode, clocks, temperature; clocks locked on request, always undone."""
+"""Power mode, clocks and temperature of a board; clocks locked during a measurement and always restored."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SMI_UNLOCK = "nvidia-smi --reset-gpu-clocks"
 
 
 def power_mode(device: Device) -> str | None:
-    """The board's power mode and whether clocks are locked, "MAXN, clocks locked"; of another GPU its power limit."""
+    """The power mode of a board, "MAXN, clocks locked"; for another GPU its power limit; None where unknown."""
     if device.power_query:
         text = run(device.power_query) or ""
         found = re.search(r"NV Power Mode:\s*(\S+)", text)
@@ -31,13 +31,13 @@ def power_mode(device: Device) -> str | None:
 
 
 def clocks(device: Device) -> str | None:
-    """Clocks as the board tells them, on one line; None where it does not."""
+    """The clocks as the board reports them, on one line; None where it does not."""
     text = run(device.clocks_query or SMI_QUERY)
     return " | ".join(line.strip() for line in text.splitlines() if line.strip()) if text else None
 
 
 def locked(device: Device) -> bool | None:
-    """Are the GPU's clocks fixed? None where the board does not tell (jetson_clocks needs root to show them)."""
+    """Are the GPU's clocks fixed? None where unknown (jetson_clocks needs root to show them)."""
     found = re.search(r"GPU\s.*?MinFreq=(\d+)\s+MaxFreq=(\d+)", clocks(device) or "")
     return found[1] == found[2] if found else None
 
@@ -48,7 +48,7 @@ def temperature_c() -> float | None:
     for path in THERMAL.glob("thermal_zone*/temp"):
         try:
             degrees.append(int(path.read_text()) / 1000)
-        except (OSError, ValueError):  # some zones of a Jetson answer only while their unit is powered
+        except (OSError, ValueError):  # some zones of a Jetson can be read only while their unit is powered
             continue
     return max(degrees, default=None)
 
@@ -64,30 +64,32 @@ def jetpack() -> str | None:
 
 @contextmanager
 def locked_clocks(device: Device) -> Iterator[None]:
-    """Clocks at their maximum for the time of a measurement; what they were before comes back, Ctrl-C or not.
+    """Set clocks to their maximum inside the `with` block and restore them afterwards, also on Ctrl-C.
 
-    Raises DeviceError where they cannot be set: it takes root.
+    Raises DeviceError where they cannot be set, for example without root.
     """
     if device.clocks_query:
         with tempfile.TemporaryDirectory() as folder:
             saved = shlex.quote(f"{folder}/clocks")
-            _must(f"jetson_clocks --store {saved}")
+            _run_or_raise(f"jetson_clocks --store {saved}")
             try:
-                _must("jetson_clocks")
+                _run_or_raise("jetson_clocks")
                 yield
             finally:
-                _must(f"jetson_clocks --restore {saved}")
+                _run_or_raise(f"jetson_clocks --restore {saved}")
         return
     top = run("nvidia-smi --query-gpu=clocks.max.sm --format=csv,noheader,nounits")
     if not top:
-        raise DeviceError(f"clocks of {device.name} cannot be locked: nvidia-smi gives no maximum")
+        raise DeviceError(
+            f"clocks of {device.name} cannot be locked (nvidia-smi gives no maximum): leave out --lock-clocks"
+        )
     try:
-        _must(f"nvidia-smi --lock-gpu-clocks={int(float(top.splitlines()[0]))}")
+        _run_or_raise(f"nvidia-smi --lock-gpu-clocks={int(float(top.splitlines()[0]))}")
         yield
     finally:
-        _must(SMI_UNLOCK)
+        _run_or_raise(SMI_UNLOCK)
 
 
-def _must(command: str) -> None:
+def _run_or_raise(command: str) -> None:
     if run(command) is None:
         raise DeviceError(f"`{command}` failed: run as root (sudo), or leave out --lock-clocks")

@@ -1,4 +1,4 @@
-"""What running takes besides time: memory of this process, power from a Jetson's INA3221 sensors."""
+"""Memory of this process, and power from the INA3221 sensors of a Jetson."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from pathlib import Path
 from types import TracebackType
 
 INA3221 = Path("/sys/bus/i2c/drivers/ina3221")
-# What adds up to all that a module takes in, whichever is there. Source: NVIDIA, "Jetson Orin Nano, Orin NX and AGX
-# Orin Series", Software-Based Power Consumption Modeling; the other rails are fed from these.
+# Rails that add up to the input power of the module; the first set that is present counts, other rails are fed from
+# these. Source: NVIDIA, "Jetson Orin Nano, Orin NX and AGX Orin Series", Software-Based Power Consumption Modeling.
 TOTALS = (("VDD_IN",), ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"))
 PERIOD_S = 0.02
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-RESET_PEAK = "5"  # Linux kernel, "The /proc Filesystem", clear_refs: the peak starts anew from what is resident now
+RESET_PEAK = "5"  # Linux kernel, "The /proc Filesystem", clear_refs: the peak restarts at what is resident now
 
 
 class PeakMemory:
-    """Resident memory of this process at its peak within a `with` block, beyond what it held before, in bytes.
+    """Peak resident memory of this process within a `with` block, minus what it had before, as `bytes`.
 
-    What earlier sessions freed is given back to the system first, or it would be used again unseen. `bytes` is None
-    where /proc does not tell (no Linux, or a kernel without clear_refs).
+    Memory freed earlier is returned to the system first; its reuse would not be counted. `bytes` is None where the
+    kernel has no /proc/self/clear_refs.
     """
 
     def __init__(self) -> None:
         self.bytes: int | None = None
 
     def __enter__(self) -> PeakMemory:
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # only glibc has it
         if trim is not None:
             trim(0)
         self._before = _status_bytes("VmRSS")
@@ -48,7 +48,7 @@ class PeakMemory:
 
 
 def _status_bytes(field: str) -> int | None:
-    """A field of /proc/self/status, which gives KiB. Source: proc_pid_status(5)."""
+    """A field of /proc/self/status in bytes; None where it is absent. Source: proc_pid_status(5)."""
     try:
         lines = STATUS.read_text().splitlines()
     except OSError:
@@ -57,7 +57,7 @@ def _status_bytes(field: str) -> int | None:
 
 
 def rails_w() -> dict[str, float]:
-    """Watts by the label of a rail, volts times amperes; empty where no sensor answers.
+    """Power by the label of a rail, W; empty where there is no sensor.
 
     Files: in*_label, in*_input (mV), curr*_input (mA). Source: Linux kernel, "hwmon/ina3221".
     """
@@ -67,13 +67,13 @@ def rails_w() -> dict[str, float]:
         try:
             millivolts = int(label.with_name(label.name.replace("label", "input")).read_text())
             found[label.read_text().strip()] = millivolts * int(current.read_text()) / 1e6
-        except (OSError, ValueError):  # a channel that is not connected answers with an error
+        except (OSError, ValueError):  # reading an unconnected channel is an error
             continue
     return found
 
 
 def total_w(rails: Mapping[str, float]) -> float | None:
-    """Watts that the whole module takes, idle power included; None where its rails are not known."""
+    """Power of the whole module, W, idle power included; None where its rails are not known."""
     for names in TOTALS:
         if set(names) <= set(rails):
             return sum(rails[name] for name in names)
@@ -81,7 +81,7 @@ def total_w(rails: Mapping[str, float]) -> float | None:
 
 
 class Meter:
-    """Reads the power every PERIOD_S in a thread while the block of a `with` runs."""
+    """Reads the power every PERIOD_S in a thread during a `with` block."""
 
     def __init__(self) -> None:
         self._samples_w: list[float] = []
@@ -108,5 +108,5 @@ class Meter:
 
     @property
     def energy_j(self) -> float | None:
-        """Joules taken during the block: mean power times time; None where nothing answered."""
+        """Energy of the block, J: mean power times time; None where no sensor could be read."""
         return sum(self._samples_w) / len(self._samples_w) * self.seconds if self._samples_w else None

@@ -49,7 +49,7 @@ def check_profiling_models(folder: Path, vit: Vit | None, batch: int, precision:
 
 def models_folder(target: Target, vit: Vit) -> Path:
     """The folder in the work folder for the profiling models of a model."""
-    return target.path("profiling-models", "", vit, target.setup.batch, target.onnx_precision)
+    return target.work.file("profiling-models", "", vit, target.setup.batch, target.onnx_precision)
 
 
 def staircase_of_folder(target: Target, trunk: Path, methods: Sequence[str], exhaustive: bool = False) -> Staircase:
@@ -118,13 +118,13 @@ def _measured(
     """A staircase, or `base` after more probes that find where the treads of `confirm` end."""
     rounds = 1 if target.setup.noiseless else ROUNDS
     parts = (vit, target.setup, methods, exhaustive, rounds, _digest(base) if base else None, confirm)
-    partial = target.path("samples", ".json", *parts)
+    partial = target.work.file("samples", ".json", *parts)
 
     def make(path: Path) -> None:
         folder = models()
         samples = _stored(partial)
         if base is not None and not samples:
-            samples = _stored(target.path("probed", ".json", _digest(base)))
+            samples = _stored(target.work.file("probed", ".json", _digest(base)))
         staircase, samples = probe(
             vit,
             target.setup,
@@ -138,11 +138,11 @@ def _measured(
             keep_open=_fits(folder / "trunk.weights", target.runtime.free_bytes()),
             used=confirm,
         )
-        _keep(samples, target.path("probed", ".json", _digest(staircase)))
+        _keep(samples, target.work.file("probed", ".json", _digest(staircase)))
         save(staircase, path)
         partial.unlink(missing_ok=True)
 
-    return load(target.step("staircase", ".json", parts, make), Staircase)
+    return load(target.work.step("staircase", ".json", parts, make), Staircase)
 
 
 def _digest(staircase: Staircase) -> str:

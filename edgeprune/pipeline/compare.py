@@ -16,7 +16,7 @@ from edgeprune.pipeline.profile import confirmed, measured_staircase
 from edgeprune.pipeline.scores import ScheduleScores
 from edgeprune.pipeline.solve import solve, with_confirmed_edges
 from edgeprune.records import Progress, Report, Schedule, Setup, Staircase, silent
-from edgeprune.runtimes.target import work_lock
+from edgeprune.runtimes.steps import WorkFolder
 from edgeprune.scheduling.goals import Goal, finished
 from edgeprune.scheduling.published import published_schedule
 from edgeprune.vit.reducers import reducer_named
@@ -64,7 +64,7 @@ def compare(
     if options.precision != "fp32" and not options.simulate:
         raise InputError(f"compare measures fp32, not {options.precision}: leave out --precision or pass --simulate")
     context = context_for(options, progress)
-    with work_lock(options.work):
+    with WorkFolder(options.work).lock():
         return _Methods(context, methods).compared(targets)
 
 

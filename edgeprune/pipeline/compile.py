@@ -21,7 +21,7 @@ from edgeprune.pipeline.measure import measured_engines, report_of
 from edgeprune.pipeline.write import bundle_from_onnx, noise_batch
 from edgeprune.records import Manifest, ModelMetadata, Report, Staircase
 from edgeprune.runtimes.inference import logits_of
-from edgeprune.runtimes.target import Target, work_lock
+from edgeprune.runtimes.target import Target
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,7 +45,7 @@ def compile_onnx(target: Target, given: Inputs) -> tuple[Path, Manifest]:
     Unknown figures are None: the speed-up without `dense`, top-1 without labelled `images`. Raises InputError for an
     ONNX without edgeprune's metadata and for files that do not belong together, ImageError, EngineError, OutputError.
     """
-    with work_lock(target.work):
+    with target.work.lock():
         return _compiled(target, given)
 
 

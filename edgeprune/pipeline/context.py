@@ -13,7 +13,8 @@ from edgeprune.images import ImageSet, load_images
 from edgeprune.pipeline.pictures import Pictures
 from edgeprune.records import Progress, silent
 from edgeprune.runtimes.remote.ssh import Host
-from edgeprune.runtimes.target import WORK, Target, target_for
+from edgeprune.runtimes.steps import WORK
+from edgeprune.runtimes.target import Target, target_for
 from edgeprune.scheduling.goals import Goal
 from edgeprune.scheduling.paper import PAPER_BLOCK
 from edgeprune.vit.reducers import check_method

@@ -154,5 +154,5 @@ def logits_on(context: Context, pictures: Pictures, file: Path) -> NDArray[np.fl
             np.save(out, array, allow_pickle=False)
 
     parts = (sha256_file(file), context.target.setup, pictures.key, pictures.how)
-    logits: NDArray[np.float32] = np.load(context.target.step("logits", ".npy", parts, make), allow_pickle=False)
+    logits: NDArray[np.float32] = np.load(context.target.work.step("logits", ".npy", parts, make), allow_pickle=False)
     return logits

@@ -65,7 +65,7 @@ def measured_engines(target: Target, files: Sequence[Path], dense: Path | None, 
         write_bytes(path, msgspec.json.encode([samples[i] for i in range(len(everything))]))
 
     parts = ([sha256_file(file) for file in everything], dense is not None, target.setup, rounds)
-    path = target.step("latency", ".json", parts, make)
+    path = target.work.step("latency", ".json", parts, make)
     latencies = [
         Latency(samples_ms=tuple(ms), warmup=WARMUP)
         for ms in msgspec.json.decode(read_bytes(path), type=list[list[float]])

@@ -41,7 +41,7 @@ def _exported(context: Context, method: str, tokens: tuple[int, ...], prefix_las
         context.progress("exporting ONNX", 1, 1)
 
     parts = (context.model.vit, method, tokens, prefix_last, context.options.batch)
-    return context.target.step("model", ".onnx", parts, make)
+    return context.target.work.step("model", ".onnx", parts, make)
 
 
 def nominal_onnx(context: Context, file: Path) -> Path:
@@ -84,4 +84,4 @@ def _converted(context: Context, file: Path, convert: Convert, how: object) -> P
         save_graph(model, path)
 
     parts = (sha256_file(file), context.target.onnx_precision, how)
-    return context.target.step("precise", ".onnx", parts, make)
+    return context.target.work.step("precise", ".onnx", parts, make)

@@ -40,7 +40,7 @@ class Pictures:
             with replacing(path) as temporary, open(temporary, "wb") as file:
                 np.save(file, array, allow_pickle=False)
 
-        path = self.target.step("pixels", ".npy", (self.key, self.how), make)
+        path = self.target.work.step("pixels", ".npy", (self.key, self.how), make)
         pixels: NDArray[np.uint8] = np.load(path, allow_pickle=False)
         return pixels
 

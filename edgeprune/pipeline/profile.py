@@ -12,7 +12,7 @@ from edgeprune.io import load
 from edgeprune.latency import profiling
 from edgeprune.pipeline.context import Context
 from edgeprune.records import Staircase, Vit
-from edgeprune.runtimes.target import Target, work_lock
+from edgeprune.runtimes.target import Target
 from edgeprune.vit.models import Model, load_model
 from edgeprune.vit.reducers import check_method
 
@@ -66,7 +66,7 @@ def profile(
     check_method(method)
     if trunk is None and target.setup.simulated:
         return profiling.simulated_staircase(target, vit_of(model), exhaustive)
-    with work_lock(target.work):
+    with target.work.lock():
         if trunk is not None:
             return profiling.staircase_of_folder(target, trunk, (method,), exhaustive)
         return measured_staircase(target, load_model(model, weights), (method,), exhaustive)

@@ -26,7 +26,7 @@ class ScheduleScores:
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.path = context.target.path("scores", ".json", *self.key)
+        self.path = context.target.work.file("scores", ".json", *self.key)
         self.known: dict[str, Row] = {}
         if self.path.exists():
             try:

@@ -38,14 +38,14 @@ def solve(context: Context, staircase: Staircase, scores: ScheduleScores, goal: 
             )
             save(found, path)
 
-        return Solution(load(context.target.step("schedule", ".json", parts, by_utility), Schedule), ())
+        return Solution(load(context.target.work.step("schedule", ".json", parts, by_utility), Schedule), ())
     candidates = searched(context, staircase, scores, goal.limit_ms(staircase.dense.median_ms))
 
     def by_search(path: Path) -> None:
         best = choose(pareto(candidates), staircase, context.method, goal, scores.drop)
         save(finished(staircase, context.method, "search", best.tokens, prefix_last), path)
 
-    return Solution(load(context.target.step("schedule", ".json", parts, by_search), Schedule), candidates)
+    return Solution(load(context.target.work.step("schedule", ".json", parts, by_search), Schedule), candidates)
 
 
 def searched(
@@ -61,7 +61,7 @@ def searched(
             scores.save()
         write_bytes(path, msgspec.json.encode(list(search.found.values())))
 
-    path = context.target.step("candidates", ".json", (encode(staircase), limit_ms, *scores.key), make)
+    path = context.target.work.step("candidates", ".json", (encode(staircase), limit_ms, *scores.key), make)
     return msgspec.json.decode(read_bytes(path), type=tuple[Candidate, ...])
 
 

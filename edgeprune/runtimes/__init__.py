@@ -1,4 +1,4 @@
-"""The socket for engines: a table of runtimes by name, imported on use."""
+"""The interface that every runtime has, and a table of runtimes by name, imported on use."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Session(Protocol):
     """A loaded engine; a context manager that frees what it holds."""
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Outputs of one static batch. Raises EngineError on a wrong shape."""
+        """(B, classes) fp32 outputs of one batch, (B, 3, H, W) fp32. Raises EngineError on a wrong shape."""
         ...
 
     def time_ms(self) -> float:
-        """One inference on a fixed random input, in ms."""
+        """Latency of one inference on a fixed random input, ms."""
         ...
 
     def __enter__(self) -> Session: ...
@@ -46,19 +46,19 @@ class Session(Protocol):
 
 @runtime_checkable
 class Inspected(Protocol):
-    """A session that can tell how its engine runs attention."""
+    """A session that knows how its engine runs attention."""
 
     def fused_attention(self) -> int | None:
-        """Attention layers that run as one fused kernel; None where the engine does not tell."""
+        """Attention layers that run as one fused kernel; None where the engine does not say."""
         ...
 
 
 @runtime_checkable
 class OnDevice(Protocol):
-    """A session whose engine lies in memory of the device."""
+    """A session whose engine is in the memory of a device."""
 
     def memory_bytes(self) -> int:
-        """What the engine needs there: weights, working memory, inputs and outputs."""
+        """Bytes that the engine takes there: weights, working memory, inputs and outputs."""
         ...
 
 
@@ -66,10 +66,10 @@ class Runtime(Protocol):
     """One way of running an ONNX file on a device."""
 
     suffix: str  # of a compiled file; .onnx where the ONNX file itself is what runs
-    parity: float  # largest difference of fp32 logits to PyTorch's that is rounding
+    parity: float  # largest difference between its fp32 logits and PyTorch's that counts as rounding
 
     def setup(self, device: Device, precision: str, batch: int) -> Setup:
-        """What latencies of this runtime here are comparable under. Raises DeviceError, MissingError."""
+        """The setup of this runtime on this machine. Raises DeviceError, MissingError."""
         ...
 
     def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> Engine:
@@ -81,14 +81,14 @@ class Runtime(Protocol):
         ...
 
     def free_bytes(self) -> int | None:
-        """Memory that sessions can take; None where that does not limit them."""
+        """Free bytes of the memory that sessions use; None where memory is not a limit."""
         ...
 
 
 def runtime_for(device: Device, simulate: bool = False) -> Runtime:
-    """The runtime of a device, or the tail-effect model in its place. Raises DeviceError.
+    """The runtime of a device, or with `simulate` the tail-effect model instead. Raises DeviceError.
 
-    A GPU that is no board runs on ONNX Runtime where TensorRT is not installed, and a warning says so.
+    A GPU other than a Jetson's runs on ONNX Runtime where TensorRT is not installed, and a warning says so.
     """
     name = "simulated" if simulate else device.runtime
     if name == "trt" and not device.machine and find_spec("tensorrt") is None:

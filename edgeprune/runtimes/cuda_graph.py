@@ -1,4 +1,4 @@
-"""A captured CUDA graph, through the driver's C API: pycuda has none."""
+"""A captured CUDA graph, through the driver's C API: pycuda has no CUDA graphs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 
 class Graph:
-    """What `enqueue` puts on a stream, recorded and launched at once. Raises OSError where capture fails.
+    """The work that `enqueue` puts on a stream, recorded once and launched as a whole.
 
-    Source: CUDA Driver API, "Graph Management"; functions are present from CUDA 11.4 on.
+    Raises OSError where capture fails. Source: CUDA Driver API, "Graph Management"; CUDA 11.4 or later.
     """
 
     RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
@@ -30,11 +30,11 @@ class Graph:
             self._call("cuGraphDestroy", graph)
 
     def launch(self) -> None:
-        """Enqueue the whole inference."""
+        """Enqueue the recorded work. Raises OSError."""
         self._call("cuGraphLaunch", self._exec, self._stream)
 
     def close(self) -> None:
-        """Free it."""
+        """Free the graph. Raises OSError."""
         self._call("cuGraphExecDestroy", self._exec)
 
     def _call(self, function: str, *args: Any) -> None:

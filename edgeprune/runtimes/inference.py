@@ -1,4 +1,4 @@
-"""A session over many pictures, and how sessions are opened."""
+"""Outputs of a session for many pictures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def logits_of(
     progress: Progress = silent,
     what: str = "evaluating",
 ) -> NDArray[np.float32]:
-    """(images, classes) outputs of a session over all pictures. Raises EngineError."""
+    """(images, classes) fp32 outputs for (images, H, W, 3) uint8 pictures. Raises EngineError."""
     rows = []
     done = 0
     for images, real in batches(pixels, how, batch):

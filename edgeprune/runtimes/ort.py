@@ -25,12 +25,12 @@ MEMINFO = Path("/proc/meminfo")
 PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
 
 
-# Linear layers as Gemm: two reshapes each, and biases that no longer fuse with GELU (docs/benchmarks.md).
+# It turns linear layers into Gemm: two reshapes each, and biases no longer fuse with GELU (docs/benchmarks.md).
 SLOW_OPTIMIZERS = ["MatMulAddFusion"]
 
 
 class OrtRuntime:
-    """Runtime over onnxruntime; an engine is the ONNX file itself."""
+    """ONNX Runtime; an engine is the ONNX file itself."""
 
     suffix, parity = ".onnx", 1e-4
 
@@ -38,7 +38,7 @@ class OrtRuntime:
         self.kind = "ort-cuda" if device.tensorrt or device.compute_capability else "ort-cpu"
 
     def setup(self, device: Device, precision: str, batch: int) -> Setup:
-        """Raises DeviceError where `device` is not this machine, MissingError without the provider."""
+        """The setup here. Raises DeviceError where `device` is not this machine, MissingError."""
         check_is_here(device)
         ort = _onnxruntime()
         if PROVIDERS[self.kind] not in ort.get_available_providers():
@@ -64,7 +64,7 @@ class OrtRuntime:
         return Engine(path=out.name, sha256=digest, onnx_sha256=digest, size_bytes=out.stat().st_size, setup=setup)
 
     def free_bytes(self) -> int | None:
-        """Memory that is available on this machine, from the kernel."""
+        """Available memory of this machine, bytes (Linux, /proc/meminfo); None where it cannot be read."""
         try:
             found = re.search(r"^MemAvailable:\s+(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
         except OSError:
@@ -72,13 +72,13 @@ class OrtRuntime:
         return int(found[1]) * 1024 if found else None
 
     def open(self, path: Path, setup: Setup) -> OrtSession:
-        """Raises EngineError, with ONNX Runtime's own first line."""
+        """Load an ONNX file. Raises EngineError with the first line of ONNX Runtime's message."""
         ort = _onnxruntime()
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if setup.threads:
             options.intra_op_num_threads = setup.threads
-        # Threads that go on spinning after a run would disturb the next candidate of an interleaved round.
+        # Threads that keep spinning after a run would slow down the next candidate of an interleaved round.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         try:
             session = ort.InferenceSession(
@@ -105,9 +105,9 @@ class OrtSession:
         self._fixed = rng.standard_normal(self.shape, dtype=np.float32)
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Outputs for one batch of the engine's static shape. Raises EngineError."""
+        """(B, classes) fp32 outputs of one batch, fp32 of the static shape `shape`. Raises EngineError."""
         if images.shape != self.shape:
-            raise EngineError(f"{self._path} takes {self.shape}, got {images.shape}: pass whole batches")
+            raise EngineError(f"{self._path} takes {self.shape}, got {images.shape}: pass complete batches")
         result: NDArray[np.float32] = self._session.run([self._output], {self._input.name: images})[0]
         return result
 
@@ -128,7 +128,7 @@ class OrtSession:
 
 
 def threads() -> int:
-    """Threads an inference uses: EDGEPRUNE_THREADS, else every processor this process may run on."""
+    """Threads of one inference: EDGEPRUNE_THREADS, else all processors that this process may use."""
     asked = os.environ.get("EDGEPRUNE_THREADS", "")
     if asked.isdigit() and int(asked):
         return int(asked)

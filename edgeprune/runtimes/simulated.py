@@ -48,8 +48,8 @@ def matmuls_of_ends(vit: Vit, batch: int) -> list[Matmul]:
     ]
 
 
-def latency_ms(products: Iterable[Matmul], device: Device, precision: str) -> float:
-    """Time of the products one after another, in ms, by the formula of SimulatedRuntime.
+def latency_ms(matmuls: Iterable[Matmul], device: Device, precision: str) -> float:
+    """Time of the matrix products one after another, in ms, by the formula of SimulatedRuntime.
 
     Raises DeviceError for a device without a simulation or a precision it has no rate for.
     """
@@ -57,12 +57,12 @@ def latency_ms(products: Iterable[Matmul], device: Device, precision: str) -> fl
     rates = model.fma_per_clock_per_sm
     rows, cols = model.tile
     total_us = 0.0
-    for product in products:
-        kind = "fp16" if precision == "int8" and not product.weight and "fp16" in rates else precision
-        tiles = ceil(product.rows / rows) * ceil(product.cols / cols) * product.count
-        steps = ceil(tiles / sm_count) * rows * cols * ceil(product.inner / SLICE) * SLICE
+    for matmul in matmuls:
+        kind = "fp16" if precision == "int8" and not matmul.weight and "fp16" in rates else precision
+        tiles = ceil(matmul.rows / rows) * ceil(matmul.cols / cols) * matmul.count
+        steps = ceil(tiles / sm_count) * rows * cols * ceil(matmul.inner / SLICE) * SLICE
         math_us = steps / (rates[kind] * model.clock_mhz)
-        read = product.inner * product.cols * product.count * BYTES[kind] if product.weight else 0
+        read = matmul.inner * matmul.cols * matmul.count * BYTES[kind] if matmul.weight else 0
         total_us += model.launch_us + max(math_us, read / (model.bandwidth_gb_per_s * 1e3))
     return total_us / 1e3
 
@@ -79,10 +79,10 @@ def _model(device: Device, precision: str) -> tuple[Simulation, int]:
 
 
 class _Timed:
-    """What a session and a trunk share: a latency computed once, and nothing to free."""
+    """Base of the sessions below: the latency is computed once, there is nothing to free."""
 
-    def __init__(self, products: Iterable[Matmul], device: Device, precision: str) -> None:
-        self._ms = latency_ms(products, device, precision)
+    def __init__(self, matmuls: Iterable[Matmul], device: Device, precision: str) -> None:
+        self._ms = latency_ms(matmuls, device, precision)
 
     def time_ms(self) -> float:
         """Simulated latency of one inference, ms; the same each time."""
@@ -96,18 +96,18 @@ class _Timed:
 
 
 class SimulatedMatmuls(_Timed):
-    """A list of products timed like a session, without torch or an ONNX file.
+    """A list of matrix products timed like a session, without torch or an ONNX file.
 
     Raises DeviceError as latency_ms does.
     """
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Raises EngineError: a list of products has no weights to compute with."""
+        """Raises EngineError: a list of matrix products has no weights to compute with."""
         raise EngineError("a simulated trunk cannot infer: open an exported ONNX file")
 
 
 class SimulatedSession(_Timed):
-    """Simulated time, real maths: `infer` runs the ONNX on this CPU."""
+    """Simulated latency, real outputs: `infer` runs the ONNX on this CPU."""
 
     def __init__(self, path: Path, device: Device, precision: str) -> None:
         super().__init__(matmuls_of_onnx(path), device, precision)
@@ -123,7 +123,7 @@ class SimulatedSession(_Timed):
             self._ort = _onnx_runtime(self.path)
         wanted = self._ort.get_inputs()[0]
         if list(images.shape) != list(wanted.shape):
-            raise EngineError(f"{self.path}: input is {list(images.shape)}: give {list(wanted.shape)}")
+            raise EngineError(f"{self.path}: input is {list(images.shape)}: pass {list(wanted.shape)}")
         kind = np.float16 if "float16" in wanted.type else np.float32
         return np.asarray(self._ort.run(None, {wanted.name: images.astype(kind)})[0], dtype=np.float32)
 
@@ -142,7 +142,7 @@ def _onnx_runtime(path: Path) -> Any:
 
 
 class SimulatedRuntime:
-    """The tail-effect model of a device in the place of its runtime.
+    """The tail-effect model of a device, used instead of its runtime.
 
     Every matrix product is cut into output tiles of `tile` rows × columns, for each item of its batch and
     each head; each tile is one thread block, and blocks fill the SMs in waves. The last wave costs as much
@@ -153,12 +153,12 @@ class SimulatedRuntime:
         math_us   = waves · tile_rows · tile_cols · K / (fma_per_clock_per_sm · clock_mhz)
         time_us   = launch_us + max(math_us, weight bytes / bandwidth)
 
-    K is the inner dimension rounded up to whole steps of SLICE: a block's main loop masks nothing finer.
+    K is the inner dimension rounded up to whole steps of SLICE, the granularity of a block's main loop.
     Linear layers count the batch as rows. Elementwise operators, normalisations and softmax are taken as
-    fused into the products and cost nothing; top-k, argmax, one-hot and gathers by computed indices cost one
+    fused into the matrix products and cost nothing; top-k, argmax, one-hot and gathers by computed indices cost one
     launch. At int8 products of two activations run at the fp16 rate: only linear layers are quantised.
 
-    It knows no caches, no choice of tile per matrix and no overlap: good for where the steps lie, not for
+    It models no caches, no choice of tile per matrix and no overlap: it is good for where the steps are, not for
     absolute times. Sources: NVIDIA, "Matrix Multiplication Background User's Guide", Dimension Quantization
     Effects (tile and wave quantization); arXiv 2407.05941 on the GPU tail effect behind token pruning.
     """
@@ -169,7 +169,7 @@ class SimulatedRuntime:
         self.device = device
 
     def setup(self, device: Device, precision: str, batch: int) -> Setup:
-        """What simulated latencies are comparable under. Raises DeviceError as latency_ms does."""
+        """The setup of simulated latencies. Raises DeviceError as latency_ms does."""
         _model(device, precision)
         return Setup(
             device=device.name,

@@ -1,4 +1,4 @@
-"""TensorRT: compiles ONNX to plans and runs them, timed with CUDA events; pycuda is used here alone."""
+"""TensorRT: compiles ONNX to plans and runs them, timed with CUDA events. The only module that uses pycuda."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from edgeprune.errors import DeviceError, EngineError, MissingError
 from edgeprune.io import read_bytes, replacing, sha256_file, writable
 from edgeprune.records import Device, Engine, Progress, Setup, TrtOptions, silent
 from edgeprune.runtimes.cuda_graph import Graph
-from edgeprune.runtimes.trt_builder import fusion_of, make_logger, plan_from_onnx, plan_trouble, tensorrt
+from edgeprune.runtimes.trt_builder import fusion_of, make_logger, plan_from_onnx, plan_refusal, tensorrt
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,11 +28,11 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"FLOAT": "f4", "HALF": "f2", "INT32": "i4", "INT64": "i8", "BOOL": "?"}  # by name: nptype is broken on 8.6
 MAX_PLAN_BYTES = 8 << 30
-GRAPH_WARMUP = 2  # inferences before a capture: lazy kernel loading may not happen inside one
+GRAPH_WARMUP = 2  # inferences before a capture: kernels must not be loaded during it
 
 
 class TensorRT:
-    """Runtime over TensorRT 8.6, 10 and 11."""
+    """TensorRT 8.6, 10 and 11."""
 
     suffix, parity = ".engine", 2e-3
 
@@ -41,13 +41,14 @@ class TensorRT:
         self.options = device.trt or TrtOptions()
 
     def setup(self, device: Device, precision: str, batch: int) -> Setup:
-        """Raises DeviceError where `device` is not this machine or its TensorRT does not fit, MissingError."""
+        """The setup here. Raises DeviceError for another machine or TensorRT, MissingError."""
         check_is_here(device)
         version = str(tensorrt().__version__)
         if device.tensorrt and not fits(version, device.tensorrt):
+            source = f"JetPack {device.jetpack}" if device.jetpack else "such a version"
             raise DeviceError(
-                f"device {device.name} takes TensorRT {device.tensorrt}, here is {version}: "
-                f"use JetPack {device.jetpack or 'of that version'}, or your own .toml device file"
+                f"device {device.name} needs TensorRT {device.tensorrt}, this is {version}: install "
+                f"{source}, or pass your own .toml device file"
             )
         return Setup(
             device=device.name,
@@ -58,11 +59,11 @@ class TensorRT:
             batch=batch,
             power_mode=power_mode(device),
             compute_capability="{}.{}".format(*_gpu().compute_capability()),
-            options=described(self.options),
+            options=changed_options(self.options),
         )
 
     def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> Engine:
-        """Build a plan; its log goes beside it. Raises EngineError, OutputError."""
+        """Build a plan; its log is written next to it as .log. Raises EngineError, OutputError."""
         free = _driver().mem_get_info()[0]
         logger = make_logger(tensorrt())
         slug = re.sub(r"[^a-z0-9]+", "-", f"{setup.machine} {setup.runtime_version}".lower()).strip("-")[:120]
@@ -86,11 +87,11 @@ class TensorRT:
         )
 
     def free_bytes(self) -> int | None:
-        """Free memory of the GPU; a Jetson shares it with the system."""
+        """Free memory of the GPU, bytes; a Jetson shares it with the system."""
         return int(_driver().mem_get_info()[0])
 
     def open(self, path: Path, setup: Setup) -> TrtSession:
-        """Raises EngineError for a plan of another TensorRT or GPU, or a truncated one, by name."""
+        """Load a plan. Raises EngineError where it is truncated, or built for another TensorRT or GPU."""
         return TrtSession(path)
 
 
@@ -100,13 +101,13 @@ class TrtSession:
     def __init__(self, path: Path) -> None:
         trt, cuda = tensorrt(), _driver()
         self._path, self._cuda, self._logger = path, cuda, make_logger(trt)
-        self._runtime = trt.Runtime(self._logger)  # an engine may not outlive it
+        self._runtime = trt.Runtime(self._logger)  # must live at least as long as the engine
         engine = self._runtime.deserialize_cuda_engine(read_bytes(path, MAX_PLAN_BYTES))
         if engine is None:
-            raise EngineError(f"{path}: TensorRT {trt.__version__} refuses it: {plan_trouble(self._logger)}")
+            raise EngineError(f"{path}: TensorRT {trt.__version__} refuses it: {plan_refusal(self._logger)}")
         context = engine.create_execution_context()
         if context is None:
-            raise EngineError(f"{path}: no memory for its {_memory(engine) >> 20} MiB: close other programs")
+            raise EngineError(f"{path}: its {_memory(engine) >> 20} MiB do not fit in memory: close other programs")
         self._engine, self._context = engine, context
         self._stream, self._begin, self._end = cuda.Stream(), cuda.Event(), cuda.Event()
         self._host: dict[str, Any] = {}
@@ -121,7 +122,7 @@ class TrtSession:
         self.graph = self._captured()
 
     def _tensors(self, trt: Any, engine: Any) -> list[tuple[str, NDArray[Any]]]:
-        """Name and an array like it, by tensor; sets which one is input and which output."""
+        """Name and an empty array of its shape and type for each tensor; sets the names of input and output."""
         found: list[tuple[str, NDArray[Any]]] = []
         inputs: list[str] = []
         outputs: list[str] = []
@@ -139,9 +140,9 @@ class TrtSession:
         return found
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Outputs (fp32) for one batch of the engine's static shape. Raises EngineError."""
+        """(B, classes) fp32 outputs of one batch, fp32 of the static shape `shape`. Raises EngineError."""
         if images.shape != self.shape:
-            raise EngineError(f"{self._path} takes {self.shape}, got {images.shape}: pass whole batches")
+            raise EngineError(f"{self._path} takes {self.shape}, got {images.shape}: pass complete batches")
         self._load(images)
         self._launch()
         output = self._host[self._output]
@@ -152,7 +153,7 @@ class TrtSession:
         return result
 
     def time_ms(self) -> float:
-        """One inference on a fixed random input that lies on the GPU, between two CUDA events, ms."""
+        """One inference on a fixed random input already on the GPU, between two CUDA events, ms."""
         if not self._loaded:
             self._load(self._fixed)
             self._loaded = True
@@ -163,14 +164,14 @@ class TrtSession:
         return float(self._end.time_since(self._begin))
 
     def fused_attention(self) -> int | None:
-        """Attention layers that run as one fused kernel; None where the plan does not tell."""
+        """Attention layers that run as one fused kernel; None where the plan does not say."""
         trt = tensorrt()
         inspector = self._engine.create_engine_inspector()
         fusion = fusion_of(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
         return fusion.fused if fusion else None
 
     def memory_bytes(self) -> int:
-        """Working memory as TensorRT gives it, input and output, and the plan's size for its weights and kernels."""
+        """Bytes: working memory (as TensorRT reports it), input, output, and the plan itself."""
         tensors: int = sum(array.nbytes for array in self._host.values())
         return _memory(self._engine) + tensors + self._path.stat().st_size
 
@@ -182,10 +183,12 @@ class TrtSession:
         if self.graph is not None:
             self.graph.launch()
         elif not self._context.execute_async_v3(self._stream.handle):
-            raise EngineError(f"{self._path}: TensorRT could not run it: {self._last_error()}")
+            raise EngineError(
+                f"{self._path}: TensorRT could not run it ({self._last_error()}): compile the ONNX again"
+            )
 
     def _captured(self) -> Graph | None:
-        """The inference as one CUDA graph, so that launches do not count; None, and a log line, where it fails."""
+        """The inference as one CUDA graph, which saves kernel launches; None, and a warning, where capture fails."""
         self.graph = None
         self._load(self._fixed)
         for _ in range(GRAPH_WARMUP):
@@ -217,15 +220,15 @@ class TrtSession:
 
 
 def fits(version: str, wanted: str) -> bool:
-    """Is a version such as "8.6.1.6" within a range such as ">=8.6,<11" (PEP 440)? Raises DeviceError for no range."""
+    """Is a version such as "8.6.1.6" in a range such as ">=8.6,<11" (PEP 440)? Raises DeviceError for a bad range."""
     try:
         return SpecifierSet(wanted).contains(version, prereleases=True)
     except InvalidSpecifier:
         raise DeviceError(f"{wanted!r} is not a range of versions: write it as >=8.6,<11") from None
 
 
-def described(options: TrtOptions) -> str | None:
-    """What the builder was told, beyond the defaults: part of what makes latencies comparable."""
+def changed_options(options: TrtOptions) -> str | None:
+    """Builder options other than the defaults, "name=value …"; None where all are defaults."""
     default = TrtOptions()
     changed = [
         f"{f}={getattr(options, f)}" for f in options.__struct_fields__ if getattr(options, f) != getattr(default, f)
@@ -234,7 +237,7 @@ def described(options: TrtOptions) -> str | None:
 
 
 def _memory(engine: Any) -> int:
-    """Bytes that an execution context needs."""
+    """Bytes of working memory of an execution context."""
     size = engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size
     return int(size)
 
@@ -243,7 +246,8 @@ def _memory(engine: Any) -> int:
 def _driver() -> Any:
     """pycuda's driver with the primary context of GPU 0, which TensorRT shares, current until the process ends.
 
-    pycuda aborts a process that ends with a context on its stack. Raises MissingError, DeviceError.
+    The context is popped at exit: pycuda aborts a process that ends with a context on its stack. Raises
+    MissingError, DeviceError.
     """
     try:
         import pycuda.driver as cuda
@@ -256,7 +260,7 @@ def _driver() -> Any:
         primary = cuda.Device(0).retain_primary_context()
         primary.push()
     except cuda.Error as error:
-        raise DeviceError(f"no CUDA device answers ({error}): check the driver with nvidia-smi") from None
+        raise DeviceError(f"no CUDA device found ({error}): check the driver with nvidia-smi") from None
     atexit.register(primary.pop)
     return cuda
 

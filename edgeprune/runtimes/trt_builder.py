@@ -16,23 +16,23 @@ log = logging.getLogger(__name__)
 
 OLDEST = (8, 6)  # JetPack 6.0; JetPack 5 has 8.5 and Python 3.8
 MIB = 1 << 20
-LEAST_FREE = 256 * MIB  # below it no ViT was ever built
+LEAST_FREE = 256 * MIB  # with less, no ViT can be built
 TYPES = {"fp32": (), "fp16": ("FP16",), "int8": ("FP16", "INT8")}  # what a weakly typed network may use
 
-# What TensorRT says, and what it means to a user; the first that fits is told.
-BUILD_TROUBLE = (
+# Phrases in TensorRT's log, and what they mean to a user; the first match is shown.
+BUILD_FAILURES = (
     (("out of memory", "outofmemory", "cuda failure: 2", "insufficient memory"), "memory ran out"),
     (("insufficient workspace",), "the workspace is too small"),
-    (("could not find any implementation", "no implementation"), "no kernel for a layer fits"),
+    (("could not find any implementation", "no implementation"), "there is no kernel for a layer"),
 )
-PLAN_TROUBLE = (
+PLAN_REFUSALS = (
     (("version tag does not match", "serialization version", "incompatible version"), "another TensorRT version"),
     (("compute capability", "different gpu", "target gpu", "sm version", "generated for"), "another GPU"),
 )
 
 
 def tensorrt() -> Any:
-    """The module. Raises MissingError without it, EngineError where it is older than JetPack 6's."""
+    """The tensorrt module. Raises MissingError where it is absent, EngineError where it is older than JetPack 6's."""
     try:
         import tensorrt as trt
     except ImportError as error:
@@ -47,8 +47,10 @@ def tensorrt() -> Any:
 
 
 def make_logger(trt: Any) -> Any:
-    """A TensorRT logger that keeps its lines (`lines`: severity name, text), but not VERBOSE ones: a build gives
-    thousands of those, and tactics that were skipped for want of memory are no reason of a failure.
+    """A TensorRT logger that keeps its lines as `lines` (severity name, text).
+
+    VERBOSE ones are dropped: a build writes thousands, and those on tactics skipped for lack of memory would look
+    like the reason of a failure.
     """
 
     class Logger(trt.ILogger):  # type: ignore[misc]
@@ -72,9 +74,9 @@ def plan_from_onnx(
     logger: Any,
     progress: Progress = silent,
 ) -> bytes:
-    """The serialized engine. `free_bytes` of GPU memory bound the workspace; tactics timed are kept.
+    """The serialized engine. The workspace is at most half of `free_bytes` of GPU memory; `timing_cache` is updated.
 
-    Raises EngineError with the nodes that TensorRT cannot take, or why it could not build.
+    Raises EngineError with the nodes that TensorRT does not support, or with the reason why it could not build.
     """
     trt = tensorrt()
     if free_bytes < LEAST_FREE:
@@ -92,9 +94,11 @@ def plan_from_onnx(
         config.builder_optimization_level = options.optimization_level
     for flag in TYPES[precision] if not is_strong(trt, options) else ():
         if not hasattr(trt.BuilderFlag, flag):
-            raise EngineError(f"TensorRT {trt.__version__} has no {flag} flag: drop typing = 'weak'")
+            raise EngineError(
+                f"TensorRT {trt.__version__} has no {flag} flag: remove typing = 'weak' from the device file"
+            )
         config.set_flag(getattr(trt.BuilderFlag, flag))
-    if precision == "fp32" and hasattr(trt.BuilderFlag, "TF32"):  # fp32 means it: TF32 keeps 10 bits
+    if precision == "fp32" and hasattr(trt.BuilderFlag, "TF32"):  # TF32 has only 10 bits of mantissa
         config.clear_flag(trt.BuilderFlag.TF32)
     _choose_tactics(trt, config, options)
     _load_timing(config, timing_cache)
@@ -105,7 +109,7 @@ def plan_from_onnx(
     if monitor is not None and monitor.interrupted:
         raise KeyboardInterrupt
     if plan is None:
-        raise EngineError(f"{onnx}: TensorRT could not build it: {explained(logger, workspace, free_bytes)}")
+        raise EngineError(f"{onnx}: TensorRT could not build it: {build_failure(logger, workspace, free_bytes)}")
     cache = config.get_timing_cache()
     if cache is not None:
         with writable(timing_cache), replacing(timing_cache) as temporary:
@@ -114,12 +118,12 @@ def plan_from_onnx(
 
 
 def is_strong(trt: Any, options: TrtOptions) -> bool:
-    """Is the network strongly typed: its types are the ONNX's own, nothing is lowered behind one's back?"""
+    """Is the network strongly typed, that is, does TensorRT keep the types of the ONNX?"""
     return options.typing == "strong" and hasattr(trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED")
 
 
 def network_flags(trt: Any, options: TrtOptions) -> int:
-    """Bits for `create_network`; by name, since the numbers differ between versions."""
+    """Flags for `create_network`, looked up by name because their numbers differ between versions."""
     flags = trt.NetworkDefinitionCreationFlag
     if is_strong(trt, options):
         return 1 << int(flags.STRONGLY_TYPED)
@@ -127,7 +131,7 @@ def network_flags(trt: Any, options: TrtOptions) -> int:
 
 
 def _choose_tactics(trt: Any, config: Any, options: TrtOptions) -> None:
-    """Only the sources asked for; on 8.x also keeps external libraries out of TensorRT's own layers."""
+    """Use only the tactic sources asked for; on 8.x also keep external libraries out of TensorRT's core layers."""
     if options.tactic_sources is None:
         return
     mask = 0
@@ -142,16 +146,16 @@ def _choose_tactics(trt: Any, config: Any, options: TrtOptions) -> None:
 
 
 def _load_timing(config: Any, path: Path) -> None:
-    """Take up the tactics timed before; an unreadable or foreign cache is as good as none."""
+    """Use the tactics timed before; an unreadable cache, or one of another TensorRT or GPU, is ignored."""
     known = path.read_bytes() if path.is_file() else b""
     cache = config.create_timing_cache(known)
     if cache is None or not config.set_timing_cache(cache, False):
-        log.warning("%s is of another TensorRT or GPU: timing anew", path)
+        log.warning("%s is from another TensorRT or GPU: tactics are timed again", path)
         config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
 def make_monitor(trt: Any, progress: Progress) -> Any:
-    """Progress of a build and a way to stop it; None where TensorRT (8.6) has no IProgressMonitor."""
+    """Reports the progress of a build and stops it on Ctrl-C; None where TensorRT (8.6) has no IProgressMonitor."""
     if not hasattr(trt, "IProgressMonitor"):
         return None
 
@@ -168,7 +172,7 @@ def make_monitor(trt: Any, progress: Progress) -> Any:
             self.steps.pop(phase_name, None)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
-            try:  # an exception may not leave through TensorRT
+            try:  # an exception must not pass through TensorRT
                 progress(f"TensorRT: {phase_name}", step, self.steps.get(phase_name, step))
             except KeyboardInterrupt:
                 self.interrupted = True
@@ -181,33 +185,33 @@ def _parser_errors(parser: Any, onnx: Path) -> str:
     from edgeprune.onnx_graph.graph import load_graph
 
     nodes = load_graph(onnx).graph.node
-    told = []
+    reasons = []
     for index in range(min(parser.num_errors, 3)):
         error = parser.get_error(index)
         place = error.node()
         node = f"node {nodes[place].name} ({nodes[place].op_type}): " if 0 <= place < len(nodes) else ""
-        told.append(node + error.desc())
-    return ("; ".join(told) or "no reason given") + ": export it again with this version of edgeprune"
+        reasons.append(node + error.desc())
+    return ("; ".join(reasons) or "no reason given") + ": export it again with this version of edgeprune"
 
 
-def explained(logger: Any, workspace: int, free_bytes: int) -> str:
-    """Why a build failed, out of the log."""
+def build_failure(logger: Any, workspace: int, free_bytes: int) -> str:
+    """Why a build failed, from its log, and what to do."""
     errors = [text for severity, text in logger.lines if severity in ("ERROR", "INTERNAL_ERROR")]
-    what = _cause([text for _, text in logger.lines], BUILD_TROUBLE)
+    what = _cause([text for _, text in logger.lines], BUILD_FAILURES)
     last = errors[-1][:300] if errors else "no reason given"
     advice = (
-        f"workspace {workspace // MIB} MiB, {free_bytes // MIB} MiB were free: close other programs or "
+        f"workspace {workspace // MIB} MiB, {free_bytes // MIB} MiB of GPU memory free: close other programs or "
         "lower workspace_mib under [trt] of the device file"
     )
     return f"{what or last}: {advice}" + (f" ({last})" if what else "")
 
 
-def plan_trouble(logger: Any) -> str:
-    """Why a plan was refused, out of the log."""
-    foreign = _cause([text for _, text in logger.lines], PLAN_TROUBLE)
+def plan_refusal(logger: Any) -> str:
+    """Why a plan was refused, from the log, and what to do."""
+    foreign = _cause([text for _, text in logger.lines], PLAN_REFUSALS)
     if foreign:
         return f"it was built for {foreign}: compile the ONNX here"
-    return "it is truncated or no plan: compile the ONNX again"
+    return "it is truncated or not a plan: compile the ONNX again"
 
 
 def _cause(lines: list[str], table: tuple[tuple[tuple[str, ...], str], ...]) -> str | None:
@@ -216,17 +220,17 @@ def _cause(lines: list[str], table: tuple[tuple[tuple[str, ...], str], ...]) -> 
 
 
 class Fusion(NamedTuple):
-    """Attention layers of an engine: those that run as one fused kernel, and the layers there are in all."""
+    """Counts in an engine: attention layers that run as one fused kernel, and layers of all kinds."""
 
     fused: int
     layers: int
 
 
 def fusion_of(information: str) -> Fusion | None:
-    """Counted in the inspector's JSON; None where the engine was built without details.
+    """Count layers in the JSON of the engine inspector; None where the engine was built without details.
 
-    Layers are objects (DETAILED) or bare names; a fused attention shows as `_mha` or `fmha` in a tactic, a
-    kernel or a layer name (TensorRT 8.6 to 11; `Bindings` and `I/O Tensors` alike are left aside).
+    Layers are objects (DETAILED) or bare names. Fused attention has `_mha` or `fmha` in a tactic, kernel or layer
+    name (TensorRT 8.6 to 11). `Bindings` and `I/O Tensors` are ignored.
     """
     layers = json.loads(information).get("Layers", [])
     if not any(isinstance(layer, dict) for layer in layers):

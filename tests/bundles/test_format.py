@@ -126,7 +126,7 @@ def test_interrupted_write_leaves_the_old_bundle(
     elif method == "copyfile":
         monkeypatch.setattr(bundle.shutil, "copyfile", fail)
     else:
-        monkeypatch.setattr(bundle, "_exchanged", lambda *_: False)  # a file system that cannot swap folders
+        monkeypatch.setattr(bundle, "_swapped", lambda *_: False)  # a file system that cannot swap folders
         monkeypatch.setattr(os, "rename", fail if method == "rename" else fail_second)
     with pytest.raises((KeyboardInterrupt, OutputError)):
         write_bundle(out, **parts(b"new"))
@@ -162,7 +162,7 @@ def test_folder_that_is_no_bundle_is_left_alone(parts: Callable[..., dict[str, A
     out = tmp_path / "thesis"
     out.mkdir()
     (out / "chapter1.tex").write_text("irreplaceable")
-    with pytest.raises(InputError, match="no bundle"):
+    with pytest.raises(InputError, match="is not a bundle"):
         write_bundle(out, **parts())
     assert contents(out) == {"chapter1.tex": b"irreplaceable"}
 
@@ -213,7 +213,7 @@ def test_manifest_cannot_lead_out_of_the_bundle(
         (out / there).write_bytes(b"secret")
     digest = hashlib.sha256(b"secret").hexdigest()
     rewrite(out, lambda m: m["files"].update({name: digest}))
-    with pytest.raises(RecordError, match="is no name of a file in a bundle"):
+    with pytest.raises(RecordError, match="is not a valid name of a file in a bundle"):
         load_bundle(out)
 
 

@@ -78,7 +78,7 @@ def test_run_says_what_is_wrong_with_a_picture(
         code, _, err = call(capsys, "run", shared.bundle, tmp_path / name)
         assert code == 1 and name in err and len(err.splitlines()) == 1
     code, _, err = call(capsys, "run", tmp_path, tmp_path / "text.png")
-    assert code == 1 and "no bundle" in err
+    assert code == 1 and "not a bundle" in err
 
 
 @pytest.mark.parametrize("size", [(1, 9000), (9000, 1), (30000, 2)])
@@ -122,6 +122,7 @@ def test_every_mismatch_is_named(changed: Callable[..., Path], capsys: pytest.Ca
         (lambda m: m["engine"]["setup"].update(runtime_version="0.1"), "runtime_version"),
         (lambda m: m.update(edgeprune="0.0.1"), "edgeprune"),
         (lambda m: m["report"]["latency"].update(samples_ms=[1e9] * 9), "latency"),
+        (lambda m: m["report"]["latency"].update(samples_ms=[1e9]), "latency"),
     ):
         code, out, err = call(capsys, "verify", changed(edit), "--json")
         row = json.loads(out.splitlines()[-1])
@@ -131,7 +132,7 @@ def test_every_mismatch_is_named(changed: Callable[..., Path], capsys: pytest.Ca
     assert code == 1 and "within 0.001 of the golden output" in err
 
 
-def test_simulated_bundles_are_told_and_stay_here(
+def test_simulated_bundles_say_so_and_are_not_shipped(
     changed: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = changed(lambda m: m["engine"]["setup"].update(runtime="simulated"))
@@ -190,10 +191,10 @@ def test_triton_refuses_what_would_overwrite_or_escape(
     shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     triton_entry(shared.bundle, tmp_path)
-    for name, told in ((None, "is there already"), ("../up", "no name of a model"), (".hid", "no name of a model")):
+    for name, reason in ((None, "exists already"), ("../up", "the name of a model"), (".hid", "the name of a model")):
         options = ("--name", name) if name else ()
         code, _, err = call(capsys, "export-triton", shared.bundle, tmp_path, *options)
-        assert code == 1 and told in err
+        assert code == 1 and reason in err
     (tmp_path / "file").write_text("")
     code, _, err = call(capsys, "export-triton", shared.bundle, tmp_path / "file")
     assert code == 1 and "cannot be written" in err

@@ -14,7 +14,7 @@ import pytest
 from support.builds import Shared, call, row_of
 from support.loopback import Server
 
-from edgeprune.bundles.ship import _Far, destination, fleet, ship
+from edgeprune.bundles.ship import _RemoteFolder, destination, fleet, ship
 from edgeprune.errors import HostError, InputError, RecordError
 from edgeprune.io import sha256_file
 
@@ -73,7 +73,7 @@ def test_a_bundle_that_does_not_verify_there_is_not_switched_to(
     to, program = f"{there.address}:{tmp_path}/far", ("--host-program", there.program)
     row_of(capsys, "ship", good, to, *program)
     code, _, err = call(capsys, "ship", bad, to, *program)
-    assert code == 1 and "current stays as it was" in err and "golden output" in err
+    assert code == 1 and "current is unchanged" in err and "golden output" in err
     assert same(tmp_path / "far" / "current", good) and not (tmp_path / "far" / "previous").exists()
 
 
@@ -115,7 +115,7 @@ def test_half_a_file_of_something_else_is_sent_anew(
     assert same(tmp_path / "far" / "current", bundle)
 
 
-def test_a_full_disk_is_told(
+def test_a_full_disk_is_reported(
     there: Server, versions: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A small file system, where that can be mounted."""
@@ -133,7 +133,7 @@ def test_a_full_disk_is_told(
         subprocess.run(["umount", small], check=True)
 
 
-def test_a_wrong_host_key_is_told(
+def test_a_wrong_host_key_is_reported(
     there: Server,
     versions: Callable[[str], Path],
     tmp_path: Path,
@@ -161,7 +161,7 @@ def test_two_at_once_into_one_folder(there: Server, versions: Callable[[str], Pa
     assert holder.stdout is not None and holder.stdin is not None
     holder.stdout.readline()
     try:
-        with pytest.raises(HostError, match="another ship is under way"):
+        with pytest.raises(HostError, match="another ship is running"):
             ship(versions("lock"), where)
     finally:
         holder.stdin.close()
@@ -194,20 +194,20 @@ def test_destinations_and_lists_of_hosts_are_checked(tmp_path: Path) -> None:
     for text in ("nano", "nano:", ":dir", "/just/a/path"):
         with pytest.raises(InputError, match="USER@HOST:DIR"):
             destination(text)
-    for text, told in (
+    for text, reason in (
         ("", "missing required field"),
         ("to = []", "no hosts"),
         ("[[to]]\nhost = 1", "Expected `str`"),
         ("{", "not a list of hosts"),
     ):
         (tmp_path / "hosts.toml").write_text(text)
-        with pytest.raises(RecordError, match=told):
+        with pytest.raises(RecordError, match=reason):
             fleet(tmp_path / "hosts.toml")
 
 
 @pytest.mark.parametrize(("folder", "place"), [("~", ""), ("~/", ""), ("~/a b", "a b"), ("~a/b", "~a/b"), ("c", "c")])
 def test_a_home_is_found_at_the_far_end(folder: str, place: str, tmp_path: Path) -> None:
-    script = _Far(destination(f"nano:{folder}"), "")._inside("pwd")
+    script = _RemoteFolder(destination(f"nano:{folder}"), "")._inside("pwd")
     said = subprocess.check_output(["sh", "-c", script], cwd=tmp_path, env={"HOME": str(tmp_path)}, text=True)
     assert Path(said.rstrip("\n")) == tmp_path / place
 

@@ -79,9 +79,9 @@ def test_figures_give_the_published_peaks(name: str, cores: int, dense_tops: flo
 
 
 def test_unknown_device_lists_the_known() -> None:
-    with pytest.raises(DeviceError, match=r"no device 'orin'.*agx-orin, cpu, cuda"):
+    with pytest.raises(DeviceError, match=r"unknown device 'orin'.*agx-orin, cpu, cuda"):
         devices.load_device("orin")
-    with pytest.raises(DeviceError, match="no device"):
+    with pytest.raises(DeviceError, match="unknown device"):
         devices.load_device("../devices/cpu")
 
 
@@ -187,7 +187,7 @@ def test_tx2_is_refused_with_its_reason_even_on_a_tx2(machine: Path) -> None:
 def test_cuda_needs_a_gpu_that_answers_and_cpu_nothing(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     devices.check_is_here(devices.load_device("cpu"))
     cuda = devices.load_device("cuda")
-    with pytest.raises(DeviceError, match="this is Example CPU; no NVIDIA GPU answers") as caught:
+    with pytest.raises(DeviceError, match="this is Example CPU; .*nvidia-smi finds no NVIDIA GPU") as caught:
         devices.check_is_here(cuda)
     assert "--simulate" not in str(caught.value)
     has_gpu(monkeypatch, "print('Example GPU')")

@@ -205,7 +205,7 @@ def test_device_half(
     """All commands of the device half, and `compile` of a bundle's ONNX, without torch or ONNX Runtime."""
     for module in ("torch", "onnxruntime"):
         monkeypatch.setitem(sys.modules, module, None)
-    pictures, bundle, work = zoo.images_dir(), tmp_path / "bundle", ("--work", targets[precision].work)
+    pictures, bundle, work = zoo.images_dir(), tmp_path / "bundle", ("--work", targets[precision].work.path)
     files = (folder / precision / "fold.onnx", "--dense", folder / precision / "dense.onnx")
     digits = targets[precision].setup.batch == 1 and metadata_in(files[0]).vit.name == zoo.EMBEDDED  # type: ignore[union-attr]
     images = ("--images", pictures / "labels.csv") if digits else ()

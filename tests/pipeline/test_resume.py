@@ -20,7 +20,7 @@ import onnx
 import pytest
 from support.builds import ONE_THREAD, Shared, call, few_digits, program, start
 
-from edgeprune.bundles.format import _take_place, check_out, load_bundle
+from edgeprune.bundles.format import _replace, check_out, load_bundle
 from edgeprune.errors import EdgepruneError
 from edgeprune.io import load
 from edgeprune.latency.staircase import SampleKey, Samples, trunk
@@ -221,7 +221,7 @@ def test_a_bundle_is_never_missing_while_it_is_replaced(shared: Shared, tmp_path
             pass
         os._exit(0 if (tmp_path / "done").exists() else 1)
     for _ in range(200):
-        _take_place(fresh, out)
+        _replace(fresh, out)
         seen.append((out / "new").exists())
     (tmp_path / "done").write_text("")
     _, status = os.waitpid(pid, 0)

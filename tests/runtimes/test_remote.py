@@ -82,7 +82,7 @@ def _host(there: Server) -> Host:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "reason"),
     [
         (("--host", "-oProxyCommand=true"), "is no host"),
         (("--host", "nobody at all"), "is no host"),
@@ -93,13 +93,13 @@ def _host(there: Server) -> Host:
     ],
 )
 def test_what_fails_is_named(
-    options: tuple[str, ...], told: str, there: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    options: tuple[str, ...], reason: str, there: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [there.address if o == "ADDRESS" else o for o in options]
     if "--host-program" not in given:
         given += ["--host-program", str(there.program)]
     code, _, err = call(capsys, "build", *given, "--work", tmp_path, "--out", tmp_path / "out")
-    assert code == 1 and told in err and len([x for x in err.splitlines() if x.startswith("error")]) == 1
+    assert code == 1 and reason in err and len([x for x in err.splitlines() if x.startswith("error")]) == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -107,7 +107,7 @@ def test_unknown_key_and_closed_port(
     there: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = Path(there.ssh.split()[-1]).read_text()
-    for change, told in (
+    for change, reason in (
         (("/known", "/unknown"), "Host key verification failed"),
         (("/user", "/nokey"), "Permission denied"),
         (("Port ", "Port 1 #"), "Connection refused"),
@@ -116,13 +116,13 @@ def test_unknown_key_and_closed_port(
         other.write_text(config.replace(*change))
         monkeypatch.setenv("EDGEPRUNE_SSH", f"ssh -F {other}")
         code, _, err = call(capsys, "profile", *there.options, "--work", tmp_path, "--out", tmp_path / "s.json")
-        assert code == 1 and told in err and f"ssh {there.address} true" in err
+        assert code == 1 and reason in err and f"ssh {there.address} true" in err
     monkeypatch.setenv("EDGEPRUNE_SSH", "no-such-ssh")
     code, _, err = call(capsys, "profile", *there.options, "--work", tmp_path, "--out", tmp_path / "s.json")
     assert code == 1 and "install OpenSSH" in err
 
 
-def test_a_cut_connection_is_told_and_the_build_goes_on(there: Server, shared: Shared, tmp_path: Path) -> None:
+def test_a_lost_connection_is_reported_and_the_build_goes_on(there: Server, shared: Shared, tmp_path: Path) -> None:
     """The worker is killed in the middle of measuring; the same command then finishes with the rest."""
     few = few_digits(tmp_path / "digits")
     probes_alone(shared, tmp_path / "work")

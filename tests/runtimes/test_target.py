@@ -17,9 +17,9 @@ from edgeprune.runtimes.target import target_for
 PLACE = """
 from pathlib import Path
 import edgeprune
-from edgeprune.target import target_for
+from edgeprune.runtimes.target import target_for
 assert Path(edgeprune.__file__).parent == Path.cwd() / "edgeprune"
-print(target_for("orin-nano", simulate=True, work=Path("work")).path("model", ".onnx", "parts"))
+print(target_for("orin-nano", simulate=True, work=Path("work")).work.file("model", ".onnx", "parts"))
 """
 
 
@@ -36,7 +36,7 @@ def test_edited_code_reuses_no_step(tmp_path: Path) -> None:
         ).stdout
 
     places = [place(), place()]
-    for name in ("reducers/topk.py", "devices/orin-nano.toml", "notes.css"):
+    for name in ("vit/reducers/topk.py", "devices/orin-nano.toml", "notes.css"):
         with open(package / name, "a") as file:
             file.write("\n# edited\n")
         places.append(place())
@@ -52,6 +52,6 @@ def test_finished_step_is_made_again_by_other_code(tmp_path: Path, monkeypatch: 
         path.write_text("done")
 
     for key in (code_key(), code_key(), "other code"):
-        monkeypatch.setattr("edgeprune.runtimes.target.code_key", lambda key=key: key)
-        target.step("model", ".onnx", ("parts",), make)
+        monkeypatch.setattr("edgeprune.runtimes.steps.code_key", lambda key=key: key)
+        target.work.step("model", ".onnx", ("parts",), make)
     assert len(made) == len({*made}) == 2

@@ -25,7 +25,7 @@ from edgeprune.errors import DeviceError, EngineError, MissingError, RecordError
 from edgeprune.onnx_graph import attention_fusion as fusion
 from edgeprune.records import Schedule, Setup, TrtOptions, Vit
 from edgeprune.runtimes import runtime_for
-from edgeprune.runtimes.trt import TensorRT, described, fits
+from edgeprune.runtimes.trt import TensorRT, changed_options, fits
 from edgeprune.runtimes.trt_builder import fusion_of
 
 SETUP = Setup(device="cuda", machine="Orin", runtime="trt", runtime_version="1", precision="fp32", batch=1)
@@ -105,10 +105,10 @@ def test_options_reach_the_builder(monkeypatch: pytest.MonkeyPatch, model: Path,
     assert config.builder_optimization_level == 4 and config.pools == {"WORKSPACE": 100 << 20}
     assert config.tactics == 1 << 3 | 1 << 4
     assert config.previews == {"DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805"}
-    assert described(TrtOptions(**options)) == (
+    assert changed_options(TrtOptions(**options)) == (
         "optimization_level=4 workspace_mib=100 tactic_sources=('EDGE_MASK_CONVOLUTIONS', 'JIT_CONVOLUTIONS')"
     )
-    assert described(TrtOptions()) is None
+    assert changed_options(TrtOptions()) is None
     with pytest.raises(EngineError, match="no tactic source CUBLAS"):
         runtime(tactic_sources=("CUBLAS",)).compile(model, SETUP, tmp_path / "out.engine")
 
@@ -152,16 +152,18 @@ def test_parser_errors_name_the_nodes(fake: Fake, model: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "reason"),
     [
         ("[allocator.cpp] Out of memory (requested 5)", "memory ran out"),
-        ("Could not find any implementation for node head", "no kernel for a layer fits"),
+        ("Could not find any implementation for node head", "there is no kernel for a layer"),
         ("Something else", "Something else"),
     ],
 )
-def test_a_failed_build_says_why(line: str, told: str, fake: Fake, model: Path, tmp_path: Path) -> None:
+def test_a_failed_build_says_why(line: str, reason: str, fake: Fake, model: Path, tmp_path: Path) -> None:
     fake.fail_build = [line]
-    with pytest.raises(EngineError, match=f"could not build it: {told}: workspace 2048 MiB, 4096 MiB were free"):
+    with pytest.raises(
+        EngineError, match=f"could not build it: {reason}: workspace 2048 MiB, 4096 MiB of GPU memory free"
+    ):
         runtime().compile(model, SETUP, tmp_path / "out.engine")
     assert line in (tmp_path / "out.log").read_text() and not (tmp_path / "out.engine").exists()
 
@@ -183,7 +185,7 @@ def test_foreign_and_broken_plans_are_refused_by_name(
     content = plan.read_bytes()
     for broken in (content[:-5], content[:3], b""):
         plan.write_bytes(broken)
-        with pytest.raises(EngineError, match="it is truncated or no plan: compile the ONNX again"):
+        with pytest.raises(EngineError, match="it is truncated or not a plan: compile the ONNX again"):
             runtime().open(plan, SETUP)
     plan.write_bytes(content)
     fake.gpu = "Xavier"
@@ -238,7 +240,7 @@ def test_setup_names_what_latencies_depend_on(fake: Fake, monkeypatch: pytest.Mo
     Fake("8.6.1").install(monkeypatch)
     thor = load_device("jetson-thor")
     monkeypatch.setattr("edgeprune.devices.this_machine", lambda: "NVIDIA Jetson Thor")
-    with pytest.raises(DeviceError, match=r"takes TensorRT >=10\.13, here is 8\.6\.1: use JetPack 7"):
+    with pytest.raises(DeviceError, match=r"needs TensorRT >=10\.13, this is 8\.6\.1: install JetPack 7"):
         runtime_for(thor).setup(thor, "fp32", 1)
 
 
@@ -266,7 +268,7 @@ def test_a_bad_range_of_versions_is_refused(wanted: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "told"),
+    ("line", "reason"),
     [
         ("dla_core = 0", "DLA has no LayerNorm"),
         ('typing = "loose"', "strong or weak"),
@@ -275,9 +277,9 @@ def test_a_bad_range_of_versions_is_refused(wanted: str) -> None:
         ("speed = 1", "speed"),
     ],
 )
-def test_builder_options_of_a_device_file_are_checked(line: str, told: str) -> None:
+def test_builder_options_of_a_device_file_are_checked(line: str, reason: str) -> None:
     text = f'name = "mine"\ntitle = "Mine"\nruntime = "trt"\n[trt]\n{line}\n'
-    with pytest.raises(RecordError, match=told):
+    with pytest.raises(RecordError, match=reason):
         parse(text.encode(), "mine.toml")
 
 
@@ -333,7 +335,7 @@ def test_where_capture_fails_kernels_are_launched_one_by_one(
     assert f"no CUDA graph ({failing}: CUDA error 900)" in caplog.text
 
 
-def test_lost_fusion_is_told(
+def test_lost_fusion_is_reported(
     fake: Fake, make_vit: Callable[..., Vit], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two blocks whose attention could be fused, one layer that the inspector calls fused."""
@@ -360,9 +362,9 @@ def test_lost_fusion_is_told(
     fusion.expected(path, three, half_setup)
     assert "1 of 3 blocks without a cut" in caplog.text
     with runtime().open(tmp_path / "two.engine", SETUP) as session:
-        for precision, told in (("fp32", False), ("fp16", True)):
+        for precision, warned in (("fp32", False), ("fp16", True)):
             fusion.warn_if_lost(session.fused_attention(), 2, precision)
-            assert ("fused 1 of 2 attention layers" in caplog.text) is told
+            assert ("fused 1 of 2 attention layers" in caplog.text) is warned
         caplog.clear()
         fake.layers.append({"Name": "c", "TacticName": "fmha_v2"})
         fusion.warn_if_lost(session.fused_attention(), 2, "fp16")

@@ -9,8 +9,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
-from support.records import NOISELESS
-
 from edgeprune.devices import load_device
 from edgeprune.latency.probing import probe, unconfirmed
 from edgeprune.latency.staircase import DENSE, FIXED, Samples
@@ -19,8 +17,11 @@ from edgeprune.pipeline.measure import Measured, MeasuredSchedule, predicted_ms
 from edgeprune.pipeline.scores import ScheduleScores
 from edgeprune.records import Latency, Preprocessing, Schedule, Staircase, Vit
 from edgeprune.runtimes.inference import Open
+from edgeprune.runtimes.steps import WorkFolder
+from edgeprune.runtimes.steps import WorkFolder
 from edgeprune.runtimes.target import Target
 from edgeprune.scheduling.search import Tokens
+from support.records import NOISELESS
 
 HOW = Preprocessing(
     image_px=32, resize_px=32, interpolation="bicubic", crop_mode="center", mean=(0.5,) * 3, std=(0.5,) * 3
@@ -39,7 +40,7 @@ def context_of(vit: Vit, work: Path, **options: Any) -> Context:
     """A context of a model that is its shape alone, without pictures."""
     model: Any = SimpleNamespace(vit=vit, preprocessing=HOW)
     runtime: Any = None
-    target = Target(load_device("cpu"), runtime, NOISELESS, work)
+    target = Target(load_device("cpu"), runtime, NOISELESS, WorkFolder(work))
     return Context(Options(work=work, **options), target, model, None)
 
 

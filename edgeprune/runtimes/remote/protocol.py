@@ -1,4 +1,4 @@
-"""What a workstation and the worker on a device say to each other: length-prefixed MessagePack over one pipe."""
+"""The messages between a workstation and the worker on a device: length-prefixed MessagePack over pipes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEAD_BYTES = 4  # length of a frame, big-endian
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, forbid_unknown_fields=True):
-    """Base of all messages; the class name travels as their tag."""
+    """Base of all messages; the class name is sent as their tag."""
 
 
 # ---- to the device
@@ -31,13 +31,13 @@ class Prepare(Message, frozen=True):
 
 
 class Missing(Message, frozen=True):
-    """Which of these files, by sha256, are not there yet? Answered by Names."""
+    """Which of these files, by sha256, does the device lack? Answered by Names."""
 
     sha256: tuple[str, ...]
 
 
 class Put(Message, frozen=True):
-    """A piece of a file. The last is answered by Done, the others not at all."""
+    """A piece of a file. Only the last is answered, by Done."""
 
     sha256: str
     data: bytes
@@ -52,7 +52,7 @@ class Compile(Message, frozen=True):
 
 
 class Get(Message, frozen=True):
-    """Answered by Put after Put of a file that the device made."""
+    """Fetch a file that the device made. Answered by several Put."""
 
     sha256: str
 
@@ -71,7 +71,7 @@ class Time(Message, frozen=True):
 
 
 class Infer(Message, frozen=True):
-    """One batch, fp32, C order. Answered by Output."""
+    """Run one batch, fp32, C order. Answered by Output."""
 
     session: int
     shape: tuple[int, ...]
@@ -94,7 +94,7 @@ class Close(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """The setup that latencies are comparable under, and the runtime's own constants."""
+    """The setup on the device, and the constants of its runtime."""
 
     setup: Setup
     suffix: str
@@ -109,7 +109,7 @@ class Names(Message, frozen=True):
 
 
 class Compiled(Message, frozen=True):
-    """An engine, to be fetched with Get, and its build log."""
+    """An engine, which Get fetches, and its build log."""
 
     sha256: str
     log: str
@@ -135,11 +135,11 @@ class Output(Message, frozen=True):
 
 
 class Done(Message, frozen=True):
-    """Nothing more to say."""
+    """The request is carried out."""
 
 
 class Progressed(Message, frozen=True):
-    """How far the device is; comes before an answer."""
+    """Progress on the device; sent before an answer."""
 
     what: str
     done: int
@@ -147,14 +147,14 @@ class Progressed(Message, frozen=True):
 
 
 class Logged(Message, frozen=True):
-    """A line of the device's log; comes before an answer."""
+    """A line of the device's log; sent before an answer."""
 
     level: int
     text: str
 
 
 class Failed(Message, frozen=True):
-    """An error by its class in errors.py."""
+    """An error, by the name of its class in errors.py."""
 
     kind: str
     text: str
@@ -169,19 +169,19 @@ T = TypeVar("T")
 
 
 def write(pipe: IO[bytes], message: Message) -> None:
-    """Send one message. Raises OSError where the other end is gone."""
+    """Send one message. Raises OSError where the connection is closed."""
     data = _encoder.encode(message)
     pipe.write(len(data).to_bytes(HEAD_BYTES, "big") + data)
     pipe.flush()
 
 
 def read_request(pipe: IO[bytes]) -> Request | None:
-    """The next message to the device, None at the end. Raises ValueError for what is none."""
+    """The next message to the device, None at the end. Raises ValueError for anything else."""
     return _read(pipe, _requests)
 
 
 def read_answer(pipe: IO[bytes]) -> Answer | None:
-    """The next message from the device, None at the end. Raises ValueError for what is none."""
+    """The next message from the device, None at the end. Raises ValueError for anything else."""
     return _read(pipe, _answers)
 
 

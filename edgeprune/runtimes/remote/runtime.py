@@ -1,4 +1,4 @@
-"""The runtime of another machine, over ssh: engines are compiled, timed and run there, kept and decided upon here."""
+"""The runtime of another machine over ssh: engines are compiled, timed and run there, and kept here."""
 
 from __future__ import annotations
 
@@ -28,26 +28,26 @@ M = TypeVar("M", bound=protocol.Message)
 
 
 class RemoteRuntime:
-    """Speaks to `edgeprune worker` on `host` over one connection, which ends with this object or the process.
+    """Talks to `edgeprune worker` on `host` over one connection, which ends with this object or the process.
 
-    Latencies are taken on the device, between its own clocks; the network carries files, requests and logits.
+    Latencies are measured on the device by its own clock, without the network.
     """
 
     def __init__(self, device: Device, host: Host, lock_clocks: bool = False) -> None:
         self.device, self.lock_clocks = device, lock_clocks
         self.channel = Channel(host, f"{host.program} worker")
-        self.suffix, self.parity = "", 0.0  # known from setup() on
+        self.suffix, self.parity = "", 0.0  # set by setup()
         self._free: int | None = None
 
     def setup(self, device: Device, precision: str, batch: int) -> Setup:
-        """As the device's own runtime says. Raises HostError, and what that runtime raises."""
+        """The setup of the device's own runtime. Raises HostError, and the errors of that runtime."""
         hello = protocol.Prepare(__version__, device, precision, batch, self.lock_clocks)
         ready = self.ask(hello, protocol.Ready)
         self.suffix, self.parity, self._free = ready.suffix, ready.parity, ready.free_bytes
         return ready.setup
 
     def free_bytes(self) -> int | None:
-        """Memory on the device when the connection was made."""
+        """Free bytes on the device when the connection was made; None where memory is not a limit."""
         return self._free
 
     def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> Engine:
@@ -63,7 +63,9 @@ class RemoteRuntime:
         digest = sha256_file(out)
         if digest != made.sha256:
             out.unlink()
-            raise HostError(f"an engine arrived as {digest[:12]}…, not {made.sha256[:12]}…: run it again")
+            raise HostError(
+                f"an engine arrived damaged (sha256 {digest[:12]}…, not {made.sha256[:12]}…): run the command again"
+            )
         write_bytes(out.with_suffix(".log"), made.log.encode())
         return Engine(
             path=out.name,
@@ -78,25 +80,25 @@ class RemoteRuntime:
         return RemoteSession(self, self.ask(protocol.Open(self._sent(path), path.name), protocol.Opened))
 
     def ask(self, request: protocol.Message, kind: type[M], progress: Progress = silent) -> M:
-        """The answer to a request, which is of one kind. Raises HostError, or the error that the device names."""
+        """Send a request and wait for its answer, of class `kind`. Raises HostError, or the error on the device."""
         try:
             protocol.write(self.channel.stdin, request)
         except OSError:
-            raise self.channel.trouble() from None
+            raise self.channel.failure() from None
         return self._answer(kind, progress)
 
     def _answer(self, kind: type[M], progress: Progress = silent) -> M:
         while True:
             try:
                 answer = protocol.read_answer(self.channel.stdout)
-            except ValueError as error:  # a shell's greeting, for one
+            except ValueError as error:  # for example a greeting of the login shell
                 raise HostError(
-                    f"{self.channel.host.address} answers with something else than edgeprune's worker ({error}): "
-                    "its shell may not print at login"
+                    f"{self.channel.host.address} sent something other than an answer of edgeprune ({error}): "
+                    "its shell must print nothing at login"
                 ) from None
             match answer:
                 case None:
-                    raise self.channel.trouble()
+                    raise self.channel.failure()
                 case protocol.Progressed(what, done, total):
                     progress(what, done, total)
                 case protocol.Logged(level, text):
@@ -106,11 +108,14 @@ class RemoteRuntime:
                     raise (found if issubclass(found, errors.EdgepruneError) else EngineError)(text)
                 case _:
                     if not isinstance(answer, kind):
-                        raise HostError(f"the device answered {type(answer).__name__}: install the same edgeprune")
+                        name = type(answer).__name__
+                        raise HostError(
+                            f"the device answered {name}, not {kind.__name__}: install the same edgeprune there"
+                        )
                     return answer
 
     def _sent(self, path: Path) -> dict[str, str]:
-        """Name and sha256 of a file and of the weights that lie beside it; what the device lacks is sent."""
+        """Names and sha256 of a file and of the weight files next to it; those that the device lacks are sent."""
         paths = [path, *(weights_of(path) if path.suffix == ".onnx" else ())]
         files = {_hash(p, p.stat().st_mtime_ns, p.stat().st_size): p for p in paths}
         for sha256 in self.ask(protocol.Missing(tuple(files)), protocol.Names).sha256:
@@ -125,7 +130,7 @@ class RemoteRuntime:
                     try:
                         protocol.write(self.channel.stdin, message)
                     except OSError:
-                        raise self.channel.trouble() from None
+                        raise self.channel.failure() from None
                     piece = following
         return {p.name: sha256 for sha256, p in files.items()}
 
@@ -137,7 +142,7 @@ class RemoteSession:
         self._runtime, self._number = runtime, opened.session
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Outputs for one batch. Raises EngineError on a wrong shape, HostError."""
+        """(B, classes) fp32 outputs of one batch, fp32. Raises EngineError on a wrong shape, HostError."""
         data = np.ascontiguousarray(images, np.float32)
         output = self._runtime.ask(protocol.Infer(self._number, data.shape, data.tobytes()), protocol.Output)
         return np.frombuffer(output.data, np.float32).reshape(output.shape)
@@ -149,7 +154,7 @@ class RemoteSession:
         return value
 
     def fused_attention(self) -> int | None:
-        """As the device's own session tells it."""
+        """Attention layers that run as one fused kernel; None where the engine on the device does not say."""
         value = self._runtime.ask(protocol.Fused(self._number), protocol.Value).value
         return None if value is None else int(value)
 

@@ -1,4 +1,4 @@
-"""Other machines over OpenSSH: the user's own ssh with its configuration and keys; what fails is named."""
+"""Commands on other machines through the user's own OpenSSH client, with its configuration and keys."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ OPTIONS = ("-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "Server
 PROGRAM = "EDGEPRUNE_SSH"  # like GIT_SSH_COMMAND: "ssh -F file"
 ADDRESS = r"([\w.-]+@)?[\w.:\[\]%-]+"
 FAILED, NOT_FOUND = 255, 127  # exit codes of ssh itself, and of a shell that has no such command
-CLOSING_S = 20  # that a process gets to end once nobody talks to it
+CLOSING_S = 20  # time for a process to end after its input is closed
 
 
 class Host(NamedTuple):
-    """A machine, and how edgeprune is called there."""
+    """A machine, and the edgeprune program there."""
 
     address: str  # USER@HOST, or a name of ~/.ssh/config
     program: str = "edgeprune"
 
 
 class Channel:
-    """A command on another machine with pipes to it; a context manager that ends it."""
+    """A command that runs on another machine, with pipes to it; a context manager that ends it."""
 
     def __init__(self, host: Host, remote: str) -> None:
-        """Raises HostError for an address that is none, and where ssh is not installed."""
+        """Start the command `remote`. Raises HostError for a bad address, and where ssh is not installed."""
         if host.address.startswith("-") or not re.fullmatch(ADDRESS, host.address):
-            raise HostError(f"{host.address!r} is no host: write USER@HOST or a name of ~/.ssh/config")
+            raise HostError(f"{host.address!r} is not a host: write USER@HOST or a name of ~/.ssh/config")
         self.host = host
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 it lives as long as the process
         line = [*shlex.split(os.environ.get(PROGRAM, "ssh")), *OPTIONS, host.address, remote]
@@ -41,14 +41,14 @@ class Channel:
                 line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True
             )
         except OSError as error:
-            raise HostError(f"{line[0]} cannot be started ({error.strerror}): install OpenSSH's client") from None
+            raise HostError(f"{line[0]} cannot be started ({error.strerror}): install the OpenSSH client") from None
         assert self._process.stdin is not None and self._process.stdout is not None
         self.stdin: IO[bytes] = self._process.stdin
         self.stdout: IO[bytes] = self._process.stdout
 
     def end(self) -> int:
-        """Close the pipe to it and wait; what it exits with."""
-        with suppress(OSError):  # it is gone already
+        """Close its input, wait for it, and return its exit code."""
+        with suppress(OSError):  # it has ended already
             self.stdin.close()
         try:
             return self._process.wait(CLOSING_S)
@@ -56,8 +56,8 @@ class Channel:
             self._process.kill()
             return self._process.wait()
 
-    def trouble(self) -> HostError:
-        """Why it ended, from its exit code and the last line of its stderr."""
+    def failure(self) -> HostError:
+        """The error to raise, made from the exit code and the last line of stderr."""
         code = self.end()
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors.read()[-4096:].decode(errors="replace").splitlines()]
@@ -69,7 +69,7 @@ class Channel:
             )
         if code == FAILED:
             return HostError(f"{name} cannot be reached, or the connection was cut ({said}): try `ssh {name} true`")
-        return HostError(f"{name} ended early ({said}): see to it there, then run the same command again")
+        return HostError(f"{name} ended early ({said}): correct that on the host and run the command again")
 
     def __enter__(self) -> Channel:
         return self

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class Worker:
-    """State of one connection: a runtime, its setup and open sessions. Files lie in `work` by their sha256."""
+    """State of one connection: a runtime, its setup and open sessions. `work` keeps files under their sha256."""
 
     def __init__(self, work: Path, send: Callable[[protocol.Message], None]) -> None:
         self.files, self.models = work / "files", work / "models"
@@ -37,7 +37,7 @@ class Worker:
         self.setup: Setup
 
     def answer(self, request: protocol.Request) -> protocol.Message | None:
-        """What to say to a request; None says nothing. Raises EdgepruneError."""
+        """The answer to a request; None where nothing is left to send. Raises EdgepruneError."""
         match request:
             case protocol.Prepare():
                 return self._prepare(request)
@@ -68,7 +68,7 @@ class Worker:
                 return protocol.Done()
 
     def close(self) -> None:
-        """Free every session and put the clocks back."""
+        """Free every session and restore the clocks."""
         for session in self.opened.values():
             session.__exit__(None, None, None)
         self.opened.clear()
@@ -76,7 +76,9 @@ class Worker:
 
     def _prepare(self, request: protocol.Prepare) -> protocol.Ready:
         if request.version != __version__:
-            raise HostError(f"edgeprune is {__version__} on the device and {request.version} here: install the same")
+            raise HostError(
+                f"edgeprune is {__version__} on the device and {request.version} here: install the same version"
+            )
         for folder in (self.files, self.models):
             with writable(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -88,7 +90,7 @@ class Worker:
 
     def _file(self, sha256: str) -> Path:
         if len(sha256) != 64 or not set(sha256) <= set("0123456789abcdef"):
-            raise InputError(f"{sha256[:80]!r} is no sha256: {REPORT}")
+            raise InputError(f"{sha256[:80]!r} is not a sha256: {REPORT}")
         return self.files / sha256
 
     def _put(self, request: protocol.Put) -> protocol.Done | None:
@@ -106,33 +108,36 @@ class Worker:
             found = sha256_file(partial)
             if found != request.sha256:
                 partial.unlink()
-                raise HostError(f"a file arrived as {found[:12]}…, not {request.sha256[:12]}…: run it again")
+                wanted = request.sha256[:12]
+                raise HostError(
+                    f"a file arrived damaged (sha256 {found[:12]}…, not {wanted}…): run the command again"
+                )
             os.replace(partial, path)
         return protocol.Done()
 
     def _placed(self, files: dict[str, str], main: str) -> Path:
-        """The files side by side under their names, as an ONNX and its weights must lie; the path of `main`."""
+        """Put the files into one folder under their names, as ONNX needs its weights; the path of `main`."""
         folder = self.models / key_of(files)
         with writable(folder):
             folder.mkdir(exist_ok=True)
             for name, sha256 in files.items():
                 if not name or main not in files or Path(name).name != name or name.startswith("."):
-                    raise InputError(f"{name!r} is no file name: {REPORT}")
+                    raise InputError(f"{name!r} is not a file name: {REPORT}")
                 source, place = self._file(sha256), folder / name
                 if not source.is_file():
-                    raise InputError(f"{name} has not arrived: run it again")
+                    raise InputError(f"{name} has not arrived: run the command again")
                 if not place.exists():
                     os.link(source, place)
         return folder / main
 
     def _compile(self, files: dict[str, str], main: str) -> protocol.Compiled:
         onnx = self._placed(files, main)
-        out = self.files / f"{key_of(files, self.setup)}{self.runtime.suffix}"  # beside it: the timing cache
+        out = self.files / f"{key_of(files, self.setup)}{self.runtime.suffix}"  # the timing cache is next to it
 
         def progress(what: str, done: int, total: int) -> None:
             try:
                 self.send(protocol.Progressed(what, done, total))
-            except OSError:  # nobody waits for this engine any more: the builder stops at this
+            except OSError:  # the workstation is gone: this stops the builder
                 raise KeyboardInterrupt from None
 
         try:
@@ -165,20 +170,20 @@ class Worker:
 
 
 class _Forward(logging.Handler):
-    """Log lines to the workstation."""
+    """Sends log lines to the workstation."""
 
     def __init__(self, send: Callable[[protocol.Message], None]) -> None:
         super().__init__(logging.INFO)
         self._send = send
 
     def emit(self, record: logging.LogRecord) -> None:
-        """One line; a workstation that is gone needs none."""
+        """Send one line; ignored where the workstation is gone."""
         with suppress(OSError):
             self._send(protocol.Logged(record.levelno, record.getMessage()))
 
 
 def serve(requests: IO[bytes], answers: IO[bytes], work: Path) -> None:
-    """Answer until the other end is gone, or SIGTERM. What was locked or opened is undone in any case."""
+    """Answer requests until the connection closes or SIGTERM. Sessions are freed and clocks restored in any case."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def send(message: protocol.Message) -> None:
@@ -195,17 +200,20 @@ def serve(requests: IO[bytes], answers: IO[bytes], work: Path) -> None:
             except EdgepruneError as error:
                 answer = protocol.Failed(type(error).__name__, str(error))
             except OSError as error:
-                answer = protocol.Failed(HostError.__name__, f"on the device: {error}: see to it there")
-            except Exception as error:  # the workstation must hear of it, whatever it is
+                answer = protocol.Failed(
+                    HostError.__name__, f"on the device: {error}: correct that there and run the command again"
+                )
+            except Exception as error:  # the workstation must be informed of any error
                 answer = protocol.Failed(
                     EngineError.__name__, f"on the device: {type(error).__name__}: {error}: {REPORT}"
                 )
             if answer is not None:
                 send(answer)
-    except ValueError as error:  # msgspec's, of a message that is none
+    except ValueError as error:  # from msgspec, for anything but a message
         send(
             protocol.Failed(
-                HostError.__name__, f"a message that is not understood ({error}): install the same edgeprune"
+                HostError.__name__,
+                f"a message that the device does not understand ({error}): install the same edgeprune there",
             )
         )
     except (BrokenPipeError, KeyboardInterrupt):

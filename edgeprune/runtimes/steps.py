@@ -1,0 +1,62 @@
+"""The work folder: files of finished steps under a hash of their inputs, used by one process at a time."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgeprune.errors import InputError
+from edgeprune.io import code_key, key_of, writable
+
+log = logging.getLogger(__name__)
+
+WORK = Path("engines/.work")
+
+
+@dataclass(frozen=True)
+class WorkFolder:
+    """A folder that keeps finished steps: the same step with the same inputs and code is not done twice."""
+
+    path: Path = WORK
+
+    def file(self, name: str, suffix: str, *parts: Any) -> Path:
+        """The path of a result called `name` that depends only on `parts` and on the sources of this package."""
+        return self.path / f"{name}-{key_of(code_key(), *parts)}{suffix}"
+
+    def step(self, name: str, suffix: str, parts: Sequence[Any], make: Callable[[Path], None]) -> Path:
+        """The file of a step with the inputs `parts`; `make` writes it unless it is there already."""
+        file = self.file(name, suffix, *parts)
+        if file.exists():
+            log.info("%s: reused %s", name, file.name)
+        else:
+            make(file)
+            log.info("%s: done", name)
+        return file
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Keep other processes out: two that measure at once would distort each other's latencies.
+
+        Half-written files of a killed process are removed. Raises InputError where another process holds the lock,
+        OutputError.
+        """
+        import fcntl
+
+        with writable(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / ".lock", "w")  # noqa: SIM115 it is held below
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(
+                    f"another edgeprune is using {self.path}: wait for it, or pass another --work"
+                ) from None
+            for left in self.path.glob("**/.*.tmp"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield
