@@ -18,7 +18,6 @@ from edgeprune.pipeline.scores import ScheduleScores
 from edgeprune.records import Latency, Preprocessing, Schedule, Staircase, Vit
 from edgeprune.runtimes.inference import Open
 from edgeprune.runtimes.steps import WorkFolder
-from edgeprune.runtimes.steps import WorkFolder
 from edgeprune.runtimes.target import Target
 from edgeprune.scheduling.search import Tokens
 from support.records import NOISELESS
@@ -36,10 +35,9 @@ def stairs(tokens: int) -> float:
     return 4 + 1.5 * sum(tokens > end for end in EDGES)
 
 
-def context_of(vit: Vit, work: Path, **options: Any) -> Context:
-    """A context of a model that is its shape alone, without pictures."""
+def context_of(vit: Vit, work: Path, runtime: Any = None, **options: Any) -> Context:
+    """A context of a model that is its shape alone, without pictures; the runtime is needed where engines are."""
     model: Any = SimpleNamespace(vit=vit, preprocessing=HOW)
-    runtime: Any = None
     target = Target(load_device("cpu"), runtime, NOISELESS, WorkFolder(work))
     return Context(Options(work=work, **options), target, model, None)
 
