@@ -1,20 +1,20 @@
-"""The tree of errors a user can meet; each message is one line that ends with what to do.
+"""The tree of errors a user can see; each message is one line that ends with what to do.
 
 EdgepruneError
 ├── InputError          a file or an option that cannot be used
-│   ├── ModelError      unknown model, no Vision Transformer, or an unsupported feature of one
+│   ├── ModelError      an unknown model, not a Vision Transformer, or one with an unsupported feature
 │   ├── WeightsError    a checkpoint that does not fit the model
 │   ├── ImageError      an image, a folder or a CSV of images that cannot be read
-│   └── RecordError     a JSON or TOML file whose content is not what its schema says
-├── OutputError         a place that cannot be written: no permission, disk full
-├── MissingError        a package this command needs is not installed
-├── DeviceError         unknown device, or not this machine
-├── HostError           a machine that cannot be reached over ssh, or answers wrongly
-├── ExportError         an ONNX file that breaks a promise (static shapes, equal logits)
+│   └── RecordError     a JSON or TOML file that does not fit its schema
+├── OutputError         a file or folder that cannot be written: no permission, disk full
+├── MissingError        a package or program that this command needs is not installed
+├── DeviceError         an unknown device, or one that is not this machine
+├── HostError           a machine that cannot be reached over ssh, or that gives an invalid answer
+├── ExportError         an ONNX file that fails a check (static shapes, logits equal to PyTorch's)
 ├── EngineError         a runtime that cannot compile, load or run a model
-├── PrecisionError      fp16 or INT8 that is slower or loses more than allowed
-├── VerifyError         a bundle that is damaged, does not belong here, or computes something else
-└── ScheduleError       no schedule meets what was asked
+├── PrecisionError      fp16 or INT8 that is slower than fp32 or loses more than allowed
+├── VerifyError         a bundle that is damaged, is for another machine, or computes something else
+└── ScheduleError       no schedule meets the goal
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ REPORT = "please report it at https://github.com/edgeprune/edgeprune/issues with
 
 
 class EdgepruneError(Exception):
-    """Base of all; the command line prints it as one line and exits with 1."""
+    """Base of all errors; the command line prints the message as one line and exits with 1."""
 
 
 class InputError(EdgepruneError):
@@ -31,7 +31,7 @@ class InputError(EdgepruneError):
 
 
 class ModelError(InputError):
-    """Unknown model, no Vision Transformer, or an unsupported feature of one."""
+    """An unknown model, not a Vision Transformer, or one with an unsupported feature."""
 
 
 class WeightsError(InputError):
@@ -43,31 +43,31 @@ class ImageError(InputError):
 
 
 class RecordError(InputError):
-    """A JSON or TOML file whose content is not what its schema says."""
+    """A JSON or TOML file that does not fit its schema."""
 
 
 class OutputError(EdgepruneError):
-    """A place that cannot be written."""
+    """A file or folder that cannot be written."""
 
 
 class MissingError(EdgepruneError):
-    """A package this command needs is not installed."""
+    """A package or program that this command needs is not installed."""
 
 
 class DeviceError(EdgepruneError):
-    """Unknown device, or not this machine."""
+    """An unknown device, or one that is not this machine."""
 
 
 class HostError(EdgepruneError):
-    """A machine that cannot be reached over ssh, or answers wrongly."""
+    """A machine that cannot be reached over ssh, or that gives an invalid answer."""
 
 
 class ExportError(EdgepruneError):
-    """An ONNX file that breaks a promise."""
+    """An ONNX file that fails a check."""
 
 
 class PrecisionError(EdgepruneError):
-    """fp16 or INT8 that is slower, or loses more, than allowed."""
+    """fp16 or INT8 that is slower than fp32 or loses more than allowed."""
 
 
 class EngineError(EdgepruneError):
@@ -75,8 +75,8 @@ class EngineError(EdgepruneError):
 
 
 class VerifyError(EdgepruneError):
-    """A bundle that is damaged, does not belong here, or computes something else."""
+    """A bundle that is damaged, is for another machine, or computes something else."""
 
 
 class ScheduleError(EdgepruneError):
-    """No schedule meets what was asked."""
+    """No schedule meets the goal."""

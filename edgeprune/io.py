@@ -1,4 +1,4 @@
-"""Records, arrays and bytes to and from files: read with a size limit, written whole or not at all."""
+"""Records, arrays and bytes from and to files: read with a size limit, written atomically."""
 
 from __future__ import annotations
 
@@ -28,14 +28,16 @@ T = TypeVar("T", bound=Record)
 
 
 def decode(data: bytes, kind: type[T], source: str) -> T:
-    """JSON bytes to a record. Raises RecordError naming the bad field and an unknown schema."""
+    """A record from JSON bytes. Raises RecordError, which names the invalid field or the unknown schema."""
     try:
         record = msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise RecordError(f"{source}: not a valid {kind.__name__.lower()} file: {error}") from None
+        raise RecordError(
+            f"{source}: not a valid {kind.__name__.lower()} file ({error}): write it again with edgeprune"
+        ) from None
     schema = getattr(record, "schema", SCHEMA)
     if schema != SCHEMA:
-        raise RecordError(f"{source}: schema {schema}, not {SCHEMA}: install the edgeprune that wrote it")
+        raise RecordError(f"{source}: schema {schema}, not {SCHEMA}: use the version of edgeprune that wrote it")
     return record
 
 
@@ -45,19 +47,19 @@ def load(path: Path, kind: type[T]) -> T:
 
 
 def read_bytes(path: Path, limit: int = MAX_RECORD_BYTES) -> bytes:
-    """A whole file, refused above `limit` bytes before it is read. Raises RecordError."""
+    """The content of a file. Raises RecordError if it cannot be read or is larger than `limit` bytes."""
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size > limit:
-                raise RecordError(f"{path}: {size} bytes, more than the {limit} allowed: not such a file")
+                raise RecordError(f"{path}: {size} bytes, more than the {limit} allowed: check the path")
             return file.read()
     except OSError as error:
         raise RecordError(f"{path}: cannot be read ({error.strerror}): check the path") from None
 
 
 def load_array(path: Path) -> NDArray[np.float32]:
-    """An fp32 .npy file, whose size is checked against its header before it is read. Raises RecordError."""
+    """The array in an fp32 .npy file; its header is checked against the file size first. Raises RecordError."""
     try:
         with open(path, "rb") as file:
             read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
@@ -66,10 +68,8 @@ def load_array(path: Path) -> NDArray[np.float32]:
             if kind != np.float32 or left != 4 * math.prod(shape):
                 raise ValueError("not fp32, or cut short")
         array: NDArray[np.float32] = np.load(path, allow_pickle=False)
-    except Exception as error:  # numpy reads the header as Python and lets through what its parser raises
-        raise RecordError(
-            f"{path}: not an array of fp32 ({' '.join(str(error).split())[:120]}): build again"
-        ) from None
+    except Exception as error:  # numpy parses the header as Python, which can raise anything
+        raise RecordError(f"{path}: not an fp32 array ({' '.join(str(error).split())[:120]}): build again") from None
     return array
 
 
@@ -91,7 +91,7 @@ def write_bytes(path: Path, data: bytes) -> None:
 
 @contextmanager
 def writable(path: Path) -> Iterator[None]:
-    """Turn the operating system's complaints about a place into one OutputError."""
+    """Turn an OSError from writing `path` into an OutputError."""
     try:
         yield
     except OSError as error:
@@ -104,7 +104,7 @@ def writable(path: Path) -> Iterator[None]:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well. Raises OutputError."""
+    """A temporary path in the same folder that replaces `path` if the block succeeds. Raises OutputError."""
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -121,12 +121,12 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def sha256_bytes(data: bytes) -> str:
-    """Hex digest."""
+    """SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: Path) -> str:
-    """Hex digest of a file, read in pieces."""
+    """SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
@@ -135,13 +135,13 @@ def sha256_file(path: Path) -> str:
 
 
 def key_of(*parts: Any) -> str:
-    """A content key: the first 16 hex digits of the hash of the parts' JSON."""
+    """A key for content: the first 16 hexadecimal digits of the hash of the parts as JSON."""
     return sha256_bytes(msgspec.json.encode(parts, order="deterministic"))[:16]
 
 
 @lru_cache(maxsize=1)
 def code_key() -> str:
-    """Hash of the package's Python and TOML files, taken once per process: what other code made is not reused."""
+    """Hash of the package's Python and TOML files, once per process: results of other code are not reused."""
     package = Path(__file__).parent
     files = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".toml"))
     return key_of([(path.relative_to(package).as_posix(), sha256_file(path)) for path in files])

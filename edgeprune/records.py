@@ -1,7 +1,7 @@
-"""Frozen records that flow down the pipeline, and how they are loaded and saved.
+"""Frozen records that are passed from step to step; io.py loads and saves them.
 
-Units are in the names. `tokens` always counts every token a block hands on: prefix (CLS, distillation,
-registers) and any fused or mean token included. One definition, from the profiler to the ONNX shapes.
+Units are in the names. `tokens` always counts every token that a block passes on, including the prefix (CLS,
+distillation, registers) and any fused or mean token. This holds everywhere, from the profiler to the ONNX shapes.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import numpy as np
 from edgeprune.stats import median_interval
 
 SCHEMA = 1
-# What no real model or picture exceeds: files are untrusted, and sizes in them are allocated.
-MOST = 1e12  # of any figure
+# Above all real models and pictures: files are untrusted, and memory is allocated for the sizes in them.
+MOST = 1e12  # for any figure
 MOST_PX, MOST_UNITS, MOST_BLOCKS, MOST_CLASSES = 1 << 13, 1 << 17, 1 << 10, 1 << 20
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
 CROP_MODES = ("center", "squash")
 ENGINE_FILES = ("model.engine", "model.onnx")
-FILE_NAME = r"\w[\w.-]*"  # of a file in a bundle: no path, not hidden, never read as an option
+FILE_NAME = r"\w[\w.-]*"  # of a file in a bundle: no path, not hidden, cannot be mistaken for an option
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -41,38 +41,38 @@ class Simulation(Record, frozen=True, kw_only=True):
 
 
 class TrtOptions(Record, frozen=True, kw_only=True):
-    """What TensorRT's builder is told; the defaults are TensorRT's own but for the workspace."""
+    """Options of TensorRT's builder; the defaults are TensorRT's own except for the workspace."""
 
-    optimization_level: int | None = None  # 0 to 5: how long tactics are sought
-    workspace_mib: int = 2048  # at most; never more than half of the memory that is free
+    optimization_level: int | None = None  # 0 to 5: how thoroughly it searches for fast kernels
+    workspace_mib: int = 2048  # at most, and never more than half of the free memory
     tactic_sources: tuple[str, ...] | None = None  # names of tensorrt.TacticSource
-    typing: str = "strong"  # strong: the ONNX's types are kept (TensorRT 10 on) | weak
-    dla_core: int | None = None  # refused, with the reason
+    typing: str = "strong"  # strong: types as in the ONNX (from TensorRT 10) | weak
+    dla_core: int | None = None  # setting it raises an error with the reason
 
 
 class Device(Record, frozen=True, kw_only=True):
-    """A target: what it is, what runs there, how its power state is read."""
+    """A target: its hardware, its runtime, and how its power state is read."""
 
     name: str
     title: str
     runtime: str  # key of runtimes.RUNTIMES
-    build: bool = True  # False: too old to build for, planning with --simulate only
-    reason: str = ""  # why not, when build is False
+    build: bool = True  # False: too old to build for; --simulate works
+    reason: str = ""  # why build is False
     compute_capability: str | None = None
     sm_count: int | None = None
     memory_gib: float | None = None
-    tensorrt: str | None = None  # versions that fit, for example ">=8.6,<11"
+    tensorrt: str | None = None  # supported versions, for example ">=8.6,<11"
     jetpack: str | None = None
     power_query: str | None = None  # command that prints the power mode
     clocks_query: str | None = None
-    machine: tuple[str, ...] = ()  # a substring of /proc/device-tree/model names the board
+    machine: tuple[str, ...] = ()  # substrings of /proc/device-tree/model that identify the device
     image: str | None = None  # container image for the device half
     simulation: Simulation | None = None
     trt: TrtOptions | None = None
 
 
 class Preprocessing(Record, frozen=True, kw_only=True):
-    """From a picture to the network's input, as timm's eval transform does it."""
+    """How a picture becomes the input of the network, as in timm's eval transform."""
 
     image_px: int
     resize_px: int  # shorter side before the centre crop ("center"), or both sides ("squash")
@@ -107,7 +107,7 @@ class Vit(Record, frozen=True, kw_only=True):
     prefix: int  # CLS, distillation and register tokens
     tokens: int  # tokens entering block 0, prefix included
     classes: int
-    prefix_pooled: bool  # the head reads the prefix tokens alone
+    prefix_pooled: bool  # the head reads only the prefix tokens
 
     def __post_init__(self) -> None:
         sizes = (self.depth, self.width, self.heads, self.head_dim, self.mlp_width, self.mlp_matrices, self.patch_px)
@@ -120,10 +120,10 @@ class Vit(Record, frozen=True, kw_only=True):
 
 
 class Setup(Record, frozen=True, kw_only=True):
-    """All that makes two latencies comparable."""
+    """Everything that must be equal for two latencies to be comparable."""
 
     device: str
-    machine: str  # the processor or GPU as it names itself
+    machine: str  # name of the processor or GPU
     runtime: str  # ort-cpu, ort-cuda, trt, simulated
     runtime_version: str
     precision: str
@@ -132,12 +132,12 @@ class Setup(Record, frozen=True, kw_only=True):
     power_mode: str | None = None
     compute_capability: str | None = None  # of the GPU
     options: str | None = None  # builder options other than the defaults
-    noiseless: bool = False  # the runtime computes latencies: one measurement is exact
+    noiseless: bool = False  # the runtime computes latencies, so that one measurement is exact
 
     def __post_init__(self) -> None:
         if not 0 < self.batch <= MOST_UNITS:
             raise ValueError(f"batch is 1 to {MOST_UNITS}")
-        if self.simulated:  # files of earlier versions do not say it
+        if self.simulated:  # files of earlier versions lack this field
             msgspec.structs.force_setattr(self, "noiseless", True)
 
     @property
@@ -147,7 +147,7 @@ class Setup(Record, frozen=True, kw_only=True):
 
 
 def check_figures(values: Iterable[float | None], least: float = 1e-9) -> None:
-    """Raise ValueError unless all that are known lie between `least` and MOST: files are untrusted."""
+    """Raise ValueError unless every value that is not None is between `least` and MOST: files are untrusted."""
     for value in values:
         if value is not None and not least <= value <= MOST:
             raise ValueError(f"{value} is not within {least:g} to {MOST:g}")
@@ -180,7 +180,7 @@ class Latency(Record, frozen=True, kw_only=True):
         return median_interval(self.samples_ms)
 
     def summary(self) -> dict[str, float]:
-        """The keys that the command contract gives a latency."""
+        """A latency in JSON output, ms: median, p99, and low and high of the 95 % interval of the median."""
         low, high = self.interval_ms
         return {"median": self.median_ms, "p99": self.p99_ms, "low": low, "high": high}
 
@@ -207,14 +207,14 @@ class CutCost(Record, frozen=True, kw_only=True):
 
 
 class LastShare(Record, frozen=True, kw_only=True):
-    """The last block for the prefix alone, as a share of the whole block's latency at `tokens`."""
+    """Latency of a last block that computes only the prefix, as a share of the whole block's at `tokens`."""
 
     tokens: int
     share: float
 
 
 class Staircase(Record, frozen=True, kw_only=True):
-    """Latency over token counts on one setup. Knows no GPU: it is points, noise and treads."""
+    """Measured latency over token counts on one setup; independent of the kind of hardware."""
 
     schema: int = SCHEMA
     vit: Vit
@@ -239,14 +239,14 @@ class Staircase(Record, frozen=True, kw_only=True):
 
 
 class Schedule(Record, frozen=True, kw_only=True):
-    """Tokens leaving each block; never rising."""
+    """The number of tokens that leave each block; it never rises."""
 
     schema: int = SCHEMA
     vit: Vit
     method: str
     policy: str
     tokens: tuple[int, ...]
-    prefix_last: bool = False  # the last block computes the prefix alone (lossless)
+    prefix_last: bool = False  # the last block computes only the prefix (lossless)
     predicted_ms: float | None = None
     staircase_sha256: str | None = None
 
@@ -255,20 +255,21 @@ class Schedule(Record, frozen=True, kw_only=True):
 
     @property
     def cuts(self) -> tuple[int, ...]:
-        """Blocks that lose tokens."""
+        """Indices of the blocks that remove tokens."""
         before = (self.vit.tokens, *self.tokens)
         return tuple(i for i, n in enumerate(self.tokens) if n < before[i])
 
 
 def check_tokens(tokens: Sequence[int], vit: Vit, prefix_last: bool = False) -> None:
-    """Raise ValueError unless `tokens` is a schedule of `vit`: one per block, never rising, above prefix.
+    """Raise ValueError unless `tokens` is a schedule of `vit`: one count per block, never rising, above the prefix.
 
-    With `prefix_last` the last block's count is what enters it; the head must read the prefix alone.
+    With `prefix_last` the last count is that of the tokens entering the last block, and the head must read only the
+    prefix.
     """
     if prefix_last and not vit.prefix_pooled:
-        raise ValueError(f"the head of {vit.name} reads more than the prefix: its last block is needed whole")
+        raise ValueError(f"the head of {vit.name} reads more than the prefix: it needs the whole last block")
     if prefix_last and len(tokens) > 1 and tokens[-1] != tokens[-2]:
-        raise ValueError("no cut can lie in a last block that computes the prefix alone")
+        raise ValueError("a last block that computes only the prefix cannot remove tokens")
     if len(tokens) != vit.depth:
         raise ValueError(f"{len(tokens)} token counts for {vit.depth} blocks")
     before = vit.tokens
@@ -291,16 +292,16 @@ class Engine(Record, frozen=True, kw_only=True):
 
 
 class Int8Ranges(Record, frozen=True, kw_only=True):
-    """What INT8 quantisation rests on: largest magnitude by activation, and what stays in floating point."""
+    """INT8 calibration: the largest magnitude of each activation, and the layers that stay in floating point."""
 
     way: str  # percentile | entropy
     ranges: dict[str, float]
-    kept: tuple[str, ...]  # layers that lose too much by themselves
-    kl: float  # nats to the fp32 model on the calibration pictures
+    kept: tuple[str, ...]  # layers for which quantisation loses too much
+    kl: float  # to the fp32 model on the calibration pictures, nats
 
 
 class Report(Record, frozen=True, kw_only=True):
-    """What was measured: latency in ms, top-1 and agreement in percent, KL in nats; None is unknown."""
+    """Measured figures: latency in ms, top-1 and agreement in percent, KL in nats; None where unknown."""
 
     latency: Latency
     dense_latency: Latency | None = None
@@ -311,11 +312,13 @@ class Report(Record, frozen=True, kw_only=True):
     top1: float | None = None
     dense_top1: float | None = None
     images: int = 0
-    held_out: bool | None = None  # the figures are of pictures that no choice was made on; None where not known
+    held_out: bool | None = None  # figures are of pictures that were not used to choose anything; None: unknown
     probes: int = 0
     predicted_ms: float | None = None
     fusable_attention: int | None = None  # attention layers in the form that TensorRT fuses
-    fused_attention: int | None = None  # those that the engine runs as one kernel, where it tells
+    fused_attention: int | None = (
+        None  # those that the engine runs as one kernel; None: the runtime does not report it
+    )
 
     def __post_init__(self) -> None:
         check_figures([self.speedup, *(self.speedup_interval or ()), self.predicted_ms])
@@ -323,7 +326,7 @@ class Report(Record, frozen=True, kw_only=True):
 
 
 class ModelMetadata(Record, frozen=True, kw_only=True):
-    """What an ONNX file is, in its metadata: all that a bundle takes besides the graph."""
+    """Metadata in an ONNX file: everything that a bundle needs besides the graph."""
 
     schema: int = SCHEMA
     vit: Vit
@@ -347,7 +350,7 @@ class Candidate(Record, frozen=True):
 
 
 class Trial(Record, frozen=True, kw_only=True):
-    """A schedule that was built: what was predicted of it, and what was measured."""
+    """A schedule that was built, with its predicted and its measured latency."""
 
     tokens: tuple[int, ...]
     predicted_ms: float
@@ -358,13 +361,15 @@ class Trial(Record, frozen=True, kw_only=True):
 
 
 class Sample(Record, frozen=True, kw_only=True):
-    """A picture of the evaluation set and what each cut makes of its patches, row by row."""
+    """A picture of the evaluation set, and which token holds each patch after every cut."""
 
     picture: bytes  # a PNG or JPEG file
     label: str | None
-    unpruned: str  # class that the unpruned model sees
+    unpruned: str  # class predicted by the unpruned model
     pruned: str
-    groups: tuple[tuple[int, ...], ...]  # by cut and patch: the token that holds the patch, -1 where none does
+    groups: tuple[
+        tuple[int, ...], ...
+    ]  # by cut and patch (row by row): index of the token that holds the patch, -1: none
 
     def __post_init__(self) -> None:
         if any(len(cut) != len(self.groups[0]) or isqrt(len(cut)) ** 2 != len(cut) for cut in self.groups):
@@ -372,17 +377,17 @@ class Sample(Record, frozen=True, kw_only=True):
 
 
 class BuildTrace(Record, frozen=True, kw_only=True):
-    """How a build came to its schedule: what it weighed, what it tried, and what that does to pictures."""
+    """How a build chose its schedule: what it evaluated, what it built, and the effect on a few pictures."""
 
     schema: int = SCHEMA
-    asked: str = ""
+    asked: str = ""  # the goal
     candidates: tuple[Candidate, ...] = ()  # empty where nothing was searched
     trials: tuple[Trial, ...] = ()
     samples: tuple[Sample, ...] = ()  # empty without pictures, or where nothing is cut
 
 
 class Manifest(Record, frozen=True, kw_only=True):
-    """The sidecar of a bundle: everything needed to check, run and rebuild it."""
+    """The manifest of a bundle: everything needed to check, run and rebuild it."""
 
     schema: int = SCHEMA
     edgeprune: str
@@ -394,7 +399,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     preprocessing: Preprocessing
     labels: tuple[str, ...]
     files: dict[str, str]  # name in the bundle -> sha256
-    tolerance: float  # largest difference allowed between golden output and a run
+    tolerance: float  # largest allowed difference between the golden output and a run
 
     def __post_init__(self) -> None:
         if len(self.labels) != self.vit.classes:
@@ -403,11 +408,13 @@ class Manifest(Record, frozen=True, kw_only=True):
             raise ValueError(f"the engine is one of {ENGINE_FILES}, not {self.engine.path!r}")
         for name in self.files:
             if not re.fullmatch(FILE_NAME, name):
-                raise ValueError(f"{name!r} is no name of a file in a bundle")
+                raise ValueError(f"{name!r} is not a valid name of a file in a bundle")
 
 
-Progress = Callable[[str, int, int], None]  # what, done, of how many
+# Called with what is being done, how many items are done, and how many there are. A `what` may end with the unit
+# ("measuring 14 token counts, round"), after which the command line puts "3 of 27".
+Progress = Callable[[str, int, int], None]
 
 
 def silent(what: str, done: int, total: int) -> None:
-    """The progress of a caller who does not want to see any."""
+    """A progress callback that does nothing."""

@@ -1,23 +1,18 @@
-"""Statistics of paired latencies, and how far the outputs of two models are apart."""
+"""Statistics of latencies, and differences between the outputs of two models."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
-
-
 RESAMPLES = 2000
-DRAWN_AT_ONCE = 1 << 20  # values, which bounds memory
+DRAWN_AT_ONCE = 1 << 20  # values resampled at a time, which limits memory
 
 
 def median_interval(values: Sequence[float], z: float = 1.96) -> tuple[float, float]:
-    """Interval of the median, 95 % at z = 1.96, by the binomial sign test (normal approximation of the ranks)."""
+    """Interval of the median (95 % at z = 1.96) from the binomial sign test, ranks by normal approximation."""
     ordered = sorted(values)
     n = len(ordered)
     reach = z / 2 * n**0.5  # z * sqrt(n / 4)
@@ -26,7 +21,7 @@ def median_interval(values: Sequence[float], z: float = 1.96) -> tuple[float, fl
 
 
 def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> tuple[float, tuple[float, float]]:
-    """Ratio of two interleaved series and its 95 % interval: per round, so that drift cancels."""
+    """Ratio of two interleaved series (median of the ratios per round: drift cancels) and its 95 % interval."""
     pairs = [a / b for a, b in zip(numerator, denominator, strict=True)]
     return float(np.median(pairs)), median_interval(pairs)
 
@@ -36,11 +31,12 @@ def bootstrap_ratio(
 ) -> tuple[float, tuple[float, float]]:
     """Ratio of two series of latencies and its 95 % bootstrap interval (percentile method, seeded).
 
-    `paired`: of the same rounds; the ratio is the median of their ratios, and rounds are drawn. Otherwise of two
-    sessions; it is the ratio of medians, and each session is drawn from for itself. What is drawn are runs of cbrt(n)
-    neighbours, because the load of a machine lasts longer than a round. Sources: Efron and Tibshirani, "An
-    Introduction to the Bootstrap"; Politis and Romano 1992 on circular blocks; Hall, Horowitz and Jing 1995 on their
-    length. It knows nothing of what differs between two sessions, such as another temperature.
+    `paired` series are of the same rounds: the ratio is the median of the ratios per round, and rounds are resampled.
+    Other series are of two sessions: the ratio is that of the medians, and each session is resampled separately.
+    Blocks of cbrt(n) consecutive values are resampled, because the load of a machine lasts longer than one round.
+    Sources: Efron and Tibshirani, "An Introduction to the Bootstrap"; Politis and Romano 1992 on circular blocks;
+    Hall, Horowitz and Jing 1995 on their length. The interval does not cover systematic differences between two
+    sessions, such as another temperature. Raises ValueError for paired series of different lengths.
     """
     above, below = np.asarray(numerator), np.asarray(denominator)
     if paired:
@@ -55,7 +51,7 @@ def bootstrap_ratio(
 
 
 def _medians_drawn(values: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
-    """Medians of RESAMPLES series drawn from one in circular blocks, (RESAMPLES,)."""
+    """Medians of RESAMPLES resampled series in circular blocks, (RESAMPLES,)."""
     n = len(values)
     block = round(n ** (1 / 3))
     rng, medians = np.random.default_rng(seed), np.empty(RESAMPLES)
@@ -67,7 +63,7 @@ def _medians_drawn(values: NDArray[np.float64], seed: int) -> NDArray[np.float64
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Row-wise, in fp64."""
+    """Row-wise log-softmax of (images, classes), in fp64."""
     shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
     result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
     return result
@@ -81,10 +77,10 @@ def differences(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDAr
 
 
 def typical_difference(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
-    """Median over images of their largest |difference|; NaN where an image has one.
+    """Median over images of their largest |difference|; NaN if any output is NaN.
 
-    Each runtime rounds in its own way, so that of two tokens with equal scores either may be kept: a single image may
-    differ. An engine that computes something else differs on most.
+    Runtimes round differently, so that either of two tokens with equal scores may be kept and a single image may
+    differ. An engine that computes something wrong differs on most images.
     """
     return float(np.median(differences(found, wanted)))
 
@@ -96,21 +92,21 @@ def kl_divergence(dense: NDArray[np.float32], pruned: NDArray[np.float32]) -> fl
 
 
 def agreement(dense: NDArray[np.float32], pruned: NDArray[np.float32]) -> float:
-    """Share of images on which both put the same class first, percent."""
+    """Share of images for which both predict the same class, percent."""
     return float((dense.argmax(1) == pruned.argmax(1)).mean() * 100)
 
 
 def top1(logits: NDArray[np.float32], labels: Sequence[int]) -> float:
-    """Share of images whose label is put first, percent."""
+    """Share of images for which the label is predicted, percent."""
     return float((logits.argmax(1) == np.asarray(labels)).mean() * 100)
 
 
 def signed_rank(differences: NDArray[np.float64]) -> float:
-    """Wilcoxon's signed-rank statistic as a z value: how far paired differences lean above zero.
+    """Wilcoxon's signed-rank statistic as a z value: how clearly paired differences are above zero.
 
-    Zeros are left out, ties share the mean of their ranks, and the variance is corrected for them (Wilcoxon 1945;
-    Lehmann, "Nonparametrics", sec. 3.2). Twice as sharp as the sign test on timings, whose differences between two
-    candidates are symmetric.
+    Zeros are left out, ties share their mean rank, and the variance is corrected for ties (Wilcoxon 1945; Lehmann,
+    "Nonparametrics", sec. 3.2). Differences of timings are symmetric, where this test needs about half the samples
+    of the sign test.
     """
     differences = differences[differences != 0]
     n = len(differences)

@@ -58,7 +58,7 @@ def changed(record: Any, **fields: Any) -> bytes:
     [
         ({"extra": 1}, "unknown field `extra`"),
         ({"vit__extra": 1}, r"unknown field `extra` - at `\$\.vit`"),
-        ({"schema": 99}, "schema 99, not 1: install the edgeprune that wrote it"),
+        ({"schema": 99}, "schema 99, not 1: use the version of edgeprune that wrote it"),
         ({"method": 3}, r"Expected `str`, got `int` - at `\$\.method`"),
         ({"tokens": [197] * 3 + [120] * 8}, "11 token counts for 12 blocks"),
         ({"tokens": [197] * 3 + [120] * 8 + [121]}, "tokens rise from 120 to 121 in block 11"),

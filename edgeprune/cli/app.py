@@ -1,4 +1,4 @@
-"""The application: where commands are registered, and how errors reach the user."""
+"""The Typer application that commands register with, and how errors reach the user."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def main() -> None:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
     except SystemExit as end:
-        if end.code == 130:  # typer has met Ctrl-C
-            typer.echo("interrupted: finished steps are kept, the same command goes on from there", err=True)
+        if end.code == 130:  # Ctrl-C, as Typer reports it
+            typer.echo("interrupted: finished steps are kept; run the same command again to continue", err=True)
         raise
 
 

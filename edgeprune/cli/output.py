@@ -1,4 +1,4 @@
-"""Progress, tables, lines and the JSON object: where the output of commands goes."""
+"""Output of the commands: progress and log lines on stderr, tables, lines and the JSON object."""
 
 from __future__ import annotations
 
@@ -8,16 +8,24 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from edgeprune.errors import MissingError
 
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+MOST_COUNTED = 100_000  # of a total that is shown as a number; larger ones are bytes
+
 
 @contextmanager
 def clocks(device: str, lock: bool, host: str | None = None) -> Iterator[None]:
-    """The clocks of this device locked while something is measured, where that was asked for; a host does its own."""
+    """Lock the clocks of this device while something is measured, if requested; a remote host locks its own.
+
+    Raises DeviceError.
+    """
     if not lock or host is not None:
         yield
         return
@@ -30,32 +38,64 @@ def clocks(device: str, lock: bool, host: str | None = None) -> Iterator[None]:
         yield
 
 
+class ProgressBar:
+    """Draws progress calls (what, done, total) on one line: the latest `what` with its elapsed and remaining time.
+
+    Work inside other work, such as an engine compiled while token counts are prepared, is shown in its place; the
+    outer bar then continues where it was.
+    """
+
+    def __init__(self, bar: Progress) -> None:
+        self.bar = bar
+        self.tasks: dict[str, tuple[TaskID, int]] = {}  # the task of each `what`, and how much of it was done
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        count = f" {min(done + 1, total)} of {total}" if 1 < total <= MOST_COUNTED else ""
+        task, before = self.tasks.get(what, (None, 0))
+        if task is not None and done < before:  # the same work once more
+            self.bar.remove_task(task)
+            task = None
+        if task is None:
+            pulse = total == 1 and not done  # a single piece of work: its progress is not known
+            task = self.bar.add_task(what + count, total=None if pulse else total)
+        for other in self.bar.task_ids:
+            self.bar.update(other, visible=other == task)
+        self.bar.update(task, completed=done, total=total if done or total > 1 else None, description=what + count)
+        self.tasks[what] = task, done
+
+
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr and log lines beside it; no bar where stderr is no terminal."""
+    """Log lines on stderr and, where that is a terminal, a progress bar below them."""
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import (
+        BarColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("edgeprune")
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    columns = (
+        TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(),
+        TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
+    )  # fmt: skip
     try:
-        with Progress(
-            *columns, TimeElapsedColumn(), console=console, transient=True, disable=not sys.stderr.isatty()
-        ) as bar:
-            handler.setStream(sys.stderr)  # the bar's own, so that lines do not tear it
-            task = bar.add_task("starting", total=None)
-            yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+        with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+            handler.setStream(sys.stderr)  # the stream of the bar, so that log lines appear above it
+            yield ProgressBar(bar)
     finally:
         logger.removeHandler(handler)
 
 
 def show(table: Any, as_json: bool) -> None:
-    """A table for a person: on stdout, or on stderr where stdout is for a program."""
+    """Print a table: on stdout, or on stderr if --json reserves stdout for a program."""
     from rich.console import Console
 
     console = Console(stderr=as_json)
@@ -65,16 +105,18 @@ def show(table: Any, as_json: bool) -> None:
 
 
 def tell(line: str, as_json: bool) -> None:
+    """Print a line: on stdout, or on stderr if --json reserves stdout for a program."""
     typer.echo(line, err=as_json)
 
 
 def json_line(row: dict[str, Any]) -> None:
+    """Print the JSON object, the last line of stdout."""
     typer.echo(json.dumps(row, allow_nan=False))
 
 
 def open_in_browser(path: Path) -> None:
-    """Raise MissingError where there is none."""
+    """Open a file in the browser. Raises MissingError if there is none."""
     import webbrowser
 
     if not webbrowser.open(path.resolve().as_uri()):
-        raise MissingError(f"no browser is found here: open {path} in one")
+        raise MissingError(f"no browser was found: open {path} in one yourself")

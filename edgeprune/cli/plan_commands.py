@@ -43,7 +43,7 @@ def profile(
     device: Device = "cpu",
     model: Model = EMBEDDED,
     weights: Weights = None,
-    trunk: Annotated[Path | None, typer.Option(help="trunk.onnx of `edgeprune export --trunk`; needs no torch")] = None,
+    trunk: Annotated[Path | None, typer.Option(help="trunk.onnx of `export --trunk`; needs no torch")] = None,
     method: Method = "none",
     precision: Precision = "fp32",
     batch: Batch = 1,

@@ -103,8 +103,9 @@ def probe(
     samples = {} if samples is None else samples
     prior = prior or any_utility(vit)
     everything = all_counts(vit)
-    limit = int((SHARE_CONFIRMED if used else SHARE) * rounds * len(everything))
+    limit = int((1 if exhaustive else SHARE_CONFIRMED if used else SHARE) * rounds * len(everything))
     few = rounds if exhaustive else min(FEW, rounds)
+    what = f"{'confirming tread ends' if used else 'measuring the staircase'}, probe"
     stage = max((key.stage for key in samples), default=0)
     counts = [key.tokens[0] for key in samples if key.kind == "trunk" and key.stage == stage]
     counts = counts or (everything if exhaustive else coarse_counts(vit))
@@ -112,23 +113,36 @@ def probe(
         before = joined({key: v for key, v in samples.items() if key.stage < stage})
         wanted: dict[SampleKey, Open] = {}
         for done, n in enumerate(counts):
-            progress(f"preparing {len(counts)} token counts", done, len(counts))
+            progress("preparing token counts", done, len(counts))
             wanted[trunk(n)] = open_trunk(n)
         wanted |= {key: opens for key, opens in others.items() if len(before.get(key, ())) < rounds}
         candidates = {key._replace(stage=stage): opens for key, opens in wanted.items()}
-        interleave(candidates, few, samples, save, progress, keep_open, f"measuring {len(counts)} token counts")
+        taken = sum(len(v) for key, v in samples.items() if key.kind == "trunk" and key.stage < stage)
+        shown = _in_probes(progress, what, taken, len(counts), limit)
+        interleave(candidates, few, samples, save, shown, keep_open, what)
         whole = joined(samples)
         staircase = staircase_from_samples(vit, setup, whole)
         requests = edge_requests(staircase, used) if used else probe_requests(staircase, prior, rounds)
         room = (limit - staircase.probes) // few
         counts = [] if exhaustive else next_counts(vit, requests, room, setup.noiseless)
-        if requests and not counts:
-            log.info("probe budget used; %d gaps unresolved (--exhaustive measures every count)", len(requests))
+        if requests and not counts and not exhaustive:
+            log.info("probe budget used; gaps unresolved: %d (--exhaustive measures every count)", len(requests))
         if not counts and any(len(whole[key]) < rounds for key in others):
             counts = [vit.tokens]
         if not counts:
             return staircase, samples
         stage += 1
+
+
+def _in_probes(progress: Progress, what: str, taken: int, counts: int, limit: int) -> Progress:
+    """A progress that turns the rounds of one stage into probes of the whole staircase, `limit` of them at most."""
+
+    def shown(text: str, done: int, total: int) -> None:
+        if text == what:
+            done, total = taken + done * counts, max(limit, taken + total * counts)
+        progress(text, done, total)
+
+    return shown
 
 
 def joined(samples: Samples) -> Samples:

@@ -29,7 +29,7 @@ def interleave(
     after_round: Callable[[dict[K, list[float]]], None] = lambda _: None,
     progress: Progress = silent,
     keep_open: bool = True,
-    what: str = "measuring",
+    what: str = "measuring, round",
     warmup: int = WARMUP,
 ) -> dict[K, list[float]]:
     """Time every candidate once in each round, so that drift of the machine hits all alike.
@@ -49,19 +49,19 @@ def interleave(
         todo = [name for name in candidates if len(samples[name]) < rounds]
         if keep_open:
             for loaded, name in enumerate(todo):
-                progress(f"{what}: loading engine", loaded, len(todo))
+                progress("loading engines", loaded, len(todo))
                 sessions[name] = stack.enter_context(candidates[name]())
                 if not warm_up(sessions[name], warmup) and warmup > WARMUP:
                     log.warning("%s: latency is not yet stable after the warm-up; expect wider intervals", name)
         done = rounds - max((rounds - len(samples[n]) for n in todo), default=0)
         for index in range(done, rounds):
-            progress(f"{what}, round", index, rounds)
+            progress(what, index, rounds)
             turn = [name for name in todo if len(samples[name]) <= index]
             order = np.random.default_rng(index).permutation(len(turn))
             for name in (turn[i] for i in order):
                 samples[name].append(_timed(sessions.get(name), candidates[name]))
             after_round(samples)
-        progress(f"{what}, round", rounds, rounds)
+        progress(what, rounds, rounds)
     return samples
 
 

@@ -57,7 +57,7 @@ def measured_engines(target: Target, files: Sequence[Path], dense: Path | None, 
     """
     rounds = 1 if target.setup.noiseless else rounds
     everything = [*files, *([dense] if dense else [])]
-    what = f"timing {len(everything)} engines"
+    what = f"timing {len(everything)} engines, round"
 
     def make(path: Path) -> None:
         openers = dict(enumerate(target.opener(file) for file in everything))

@@ -47,8 +47,8 @@ def export_profiling_models(
 
     def missing(name: str, write: Callable[[Path], None]) -> None:
         nonlocal done
-        progress("exporting the models to profile", done, total)
         if not (folder / name).exists():
+            progress("exporting models to profile", done, total)
             write(folder / name)
         done += 1
 
@@ -67,4 +67,3 @@ def export_profiling_models(
             example = stream[:, :1].expand(-1, entering, -1).contiguous()
             name = f"cut-{method}-{entering}-{leaving}.onnx"
             missing(name, lambda p, c=cut, e=example: export.onnx_from_module(c, e, p, ("x", "y"), convert))  # type: ignore[misc]
-    progress("exporting the models to profile", total, total)

@@ -416,7 +416,7 @@ def test_interrupted_build_leaves_nothing_and_goes_on(shared: Shared, tmp_path: 
     assert process.returncode == 130, stderr
     assert stdout == ""
     assert "Traceback" not in stderr
-    assert "the same command goes on from there" in stderr
+    assert "run the same command again to continue" in stderr
     assert not out.exists()
     assert not leftovers(tmp_path)
     done = start(*command)

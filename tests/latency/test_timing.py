@@ -158,9 +158,9 @@ def test_one_open_session_at_a_time_where_memory_is_short() -> None:
 
 def test_progress_reaches_its_end() -> None:
     seen: list[tuple[str, int, int]] = []
-    measured(3, progress=lambda what, done, total: seen.append((what, done, total)), what="engines")
-    loading = [("engines: loading engine", i, len(NAMES)) for i in range(len(NAMES))]
-    assert seen == [*loading, *[("engines, round", i, 3) for i in range(4)]]
+    measured(3, progress=lambda what, done, total: seen.append((what, done, total)), what="timing, round")
+    loading = [("loading engines", i, len(NAMES)) for i in range(len(NAMES))]
+    assert seen == [*loading, *[("timing, round", i, 3) for i in range(4)]]
 
 
 # --- the speed-up and its interval ---

@@ -163,7 +163,7 @@ def test_prefix_last_gives_the_same_logits(kind: str, method: str, tiny: Callabl
 
 def test_prefix_last_is_refused_where_it_would_lose_something(tiny: Callable[..., Any]) -> None:
     model, gap = tiny("cls"), tiny("gap")
-    with pytest.raises(ValueError, match="no cut can lie in a last block"):
+    with pytest.raises(ValueError, match="a last block that computes only the prefix"):
         PrunedViT(model.module, model.family, model.vit, (17, 17, 16), reducer_named("pomt"), prefix_last=True)
     with pytest.raises(ValueError, match="head of gap reads more than the prefix"):
         PrunedViT(gap.module, gap.family, gap.vit, (16, 16, 16), None, prefix_last=True)
