@@ -1,4 +1,4 @@
-"""The Python API: what the commands do, as functions that return records. Nothing prints; progress is a callback."""
+"""The Python API: the commands as functions that return records. Nothing is printed; progress is a callback."""
 
 from __future__ import annotations
 
@@ -54,25 +54,26 @@ def build(
             (copied, never changed). The embedded digit classifier by default.
         device: `cpu`, `cuda`, a Jetson of `edgeprune devices`, or a path to your own .toml.
         images: A folder of class folders, a CSV `image[,label]`, or a folder of pictures. Labels are optional.
-        goal: A speed-up, a latency budget, a bound on lost top-1, or a trade-off; alpha 0.5 by default.
+        goal: A speed-up, a latency budget, a bound on lost top-1, or a trade-off, which is the default (Goal()).
         weights: `pretrained`, `embedded`, `random`, or a checkpoint file; for names only.
-        method: How tokens are lost: fold, pomt, tome, evit, topk, none.
-        policy: `search` (cuts in any blocks, least KL) or `paper` (one block, utility).
-        precision: fp32, fp16 or int8; refused with the figures where it is slower or loses too much.
-        batch: Images in one inference; part of the static shapes.
-        simulate: Latencies from the device's tail-effect model instead of hardware.
+        method: How tokens are removed: fold, pomt, tome, evit, topk, none.
+        policy: `search` (cuts in any blocks, lowest KL) or `paper` (one cut, highest utility).
+        precision: fp32, fp16 or int8; PrecisionError if it is slower than fp32 or loses too much.
+        batch: Images per inference; part of the static shapes.
+        simulate: Take latencies from the tail-effect model of the device instead of hardware.
         exhaustive: Measure every token count.
-        search_images: Pictures that schedules are compared on; figures are of the others.
+        search_images: Number of pictures used to choose the schedule; figures are of the other pictures.
         rounds: Interleaved rounds of the final measurement.
-        neighbours: Similar schedules to build and time beside the best.
-        preprocessing: Replaces keys of the model's data config: crop_pct, interpolation, mean, std, crop_mode.
-        host: USER@HOST of the device, over ssh; `host_program` is edgeprune there.
-        work: Folder that keeps finished steps: the same call again continues or reuses them.
+        neighbours: Number of similar schedules to build and time in addition to the best.
+        preprocessing: Overrides of the model's data config: crop_pct, interpolation, mean, std, crop_mode.
+        host: USER@HOST of the device, used over ssh.
+        host_program: Path of edgeprune on that host.
+        work: Folder that keeps finished steps, so that the same call continues or reuses them.
         out: Folder of the bundle; default engines/<device>/<model>/<method>-<precision>-b<batch>.
-        progress: Called with (what, done, total).
+        progress: Called with (what is being done, items done, items in total).
 
     Raises:
-        EdgepruneError: One of edgeprune.errors, whose message says what to do; nothing half-written is left.
+        EdgepruneError: One of edgeprune.errors; its message says what to do. Nothing half-written is left.
     """
     from edgeprune.pipeline.build import build as run
     from edgeprune.pipeline.context import Options
@@ -120,7 +121,7 @@ def profile(
     """Measure latency over token counts: `points` (tokens, samples in ms) of the whole trunk, embedding and head.
 
     With `trunk` (trunk.onnx of `edgeprune export --trunk`) no torch is needed; `method` adds the cost of its cuts.
-    Other arguments are those of `build`. Raises EdgepruneError.
+    The other arguments are those of `build`. Raises EdgepruneError.
     """
     from edgeprune.pipeline.profile import profile as run
     from edgeprune.runtimes.target import target_for
@@ -145,8 +146,8 @@ def schedule(
 ) -> Schedule:
     """Choose the tokens that each block keeps, from a staircase and pictures; nothing is measured.
 
-    `Schedule.tokens` holds one count per block, prefix tokens included. Arguments are those of `build`. Raises
-    ScheduleError where the goal is out of reach, and any EdgepruneError.
+    `Schedule.tokens` has one count per block, including prefix tokens. The arguments are those of `build`. Raises
+    ScheduleError if the goal is out of reach, and any other EdgepruneError.
     """
     from edgeprune.io import load
     from edgeprune.pipeline.context import Options
@@ -163,9 +164,9 @@ def schedule(
 def prune(model: nn.Module, schedule: Schedule | str | Path) -> nn.Module:
     """A timm VisionTransformer with a schedule, as a torch module: (B, 3, P, P) images to (B, classes) logits.
 
-    It shares its parameters with `model`, takes any batch size and any device, and can be trained: choices of tokens
-    are fixed by scores, gradients flow through what is kept and folded. Raises ModelError for a model that is not
-    supported, InputError where the schedule is of another shape of model.
+    It shares its parameters with `model`, takes any batch size, runs on any device and can be trained: gradients
+    flow through the tokens that are kept or merged, not through the choice of tokens. Raises ModelError for a model
+    that is not supported, InputError if the schedule is for a model of another shape.
     """
     from edgeprune.io import load
     from edgeprune.vit.pruned import pruned_from_module
@@ -191,10 +192,10 @@ def compare(
     work: str | Path = WORK,
     progress: Progress = silent,
 ) -> Comparison:
-    """Methods side by side at equal measured latency, by the search and in their published shapes.
+    """Compare methods at equal measured latency, with searched and with published schedules.
 
-    `Comparison.entries` holds a schedule and a report for each; what is out of reach is in `missing` with the reason.
-    Arguments are those of `build`. Raises EdgepruneError.
+    `Comparison.entries` has a schedule and a report for each; targets out of reach are in `missing`, with the reason.
+    The arguments are those of `build`. Raises EdgepruneError.
     """
     from edgeprune.pipeline.compare import compare as run
     from edgeprune.pipeline.context import Options

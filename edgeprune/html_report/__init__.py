@@ -1,1 +1,1 @@
-"""The page of a bundle and the charts on it and beside it; nothing here runs a script or loads anything."""
+"""The report page of a bundle and its charts, also as SVG files; no page runs a script or loads anything."""

@@ -1,4 +1,4 @@
-"""Charts as SVG of a few kilobytes each, coloured by the classes in chart.css."""
+"""Charts as SVG of a few kilobytes each; chart.css gives their classes colours."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import NamedTuple
 from edgeprune.latency.staircase import treads, trunk_ms
 from edgeprune.records import Candidate, Latency, Schedule, Staircase, Trial
 
-WIDTH, HEIGHT = 440, 280  # user units; text of 12 is then readable on a phone and not huge on a desk
+WIDTH, HEIGHT = 440, 280  # user units; text of size 12 is readable on a phone and not too large on a desktop
 LEFT, RIGHT, TOP, BOTTOM = 40, 18, 30, 40
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-LEAST_KL = 1e-5  # nats: what rounding makes of zero; less is drawn there
+LEAST_KL = 1e-5  # nats, about the rounding error of zero; smaller values are drawn here
 
 
 class Axis(NamedTuple):
-    """Values from `low` to `high` laid from `start` to `end`, user units."""
+    """Maps values from `low` to `high` to positions from `start` to `end`, user units."""
 
     low: float
     high: float
@@ -31,7 +31,7 @@ class Axis(NamedTuple):
         return self.start + (value - low) / (high - low) * (self.end - self.start)
 
     def ticks(self, most: int = 6) -> list[tuple[float, str]]:
-        """Round values within and their text; powers of ten on a logarithmic axis."""
+        """Round values within the axis, and their text; powers of ten on a logarithmic axis."""
         if self.log:
             exponents = range(ceil(log10(self.low) - 1e-9), floor(log10(self.high) + 1e-9) + 1)
             return [(10.0**k, f"10{str(k).translate(SUPERSCRIPT)}") for k in exponents]
@@ -43,7 +43,7 @@ class Axis(NamedTuple):
 
 
 def across(low: float, high: float) -> Axis:
-    """A horizontal axis over the width of a chart; room is made where all values are one."""
+    """A horizontal axis over the width of a chart, widened if `low` equals `high`."""
     room = 0 if high > low else 0.05 * abs(high) or 1
     return Axis(low - room, high + room, LEFT, WIDTH - RIGHT)
 
@@ -60,7 +60,7 @@ class Drawing:
         return "".join(self.parts)
 
     def text(self, text: str, x: float, y: float, anchor: str = "middle", kind: str = "tick") -> None:
-        """A line of text with its foot at (x, y)."""
+        """A line of text with its baseline at (x, y)."""
         self.parts.append(
             f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
         )
@@ -69,25 +69,25 @@ class Drawing:
         """A path through points."""
         self.parts.append(f'<path class="{kind}" d="M{_places(points)}"/>')
 
-    def dot(self, x: float, y: float, kind: str, says: str, radius: float = 3) -> None:
+    def dot(self, x: float, y: float, kind: str, tooltip: str, radius: float = 3) -> None:
         """A circle with a tooltip."""
-        title = f"<title>{escape(says)}</title>"
+        title = f"<title>{escape(tooltip)}</title>"
         self.parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="{radius}">{title}</circle>')
 
-    def star(self, x: float, y: float, kind: str, says: str, radius: float = 8) -> None:
+    def star(self, x: float, y: float, kind: str, tooltip: str, radius: float = 8) -> None:
         """A star of five points with a tooltip."""
         turns = ((-pi / 2 + k * pi / 5, radius * (0.4 if k % 2 else 1)) for k in range(10))
         outline = _places([(x + length * cos(turn), y + length * sin(turn)) for turn, length in turns])
-        self.parts.append(f'<path class="{kind}" d="M{outline}z"><title>{escape(says)}</title></path>')
+        self.parts.append(f'<path class="{kind}" d="M{outline}z"><title>{escape(tooltip)}</title></path>')
 
-    def bar(self, x: float, y: float, width: float, height: float, kind: str, says: str) -> None:
+    def bar(self, x: float, y: float, width: float, height: float, kind: str, tooltip: str) -> None:
         """A rectangle with a tooltip."""
         box = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
-        self.parts.append(f'<rect class="{kind}" {box}><title>{escape(says)}</title></rect>')
+        self.parts.append(f'<rect class="{kind}" {box}><title>{escape(tooltip)}</title></rect>')
 
 
 class Chart(Drawing):
-    """One SVG: grid and axes first, then whatever is added, in order."""
+    """One SVG: grid and axes first, then everything that is added, in order."""
 
     def __init__(
         self, name: str, x: Axis, y: Axis, labels: tuple[str, str], height: float = HEIGHT, numbered: str = "xy"
@@ -132,18 +132,18 @@ def staircase_chart(staircase: Staircase, schedule: Schedule | None) -> Chart:
         chart.line([(x(count), y(trunk_ms(staircase, count))), (x(count), y(0))], "drop")
     for point in points:
         kind = "tread-end" if point.tokens in ends else "point"
-        chart.dot(x(point.tokens), y(point.latency.median_ms), kind, _says(point.tokens, point.latency), 2.2)
+        chart.dot(x(point.tokens), y(point.latency.median_ms), kind, _point_tooltip(point.tokens, point.latency), 2.2)
     free = float("inf")
     for count in reversed(chosen):
         ms = trunk_ms(staircase, count)
         chart.dot(x(count), y(ms), "chosen", f"{count} tokens, chosen: {ms:.3f} ms", 4.5)
-        if x(count) < free - 24:  # room for three digits beside the last
+        if x(count) < free - 24:  # room for three digits next to the previous one
             chart.text(str(count), max(x(count), LEFT + 12), y(ms) - 10, kind="strong")
             free = x(count)
     return chart
 
 
-def _says(tokens: int, latency: Latency) -> str:
+def _point_tooltip(tokens: int, latency: Latency) -> str:
     low, high = latency.interval_ms
     return f"{tokens} tokens: {latency.median_ms:.3f} ms ({low:.3f} to {high:.3f})"
 
@@ -158,8 +158,8 @@ def tokens_chart(schedule: Schedule) -> Chart:
     for block, count in enumerate(tokens):
         prefix_only = schedule.prefix_last and block == vit.depth - 1
         kind = "bar prefix-only" if prefix_only else "bar cut" if block in schedule.cuts else "bar"
-        says = f"block {block}: {count} tokens" + (", only its prefix tokens are computed" if prefix_only else "")
-        chart.bar(x(block) + 0.12 * wide, y(count), 0.76 * wide, y(0) - y(count), kind, says)
+        tooltip = f"block {block}: {count} tokens" + (", only its prefix tokens are computed" if prefix_only else "")
+        chart.bar(x(block) + 0.12 * wide, y(count), 0.76 * wide, y(0) - y(count), kind, tooltip)
         if wide > 24 or block in schedule.cuts or block == 0:
             chart.text(
                 str(count), x(block + 0.5), y(count) - 5, "middle", "strong" if block in schedule.cuts else "tick"

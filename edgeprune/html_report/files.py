@@ -1,4 +1,4 @@
-"""Charts as SVG files of their own: style embedded, the same bytes for the same figures."""
+"""Charts as separate SVG files: with embedded style, the same bytes for the same figures."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from edgeprune.html_report.charts import BOTTOM, HEIGHT, TOP, WIDTH, Axis, Chart
 from edgeprune.records import Schedule, Staircase
 
 HERE = Path(__file__).parent
-NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # what no XML file may hold
-MARGIN, TITLE, ROW = 16, 48, 18  # user units: around all, of the title, of a line of the legend
-LINE = 52  # characters of a title that fit above a panel
+NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # characters that XML does not allow
+MARGIN, TITLE, ROW = 16, 48, 18  # user units: margin, height of the title, height of a line of the legend
+LINE = 52  # characters of the title that fit above a panel
 Key = tuple[str, str, str]  # mark ("dot", "line", "band" or "star"), class, text
 
 
@@ -48,7 +48,7 @@ def compare_svg(rows: Sequence[Mapping[str, Any]]) -> bytes:
 def _panel(
     rows: Sequence[Mapping[str, Any]], groups: Sequence[tuple[str, str]], key: str, dense: float | None
 ) -> Chart:
-    """Measured latency against one figure in percent, a line for each method and policy."""
+    """Measured latency against one figure in percent, with a line for each method and policy."""
     known = [row for row in rows if row[key] is not None]
     dense_ms = rows[0]["dense_latency_ms"]["median"]
     ms = [dense_ms, *(row["latency_ms"]["median"] for row in known)]
@@ -60,25 +60,25 @@ def _panel(
     what = {"agreement": "agreement with the unpruned model, %", "top1": "top-1, %"}[key]
     chart = Chart(f"Latency against {what}", x, y, ("measured latency, ms", what))
     for method, policy in groups:
-        mine = [row for row in known if (row["method"], row["policy"]) == (method, policy)]
-        places = sorted((row["latency_ms"]["median"], row[key]) for row in mine)
+        series = [row for row in known if (row["method"], row["policy"]) == (method, policy)]
+        places = sorted((row["latency_ms"]["median"], row[key]) for row in series)
         if len(places) > 1:
             chart.line([(x(a), y(b)) for a, b in places], _kind(method, policy))
         for a, b in places:
-            says = f"{method}, {policy}: {a:.3f} ms, {b:.2f} %"
-            chart.dot(x(a), y(b), _kind(method, policy), says, 3.5)
+            tooltip = f"{method}, {policy}: {a:.3f} ms, {b:.2f} %"
+            chart.dot(x(a), y(b), _kind(method, policy), tooltip, 3.5)
     if dense is not None:
         chart.star(x(dense_ms), y(dense), "star", f"unpruned: {dense_ms:.3f} ms, {dense:.2f} %")
     return chart
 
 
 def _kind(method: str, policy: str) -> str:
-    """The classes of a line of the Pareto plot: chart.css gives each method its colour."""
+    """The CSS classes of a line of the Pareto plot; chart.css has a colour for each method."""
     return f"series {escape(method)} {escape(policy)}"
 
 
 def _title(about: Mapping[str, Any]) -> tuple[str, str]:
-    """Two lines: model and device, and how it was measured."""
+    """The two lines of the title: model and device, and how it was measured."""
     how = f"{about['runtime']} {about['runtime_version']}, {about['precision']}, batch {about['batch']}"
     return f"{about['model']} on {about['device']}", ("SIMULATED: " if about.get("simulated") else "") + how
 
@@ -125,7 +125,7 @@ def _key(x: float, y: float, key: Key) -> str:
 
 
 def _style() -> str:
-    """chart.css with the colours of the page's light theme in place of variables, which not all viewers know."""
+    """chart.css with the colours of the light theme instead of CSS variables, which some viewers do not support."""
     light = (HERE / "page.css").read_text(encoding="utf-8").partition("}")[0]
     colours = dict(re.findall(r"(--[\w-]+): (#\w+)", light))
     css = (HERE / "chart.css").read_text(encoding="utf-8") + ".chart { font-family: system-ui, sans-serif; }\n"

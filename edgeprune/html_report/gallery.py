@@ -1,4 +1,4 @@
-"""Pictures with the tokens kept after every cut, for the page: patches that share a token share a colour."""
+"""The pictures of the report page, with the tokens after every cut: patches that share a token share a colour."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from markupsafe import Markup
 
 from edgeprune.records import Sample, Schedule
 
-COLOURS = 7  # of groups of patches
+COLOURS = 7  # for groups of patches
 PNG = b"\x89PNG"
 
 
 class Cut(NamedTuple):
-    """What a cut leaves of a picture."""
+    """The patches of a picture after one cut."""
 
     block: int
     tokens: int
-    patches: Markup  # SVG to lay over the picture
+    patches: Markup  # SVG to draw over the picture
 
 
 class Picture(NamedTuple):
-    """A picture, its class, the classes that the models predict, and its cuts."""
+    """A picture with its label, the predicted classes, and its cuts."""
 
     data: str  # as a data: URI
-    side: int  # patches
+    side: int  # number of patches
     label: str | None
     unpruned: str
     pruned: str
     cuts: list[Cut]
-    dropped: bool  # some patches are in no token
+    dropped: bool  # some patches are in none of the tokens
 
 
 def pictures(schedule: Schedule, samples: Sequence[Sample]) -> list[Picture]:
-    """The samples as the page draws them; none where nothing is cut."""
+    """The samples as the page draws them; only those with cuts."""
     return [_picture(schedule, sample) for sample in samples if sample.groups]
 
 
@@ -55,14 +55,14 @@ def _picture(schedule: Schedule, sample: Sample) -> Picture:
 
 
 def _first(name: str) -> str:
-    """Of a class's synonyms the first."""
+    """The first of the synonyms in a class name."""
     return name.partition(",")[0]
 
 
 def colours(groups: Sequence[int]) -> Markup:
-    """SVG over a picture, one unit a patch, row by row: its patches coloured by group, borders around the groups.
+    """SVG to draw over a picture, one unit per patch, row by row: patches coloured by group, with borders of groups.
 
-    A patch that has a group to itself stays as it is, one in no group (-1) is dimmed.
+    A patch that is alone in its group is not coloured; one without a group (-1) is dimmed.
     """
     side = isqrt(len(groups))
     first, count = dict[int, int](), dict[int, int]()

@@ -1,4 +1,4 @@
-"""The page of a bundle: figures, charts and pictures in one HTML file that runs no script and loads nothing."""
+"""The report page of a bundle: figures, charts and pictures in one HTML file without scripts or external files."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from edgeprune.scheduling.goals import pareto
 from edgeprune.version import __version__
 
 HERE = Path(__file__).parent
-Rows = list[tuple[str, ...]]  # cells of a table; the first of a row names it
+Rows = list[tuple[str, ...]]  # cells of a table; the first cell of a row is its heading
 
 
 def page_html(
@@ -31,7 +31,7 @@ def page_html(
     staircase: Staircase | None,
     trace: BuildTrace,
 ) -> str:
-    """The whole page. The same records give the same text, and the template escapes every string in them."""
+    """The HTML text. The same records give the same text; the template escapes every string in them."""
     return _template().render(
         version=__version__,
         css=Markup("".join((HERE / name).read_text(encoding="utf-8") for name in ("chart.css", "page.css"))),
@@ -54,11 +54,11 @@ def page_html(
 
 
 def page_of_bundle(bundle: Path, out: Path | None = None) -> Path:
-    """Draw the page of a bundle again from its records; where it is.
+    """Draw the page of a bundle again from its records; returns the path of the page.
 
-    A bundle is never changed: without `out` its own page is returned where that is what would be drawn. A page by
-    another version of edgeprune is left alone and the new one written beside the bundle, as BUNDLE.html.
-    Raises InputError, RecordError, OutputError.
+    A bundle is never changed: without `out`, its own page is returned if it equals the new one. Otherwise, for
+    example after a build with another version of edgeprune, the new page is written next to the bundle as
+    BUNDLE.html. Raises InputError, RecordError, OutputError.
     """
     manifest = load_bundle(bundle)
     if TRACE not in manifest.files:
@@ -93,7 +93,7 @@ def _template() -> Template:
 
 
 def _summary(report: Report, setup: Setup) -> str:
-    """What was gained and what it cost, in one line."""
+    """The speed-up and the loss of accuracy, in one line."""
     if report.speedup is None:
         gain = f"{report.latency.median_ms:.2f} ms"
     else:
@@ -109,7 +109,7 @@ def _summary(report: Report, setup: Setup) -> str:
 
 
 def _tiles(report: Report) -> list[tuple[str, str]]:
-    """The main figures, each with what it is; unknown ones are left out."""
+    """The main figures with their captions; unknown figures are left out."""
     before = f"{report.dense_latency.median_ms:.2f} → " if report.dense_latency else ""
     tiles = [(f"{before}{report.latency.median_ms:.2f} ms", "median latency of one inference")]
     if report.speedup is not None and report.speedup_interval is not None:
@@ -128,17 +128,17 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
 
 
 def _evaluated(report: Report) -> str:
-    """The pictures of the accuracy figures, and whether the schedule was chosen on them."""
+    """The number of pictures behind the accuracy figures, and whether they were used to choose the schedule."""
     known = {
         None: "",
-        True: " the schedule was not chosen on",
-        False: ", some of which the schedule was chosen on",
+        True: " not used to choose the schedule",
+        False: ", some of them used to choose the schedule",
     }
     return f"{report.images} pictures{known[report.held_out]}"
 
 
 def _front(staircase: Staircase, schedule: Schedule, trace: BuildTrace) -> Markup | None:
-    """The chart of the schedules that the search evaluated; None where there was no search."""
+    """The chart of the schedules that the search evaluated; None without a search."""
     if not trace.candidates:
         return None
     front = pareto(trace.candidates)
@@ -147,7 +147,7 @@ def _front(staircase: Staircase, schedule: Schedule, trace: BuildTrace) -> Marku
 
 
 def _trials(schedule: Schedule, report: Report, trace: BuildTrace) -> Markup | None:
-    """The chart of predicted and measured latencies; None where nothing was predicted."""
+    """The chart of predicted and measured latencies; None without a prediction."""
     trials = trace.trials
     if not trials and report.predicted_ms is not None:
         trials = (Trial(tokens=schedule.tokens, predicted_ms=report.predicted_ms, latency=report.latency),)
@@ -196,7 +196,7 @@ def _setup(engine: Engine, schedule: Schedule, report: Report, preprocessing: Pr
 
 
 def _points(staircase: Staircase) -> Rows:
-    """A row for each measured token count, the largest first."""
+    """One row per measured token count, largest first."""
     ends = treads(staircase)
     return [
         (str(p.tokens), f"{p.latency.median_ms:.3f}", _interval(p.latency), "tread" if p.tokens in ends else "")

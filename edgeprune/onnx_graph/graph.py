@@ -1,8 +1,7 @@
-"""ONNX graphs, without torch: loaded, saved, fixed to a token count, checked.
+"""ONNX graphs without torch: load, save, fix to a token count, check.
 
-Promises that a graph is held to: opset 17 (TensorRT 8.6 reads no later one), every dimension a number,
-attention of blocks without a cut in the form that TensorRT fuses (scale before the first product, one
-consumer of the softmax).
+Requirements on a graph: opset 17 (the newest that TensorRT 8.6 reads), every dimension a number, and attention of
+blocks without a cut in the form that TensorRT fuses (scale before the first matmul, one consumer of the softmax).
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from edgeprune.io import decode, encode, replacing
 from edgeprune.records import ModelMetadata
 
 METADATA_KEY = "edgeprune"  # key of the metadata in an ONNX file's metadata
-PROTOBUF_BYTES = 2 << 30  # where protobuf ends
-INLINE_BYTES = 1 << 30  # weights above this lie in a file beside the ONNX
-OUTSIDE_BYTES = 1024  # of a tensor that moves to such a file
-ALIGNED_BYTES = 4096  # where a tensor begins in it, so that it can be mapped (onnx/docs/ExternalData.md)
+PROTOBUF_BYTES = 2 << 30  # protobuf's limit
+INLINE_BYTES = 1 << 30  # larger weights are in a separate file next to the ONNX
+OUTSIDE_BYTES = 1024  # tensors from this size on move to that file
+ALIGNED_BYTES = 4096  # alignment of tensors in it, so that it can be memory-mapped (onnx/docs/ExternalData.md)
 
 
 def load_graph(path: Path) -> onnx.ModelProto:
@@ -44,10 +43,10 @@ def load_graph(path: Path) -> onnx.ModelProto:
 
 
 def save_graph(model: onnx.ModelProto, path: Path, folder: Path | None = None) -> None:
-    """Write a model atomically; weights of more than INLINE_BYTES lie in `<name>-<hash>.weights` beside it.
+    """Write a model atomically, weights of more than INLINE_BYTES to `<name>-<hash>.weights` in the same folder.
 
-    The hash is theirs, so the bytes of the ONNX file, and every key made of them, depend on the weights. `folder`
-    holds weights that already lie outside `model`. Raises OutputError.
+    The hash is that of the weights, so that the bytes of the ONNX file, and every key computed from them, depend on
+    the weights. `folder` holds the weights that are already outside `model`. Raises OutputError.
     """
     tensors = model.graph.initializer
     if sum(map(_bytes_of, tensors)) > INLINE_BYTES or any(map(_is_outside, tensors)):
@@ -61,7 +60,7 @@ def save_graph(model: onnx.ModelProto, path: Path, folder: Path | None = None) -
 
 
 def save_apart(model: onnx.ModelProto, path: Path, weights: Path, folder: Path | None = None) -> None:
-    """Write the large tensors of a model to the file `weights` beside `path`, then the rest: the names come last."""
+    """Write the large tensors of a model to the file `weights`, then the rest to `path`. Raises OutputError."""
     outline = _outline(model)
     with replacing(weights) as temporary, open(temporary, "wb") as file:
         for tensor, empty in zip(model.graph.initializer, outline.graph.initializer, strict=True):
@@ -77,21 +76,21 @@ def save_apart(model: onnx.ModelProto, path: Path, weights: Path, folder: Path |
 
 
 def weights_of(path: Path) -> tuple[Path, ...]:
-    """The files that hold an ONNX file's weights beside it; none where it holds them itself. Raises InputError."""
+    """The separate weight files of an ONNX file; empty if it holds all weights itself. Raises InputError."""
     tensors = load_graph(path).graph.initializer
     names = {ExternalDataInfo(tensor).location for tensor in tensors if _is_outside(tensor)}
     return tuple(path.with_name(Path(name).name) for name in sorted(names))
 
 
 def copy_graph(path: Path, out: Path) -> None:
-    """Copy an ONNX file, after its weights, which keep their name. Raises InputError, OutputError."""
+    """Copy an ONNX file after its weight files, which keep their names. Raises InputError, OutputError."""
     for source, place in (*((file, out.with_name(file.name)) for file in weights_of(path)), (path, out)):
         with replacing(place) as temporary:
             shutil.copyfile(source, temporary)
 
 
 def infer(model: onnx.ModelProto) -> None:
-    """Infer all shapes, in place. onnx is shown the graph without its weights: it takes no more than 2 GiB.
+    """Infer all shapes in place. onnx gets the graph without its weights, because it accepts at most 2 GiB.
 
     Raises onnx's InferenceError for a graph that contradicts itself.
     """
@@ -102,7 +101,7 @@ def infer(model: onnx.ModelProto) -> None:
 
 
 def _outline(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy of a model in which large tensors are empty."""
+    """A copy of a model with empty large tensors."""
     graph = model.graph
     outline = onnx.ModelProto(
         ir_version=model.ir_version,
@@ -132,10 +131,10 @@ def _bytes_of(tensor: TensorProto) -> int:
 
 
 def _content(tensor: TensorProto, folder: Path | None) -> bytes:
-    """A large tensor's bytes: its own, or those in a file of `folder`."""
+    """The bytes of a large tensor, from the tensor itself or from its file in `folder`."""
     if not _is_outside(tensor):
         return bytes(tensor.raw_data)
-    assert folder is not None, f"{tensor.name} lies outside the model"
+    assert folder is not None, f"{tensor.name} is outside the model"
     place = ExternalDataInfo(tensor)
     with open(folder / place.location, "rb") as file:
         file.seek(place.offset or 0)
@@ -143,55 +142,55 @@ def _content(tensor: TensorProto, folder: Path | None) -> bytes:
 
 
 def precision_of(model: onnx.ModelProto) -> str:
-    """fp32, fp16 or int8: what a graph's weights are, as far as most of them go."""
+    """The precision of a graph: fp32, fp16 or int8."""
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         return "int8"
     return "fp16" if any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer) else "fp32"
 
 
 def input_shape(model: onnx.ModelProto) -> tuple[int, ...]:
-    """Static shape of a graph's input, (B, 3, P, P) of a whole model; 0 where an axis is dynamic."""
+    """Shape of a graph's input, (B, 3, P, P) for a whole model; 0 for a dynamic axis."""
     return tuple(dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim)
 
 
 def attach(metadata: ModelMetadata, model: onnx.ModelProto) -> None:
-    """Put a metadata into a graph's metadata."""
+    """Add the record to the metadata of a graph."""
     onnx.helper.set_model_props(model, {METADATA_KEY: encode(metadata).decode()})
 
 
 def metadata_in(path: Path) -> ModelMetadata | None:
-    """The metadata in an ONNX file; None in one that has none. Raises InputError, RecordError."""
+    """The record in the metadata of an ONNX file; None if there is none. Raises InputError, RecordError."""
     found = [entry.value for entry in load_graph(path).metadata_props if entry.key == METADATA_KEY]
     return decode(found[0].encode(), ModelMetadata, f"{path}, metadata") if found else None
 
 
 def fix_tokens(trunk: Path, tokens: int, out: Path) -> None:
-    """Write the trunk with its token axis fixed to `tokens`; needs no torch and takes milliseconds.
+    """Write the trunk with its token axis fixed to `tokens`; takes milliseconds.
 
-    `out` must lie beside `trunk`, whose weights file it shares. Raises ExportError when a shape stays
-    dynamic, InputError when `trunk` is no such file.
+    `out` must be in the folder of `trunk`, because both share the weights file. Raises ExportError if a shape stays
+    dynamic, InputError if `trunk` is not such a file, OutputError.
     """
     if out.parent != trunk.parent:
-        raise InputError(f"{out} must lie beside {trunk}, whose weights it shares")
+        raise InputError(f"{out} shares the weights of {trunk}: choose a path in the same folder")
     model = load_graph(trunk)
     for value in (*model.graph.input, *model.graph.output):
         dims = value.type.tensor_type.shape.dim
         if len(dims) != 3:
             raise InputError(f"{trunk}: {value.name} is not (batch, tokens, width): export it with edgeprune")
-        if not dims[1].HasField("dim_value"):  # the last block's output is the prefix, whatever enters it
+        if not dims[1].HasField("dim_value"):  # not for the last block, whose output is always the prefix
             dims[1].dim_value = tokens
     try:
         infer(model)
     except (shape_inference.InferenceError, ValueError) as error:
         detail = " ".join(str(error).split())[:160]
-        raise InputError(f"{trunk}: its shapes contradict themselves ({detail}): export it with edgeprune") from None
+        raise InputError(f"{trunk}: its shapes are inconsistent ({detail}): export it with edgeprune") from None
     static_or_raise(model)
     with replacing(out) as temporary:
         temporary.write_bytes(model.SerializeToString())
 
 
 def static_or_raise(model: onnx.ModelProto) -> None:
-    """Raise ExportError naming the first value whose shape is not a list of numbers."""
+    """Raise ExportError, naming the first value whose shape is unknown or dynamic."""
     graph = model.graph
     known = {v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}
     for name in (*(o for node in graph.node for o in node.output if o), *(v.name for v in graph.input)):
@@ -205,10 +204,10 @@ def static_or_raise(model: onnx.ModelProto) -> None:
 
 
 def attention_forms(model: onnx.ModelProto) -> list[bool]:
-    """For each softmax over attention scores, in order: does it stand in the form that TensorRT fuses?
+    """For each softmax over attention scores, in order: is it in the form that TensorRT fuses?
 
-    Mul (scale) -> MatMul -> [Add bias] -> Softmax -> MatMul, no other consumer of any link.
-    Source: TensorRT developer guide, "Multi-head attention fusion".
+    Mul (scale) -> MatMul -> [Add bias] -> Softmax -> MatMul, without another consumer of any value in between.
+    Source: NVIDIA TensorRT developer guide, "Multi-head attention fusion".
     """
     producer = {output: node for node in model.graph.node for output in node.output}
     uses = Counter(name for node in model.graph.node for name in node.input)
@@ -230,6 +229,6 @@ def attention_forms(model: onnx.ModelProto) -> list[bool]:
         links.append(scores.output[0])
         scaled = any(producer.get(i) is not None and producer[i].op_type == "Mul" for i in scores.input)
         after = consumers.get(node.output[0], [])
-        alone = all(uses[name] == 1 for name in links)
-        forms.append(scaled and alone and bool(after) and after[0].op_type == "MatMul")
+        single_use = all(uses[name] == 1 for name in links)
+        forms.append(scaled and single_use and bool(after) and after[0].op_type == "MatMul")
     return forms

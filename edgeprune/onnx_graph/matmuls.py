@@ -1,4 +1,4 @@
-"""What an ONNX computes: its matrix products, and the floating-point operations in them."""
+"""The matmuls of an ONNX graph, and the floating-point operations in them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import onnx
 from edgeprune.errors import EngineError
 
 MATMULS = ("MatMul", "Gemm", "Conv")
-# Kernels of their own, with the input that decides: with constant indices they are slices, and fused.
+# Operators that run as separate kernels, with the input that decides: constant indices make a slice that is fused.
 LAUNCHES = {"TopK": 0, "ArgMax": 0, "OneHot": 0, "Gather": 1, "GatherElements": 1, "GatherND": 1}
 UNKNOWN = {"Attention", "ConvTranspose", "Einsum", "If", "Loop", "Scan", "MatMulInteger", "QLinearMatMul"}
 
@@ -24,20 +24,20 @@ Shape = tuple[int | str, ...]  # a dimension without a number has its name or "?
 
 @dataclass(frozen=True)
 class Matmul:
-    """`count` independent matrix products (rows × inner) · (inner × cols); inner 0 is a bare launch."""
+    """`count` independent matmuls (rows × inner) · (inner × cols); with inner 0 only a kernel launch."""
 
     rows: int
     cols: int
     inner: int
     count: int = 1  # for example batch · heads
-    weight: bool = False  # the right operand is a weight, read from memory
+    weight: bool = False  # the right operand is a weight, which is read from memory
 
 
 LAUNCH = Matmul(rows=1, cols=1, inner=0)
 
 
 def flops_of_onnx(path: Path) -> int:
-    """Floating-point operations of one inference: two for each multiply-add of its matrix products.
+    """Floating-point operations of one inference: two for each multiply-add of its matmuls.
 
     Raises EngineError as matmuls_of_onnx does.
     """
@@ -45,23 +45,23 @@ def flops_of_onnx(path: Path) -> int:
 
 
 def matmuls_of_onnx(path: Path) -> list[Matmul]:
-    """Every MatMul, Gemm, Conv (as implicit GEMM) and launch of its own in a static ONNX file.
+    """Every MatMul, Gemm, Conv (as implicit GEMM) and separate kernel launch of an ONNX file with static shapes.
 
-    Raises EngineError for a file that is no ONNX, a product with a shape that is not static (naming the
-    tensor), or an operator whose cost the model does not know.
+    Raises EngineError for a file that is not ONNX, a matmul without static shape (naming the tensor), and an
+    operator whose cost is not known.
     """
     try:
         model = onnx.load(str(path), load_external_data=False)
         return list(_walk(onnx.shape_inference.infer_shapes(model, data_prop=True).graph))
     except EngineError as error:
         raise EngineError(f"{path}: {error}") from None
-    except Exception as error:  # protobuf, onnx and the system each raise their own
+    except Exception as error:  # protobuf, onnx and the operating system each raise their own
         detail = " ".join(str(error).split())[:200]
         raise EngineError(f"{path}: cannot be read as ONNX ({detail}): export it again") from None
 
 
 def _walk(graph: Any) -> Iterator[Matmul]:
-    """Products of an ONNX graph with inferred shapes, in order. Raises EngineError."""
+    """The matmuls of an ONNX graph with inferred shapes, in order. Raises EngineError."""
     shapes: dict[str, Shape] = {tensor.name: tuple(tensor.dims) for tensor in graph.initializer}
     for value in (*graph.input, *graph.value_info, *graph.output):
         if value.type.tensor_type.HasField("shape"):
@@ -70,18 +70,18 @@ def _walk(graph: Any) -> Iterator[Matmul]:
     constants = {"", *(tensor.name for tensor in graph.initializer)}
     for node in graph.node:
         if node.op_type in UNKNOWN or node.domain not in ("", "ai.onnx"):
-            raise EngineError(f"no cost is known for operator {node.op_type}: export without it")
+            raise EngineError(f"the cost of operator {node.op_type} is not known: export a model without it")
         if constants.issuperset(node.input):
             constants.update(node.output)
         elif node.op_type in MATMULS:
             left, right, out = (_static(name, shapes) for name in (*node.input[:2], node.output[0]))
-            yield _product(node, left, right, out, node.input[1] in constants)
+            yield _matmul(node, left, right, out, node.input[1] in constants)
         elif node.op_type in LAUNCHES and node.input[LAUNCHES[node.op_type]] not in constants:
             yield LAUNCH
 
 
 def _static(name: str, shapes: dict[str, Shape]) -> Fixed:
-    """Shape of a tensor. Raises EngineError unless it is known and every dimension is a number."""
+    """The shape of a tensor. Raises EngineError unless it is known and every dimension is a number."""
     shape = shapes.get(name, ("?",))
     fixed = tuple(size for size in shape if isinstance(size, int))
     if len(fixed) < len(shape):
@@ -90,7 +90,7 @@ def _static(name: str, shapes: dict[str, Shape]) -> Fixed:
     return fixed
 
 
-def _product(node: Any, left: Fixed, right: Fixed, out: Fixed, weight: bool) -> Matmul:
+def _matmul(node: Any, left: Fixed, right: Fixed, out: Fixed, weight: bool) -> Matmul:
     """One MatMul, Gemm or Conv node as a Matmul, from the shapes of its first two inputs and its output."""
     if node.op_type == "Conv":  # (B, C, *in) and (M, C / group, *kernel) give (B, M, *out)
         groups = next((a.i for a in node.attribute if a.name == "group"), 1)

@@ -1,4 +1,4 @@
-"""What torch exports as runtimes want it: opset 17, GELU in the form they fuse, no traces of its maker."""
+"""Passes over a graph exported by torch: opset 17, GELU in the form that runtimes fuse, no source paths."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ CHANGED_IN_18 = {"Pad", "Resize", "ScatterElements", "ScatterND", "GroupNormaliz
 
 
 def lower_opset(model: onnx.ModelProto) -> None:
-    """Opset 18 to 17: reductions take their axes as an attribute, and Split counts its parts by its outputs.
+    """Convert opset 18 to 17 in place: axes of reductions become an attribute, Split takes the number of its outputs.
 
-    Raises ExportError, naming the operator, for what else changed in opset 18, and for unequal parts.
+    Raises ExportError, naming the operator, for other operators that changed in opset 18 and for unequal parts.
     """
     constants = {t.name: t for t in model.graph.initializer}
     shapes = {v.name: v.type.tensor_type.shape.dim for v in (*model.graph.value_info, *model.graph.input)}
@@ -45,23 +45,23 @@ def lower_opset(model: onnx.ModelProto) -> None:
 
 
 def _keep(node: onnx.NodeProto, name: str) -> None:
-    """Leave a node no attribute but this one."""
+    """Remove all attributes of a node except one."""
     kept = [a for a in node.attribute if a.name == name]
     del node.attribute[:]
     node.attribute.extend(kept)
 
 
 def _parts_are_known(node: onnx.NodeProto, dims: Sequence[onnx.TensorShapeProto.Dimension]) -> bool:
-    """Are the parts' sizes given, or is a tensor of these dimensions cut into equal ones?"""
+    """Are the sizes of the parts of a Split given, or is a tensor of these dimensions split into equal parts?"""
     axis = next((a.i for a in node.attribute if a.name == "axis"), 0)
     size = dims[axis].dim_value if -len(dims) <= axis < len(dims) else 0
     return len(node.input) == 2 or (size > 0 and size % len(node.output) == 0)
 
 
 def canonical_gelu(model: onnx.ModelProto) -> None:
-    """x * (0.5 * (1 + erf)), as torch exports GELU, to (x * (1 + erf)) * 0.5, which runtimes fuse; exact.
+    """Rewrite GELU from torch's x * (0.5 * (1 + erf)) to (x * (1 + erf)) * 0.5, which runtimes fuse; exact.
 
-    Source of the pattern: ONNX Runtime's GeluFusion. Unfused it is five operators over the widest tensor.
+    Source of the pattern: ONNX Runtime's GeluFusion. Without fusion it is five operators on the widest tensor.
     """
     made = {output: node for node in model.graph.node for output in node.output}
     erf = {output for output, node in made.items() if node.op_type == "Erf"}
@@ -77,7 +77,7 @@ def canonical_gelu(model: onnx.ModelProto) -> None:
 
 
 def strip_traces(model: onnx.ModelProto) -> None:
-    """Remove stack traces and source paths that the exporter leaves: a file must not depend on its maker."""
+    """Remove the exporter's stack traces and source paths: a file must not depend on where it was made."""
     graph = model.graph
     model.producer_name, model.producer_version, model.doc_string = "edgeprune", "", ""
     for item in (graph, *graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):

@@ -24,27 +24,27 @@ if TYPE_CHECKING:
 
 Convert = Callable[[onnx.ModelProto], onnx.ModelProto]
 
-# In fp32 within an fp16 graph: norms overflow (TRT#2564), scores and statistics of a cut decide what is kept.
+# In fp32 within an fp16 graph: norms can overflow (TRT#2564), and the scores of a cut decide which tokens are kept.
 ISLAND_OPS = ("LayerNormalization", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2", "TopK", "ArgMax", "Log")
-# Ways from a score to its origin, and from a one-hot matrix to what it gathers; both end at other nodes.
+# Operators between a score and its origin, and between a one-hot matrix and the gathered result.
 SCORE_OPS = {"Add", "Div", "MatMul", "Mul", "Reshape", "Squeeze", "Softmax", "Sub", "Transpose", "Unsqueeze"}
 GATHER_OPS = {"Add", "Cast", "Div", "Equal", "MatMul", "Mul", "Transpose"}
-WAYS = ("percentile", "entropy")  # to choose an activation's range, by onnxruntime.quantization
+WAYS = ("percentile", "entropy")  # methods of onnxruntime.quantization for the range of an activation
 PERCENTILE, BINS = 99.999, {"percentile": 2048, "entropy": 128}
-NOMINAL = 8.0  # range of an activation where only latency counts, so that no picture is needed
-SMALLEST = 16  # rows and columns of a weight matrix that is worth quantising
-SENSITIVE_KL = 0.02  # nats; a layer that loses more than this by itself stays in floating point
+NOMINAL = 8.0  # range of an activation when only latency matters, so that no picture is needed
+SMALLEST = 16  # rows and columns of a weight matrix; smaller ones are not quantised
+SENSITIVE_KL = 0.02  # nats; a layer whose quantisation alone loses more stays in floating point
 
 
 def fp16(model: onnx.ModelProto) -> onnx.ModelProto:
-    """fp16 inside, fp32 at both ends and in the islands; softmax of uncut blocks stays fp16, or it would not fuse.
+    """Convert to fp16, with fp32 inputs, outputs and islands; softmax of blocks without a cut is fp16 and can fuse.
 
-    Raises MissingError without onnxruntime, whose converter this is.
+    Uses onnxruntime's converter. Raises MissingError without onnxruntime.
     """
     convert, blocked = _float16()
     half = onnx.ModelProto()
     half.CopyFrom(model)
-    infer(half)  # the converter goes by the types it finds
+    infer(half)  # the converter needs the types of all values
     out: onnx.ModelProto = convert(
         half,
         keep_io_types=True,
@@ -54,7 +54,7 @@ def fp16(model: onnx.ModelProto) -> onnx.ModelProto:
     )
     nodes: dict[str, onnx.NodeProto] = {}
     for node in out.graph.node:
-        nodes.setdefault(node.output[0], node)  # the converter repeats a cast for every user
+        nodes.setdefault(node.output[0], node)  # the converter adds the same cast once per consumer
     del out.graph.node[:]
     out.graph.node.extend(nodes.values())
     del out.graph.value_info[:]
@@ -62,7 +62,7 @@ def fp16(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def islands(model: onnx.ModelProto) -> set[str]:
-    """Names of the nodes of every cut: from scores back to their softmax, from a one-hot matrix to the result."""
+    """Names of all nodes of cuts: from scores back to their softmax, and from a one-hot matrix to the result."""
     nodes = model.graph.node
     made = {output: node for node in nodes for output in node.output}
     used: dict[str, list[onnx.NodeProto]] = {}
@@ -73,7 +73,7 @@ def islands(model: onnx.ModelProto) -> set[str]:
     back = {*SCORE_OPS, *ISLAND_OPS}
 
     def closure(start: Iterable[onnx.NodeProto], ops: set[str], last: str, forward: bool) -> set[str]:
-        """Names reached from `start` through `ops`, up to and with nodes of the kind `last`."""
+        """Names of nodes reached from `start` through `ops`, up to and including nodes of type `last`."""
         found: set[str] = set()
         todo = list(start)
         while todo:
@@ -92,7 +92,7 @@ def islands(model: onnx.ModelProto) -> set[str]:
 
 
 def linear_layers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
-    """Products of a stream with a weight matrix, in order: the linear layers of the blocks."""
+    """MatMul nodes with a weight matrix, in order: the linear layers of the blocks."""
     shapes = {t.name: tuple(t.dims) for t in model.graph.initializer}
     found = []
     for node in model.graph.node:
@@ -106,10 +106,11 @@ def linear_layers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
 def int8(
     model: onnx.ModelProto, ranges: Mapping[str, float] | None = None, kept: Sequence[str] = ()
 ) -> onnx.ModelProto:
-    """INT8 linear layers: per channel on weights, per tensor and symmetric on activations, as TensorRT wants it.
+    """Quantise linear layers to INT8 as TensorRT requires: weights per channel, activations per tensor, symmetric.
 
-    `ranges` gives the largest magnitude by tensor; without, a nominal one stands in, for latency alone. Layers
-    (node names) in `kept` stay as they are. Raises MissingError without onnxruntime, whose quantizer this is.
+    `ranges` gives the largest magnitude of each tensor; without it nominal ranges are used, which is enough to
+    measure latency. Layers (node names) in `kept` are not quantised. Uses onnxruntime's quantizer. Raises
+    MissingError without onnxruntime.
     """
     parts = _quantization()
     layers = [node for node in linear_layers(model) if node.name not in kept]
@@ -141,9 +142,10 @@ def int8(
 def calibrated(
     model: onnx.ModelProto, batches: Sequence[NDArray[np.float32]], progress: Progress = silent
 ) -> Int8Ranges:
-    """Ranges on calibration pictures: each way is tried, layers that lose too much by themselves are left out.
+    """INT8 ranges from calibration pictures, by the method with the lowest KL to the fp32 model.
 
-    `batches` are inputs of the model's static shape. The way with the least KL to the fp32 model wins.
+    `batches` are inputs (batch, 3, P, P). Layers whose quantisation alone loses more than SENSITIVE_KL are left in
+    floating point. Raises MissingError without onnxruntime.
     """
     names = sorted({node.input[0] for node in linear_layers(model)})
     ways = _histograms(model, names, batches, progress)
@@ -156,10 +158,10 @@ def calibrated(
     best = min(WAYS, key=lambda way: loss(ways[way], ()))
     kept = []
     for done, layer in enumerate(layers):
-        progress("INT8: sensitivity of layers", done, len(layers))
+        progress("INT8: checking layers", done, len(layers))
         if loss(ways[best], [other for other in layers if other != layer]) > SENSITIVE_KL:
             kept.append(layer)
-    progress("INT8: sensitivity of layers", len(layers), len(layers))
+    progress("INT8: checking layers", len(layers), len(layers))
     lost = {way: loss(ways[way], kept) for way in WAYS}
     best = min(WAYS, key=lambda way: lost[way])
     return Int8Ranges(way=best, ranges=ways[best], kept=tuple(kept), kl=lost[best])
@@ -168,7 +170,7 @@ def calibrated(
 def _histograms(
     model: onnx.ModelProto, names: Sequence[str], batches: Sequence[NDArray[np.float32]], progress: Progress
 ) -> dict[str, dict[str, float]]:
-    """Largest magnitude worth keeping by tensor, for every way."""
+    """The range (largest magnitude) of each tensor, by each of the methods in WAYS."""
     collector = _quantization().HistogramCollector
     watched = onnx.ModelProto()
     watched.CopyFrom(model)
@@ -182,12 +184,12 @@ def _histograms(
     }
     with _silent():
         for done, images in enumerate(batches):
-            progress("INT8: ranges", done, len(batches))
+            progress("INT8: collecting ranges, batch", done, len(batches))
             found = dict(zip(names, run(names, images), strict=True))
             for each in collectors.values():
                 each.collect({name: [values] for name, values in found.items()})
         results = {way: each.compute_collection_result() for way, each in collectors.items()}
-    progress("INT8: ranges", len(batches), len(batches))
+    progress("INT8: collecting ranges, batch", len(batches), len(batches))
     return {
         way: {name: max(abs(float(values[0])), abs(float(values[1])), 1e-6) for name, values in data.items()}
         for way, data in results.items()
@@ -215,7 +217,7 @@ def _runner(model: onnx.ModelProto) -> Callable[[Sequence[str], NDArray[np.float
 
 
 def _quantization() -> Any:
-    """The parts of onnxruntime.quantization that are used, in one namespace. Raises MissingError."""
+    """The parts of onnxruntime.quantization that are used here. Raises MissingError."""
     try:
         from types import SimpleNamespace
 
@@ -231,7 +233,7 @@ def _quantization() -> Any:
 
 
 def _inferred(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Nodes in order, which onnxruntime's tools leave to the reader, and shapes."""
+    """The model with sorted nodes, which onnxruntime's tools do not do, and inferred shapes."""
     from onnxruntime.transformers.onnx_model import OnnxModel
 
     OnnxModel(model).topological_sort()
@@ -249,9 +251,9 @@ def _float16() -> tuple[Any, list[str]]:
 
 @contextlib.contextmanager
 def _silent() -> Iterator[None]:
-    """onnxruntime's quantizer prints; stdout belongs to the command line."""
+    """Suppress what onnxruntime's quantizer prints; stdout belongs to the command line."""
     with contextlib.redirect_stdout(io.StringIO()):
         yield
 
 
-CONVERSIONS: dict[str, Convert] = {"fp16": fp16, "int8": int8}  # of fp32
+CONVERSIONS: dict[str, Convert] = {"fp16": fp16, "int8": int8}  # from fp32

@@ -1,1 +1,1 @@
-"""All that needs torch: models, families, reducers, the pruned model, its fidelity and its ONNX export."""
+"""Everything that needs torch: models, families, reducers, the pruned model, its fidelity and its ONNX export."""

@@ -1,4 +1,4 @@
-"""A pruned ViT, or the bare trunk at any number of tokens, from PyTorch to ONNX in which every shape is static."""
+"""Export from PyTorch to ONNX: a pruned ViT with static shapes, or the trunk with a symbolic token axis."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def onnx_from_module(
     convert: Convert | None = None,
     metadata: ModelMetadata | None = None,
 ) -> None:
-    """Export `module` at the static shape of `example`, then `convert` it; `metadata` says what it is.
+    """Export `module` at the static shape of `example`, `convert` the graph and attach `metadata`.
 
-    Raises ExportError, OutputError.
+    `names` are those of the input and the output. Raises ExportError, OutputError.
     """
     with _scratch(path) as folder:
         model = _exported(module, example, names, None, convert, folder)
@@ -68,9 +68,9 @@ def onnx_of_schedule(
 
 
 def trunk_from_module(module: nn.Module, example: Tensor, path: Path, convert: Convert | None = None) -> None:
-    """Export the trunk with a symbolic token axis, weights in `<name>.weights` beside it.
+    """Export the trunk with a symbolic token axis, and its weights to `<name>.weights` in the same folder.
 
-    The weights stay out of the ONNX so that all static probes share them. Raises ExportError, OutputError.
+    The weights are a separate file, which the trunks at all token counts share. Raises ExportError, OutputError.
     """
     with _scratch(path) as folder:
         model = _exported(module, example, ("x", "y"), 1, convert, folder)
@@ -92,9 +92,9 @@ def _exported(
     convert: Convert | None,
     folder: Path,
 ) -> onnx.ModelProto:
-    """torch's dynamo exporter, cleaned: opset 17, inferred shapes, no traces of the exporting machine.
+    """The graph from torch's dynamo exporter, with opset 17, inferred shapes and no paths of this machine.
 
-    Weights beyond graph.INLINE_BYTES lie in `folder`, unless `convert` needed them.
+    Weights of more than graph.INLINE_BYTES are in `folder`, unless `convert` needed them.
     """
     import torch
 
@@ -106,7 +106,7 @@ def _exported(
             module.eval(),
             (example,),
             dynamo=True,
-            opset_version=18,  # the exporter's lowest; lower_opset takes it to 17
+            opset_version=18,  # the lowest that the exporter supports; lower_opset converts to 17
             input_names=[names[0]],
             output_names=[names[1]],
             dynamic_shapes=dynamic,
@@ -132,7 +132,7 @@ def _exported(
 
 @contextmanager
 def _scratch(path: Path) -> Iterator[Path]:
-    """A folder beside `path` for the time of its export. Raises OutputError."""
+    """A temporary folder next to `path` during its export. Raises OutputError."""
     with writable(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         folder = tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -142,10 +142,10 @@ def _scratch(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def unfused(module: nn.Module) -> Iterator[None]:
-    """timm's own explicit attention for the time of an export.
+    """Use timm's explicit attention during an export.
 
-    torch's fused operator exports as two scalings and reshapes with computed shapes; timm's explicit form
-    is what TensorRT fuses.
+    torch's fused operator exports as two scalings and reshapes with computed shapes; timm's explicit form is what
+    TensorRT fuses.
     """
     attentions: list[Any] = [m for m in module.modules() if getattr(m, "fused_attn", False)]
     for attention in attentions:
@@ -159,7 +159,7 @@ def unfused(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def fixed_size(module: nn.Module) -> Iterator[None]:
-    """Models of any image size at their own for the time of an export: timm would resample positions to it."""
+    """Fix the image size of models that take any size during an export; timm would resample position embeddings."""
     sizeless: list[Any] = [m for m in module.modules() if getattr(m, "dynamic_img_size", False)]
     for model in sizeless:
         model.dynamic_img_size, model.patch_embed.flatten = False, True
@@ -172,7 +172,7 @@ def fixed_size(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter tells of its opset conversion on every call; real failures raise."""
+    """Silence the exporter, which logs its opset conversion on every call; failures raise."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)

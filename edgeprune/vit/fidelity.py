@@ -1,4 +1,4 @@
-"""How much of the unpruned model a schedule keeps, evaluated in PyTorch; blocks before a change run once."""
+"""Fidelity of schedules to the unpruned model, evaluated in PyTorch; shared first blocks run only once."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ CHUNK = 16  # images at a time: activations stay in cache
 
 
 class Fidelity(NamedTuple):
-    """Against the unpruned model on the same images; top1 in percent where there are labels."""
+    """Fidelity to the unpruned model on the same images."""
 
     kl: float  # nats
     agreement: float  # percent
-    top1: float | None
+    top1: float | None  # percent; None without labels
 
 
 def pruned_module(model: Model, method: str, tokens: Sequence[int], prefix_last: bool = False) -> PrunedViT:
@@ -45,22 +45,22 @@ def logits_of_schedule(
     prefix_last: bool = False,
     progress: Progress = silent,
 ) -> NDArray[np.float32]:
-    """PyTorch logits (images, classes) of a schedule over any number of images, in little memory."""
+    """PyTorch logits (images, classes) of a schedule for pixels (images, P, P, 3), a few images at a time."""
     module, rows = pruned_module(model, method, tokens, prefix_last), []
     with torch.inference_mode():
         for start in range(0, len(pixels), CHUNK):
-            progress("evaluating", start, len(pixels))
+            progress("evaluating images in PyTorch", start, len(pixels))
             images = normalise(pixels[start : start + CHUNK], model.preprocessing)
             rows.append(module(torch.from_numpy(images)).numpy())
-    progress("evaluating", len(pixels), len(pixels))
+    progress("evaluating images in PyTorch", len(pixels), len(pixels))
     return np.concatenate(rows)
 
 
 class Evaluator:
     """Fidelity of schedules of one model and method on fixed images.
 
-    Holds the streams of the last `base` schedule at the entry of every block, so that a schedule which
-    differs from block i on costs the blocks from i alone. Memory: depth * images * tokens * width * 4 B.
+    Keeps the residual streams of the last `base` schedule at the entry of every block, so that a schedule that
+    differs from block i on runs only the blocks from i. Memory: depth * images * tokens * width * 4 B.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Evaluator:
         self.dense_logits = self.base(dense)
 
     def base(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Logits (images, classes) of a schedule; its streams are kept for the schedules that follow."""
+        """Logits (images, classes) of a schedule, whose streams are kept for the next schedules."""
         if tuple(tokens) == self._base:
             return self._classify(self._streams[-1])
         shared = self._shared(tokens)
@@ -95,7 +95,7 @@ class Evaluator:
         return self._classify(streams[-1])
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Logits (images, classes) of a schedule from the block on where it leaves the base."""
+        """Logits (images, classes) of a schedule; the blocks it shares with the base are not run again."""
         check_tokens(tokens, self.model.vit, self.prefix_last)
         shared = self._shared(tokens)
         out = []
@@ -118,7 +118,7 @@ class Evaluator:
         )
 
     def random_drop(self, tokens: int, seed: int = 0) -> Fidelity:
-        """The paper's estimate A(n) (sec. 3): `tokens` random ones kept at the input, no method involved."""
+        """The estimate A(n) of arXiv 2407.05941, sec. 3: `tokens` random tokens are kept at the input."""
         generator = torch.Generator().manual_seed(seed)
         out = []
         with torch.inference_mode():

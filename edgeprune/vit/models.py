@@ -1,4 +1,4 @@
-"""A timm model by name, with its weights, its record and its preprocessing."""
+"""Load a timm model with its weights, its Vit record and its preprocessing."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SOURCES = ("hf-hub", "hf_hub", "local-dir", "local_dir")  # prefixes of names th
 
 @dataclass(frozen=True)
 class Model:
-    """An untouched timm model in eval mode and what edgeprune knows of it."""
+    """A timm model in eval mode, never changed, with its family, record and preprocessing."""
 
     module: nn.Module
     family: Family
@@ -52,7 +52,7 @@ def load_model(
     state = config = None
     if not isinstance(model, str):
         if weights is not None:
-            raise WeightsError("a module comes with its weights: pass its timm name to load others")
+            raise WeightsError("a module already has weights: pass its timm name to load other weights")
         module, name = copy.deepcopy(model), str(_config_of(model).get("architecture") or type(model).__name__)
     else:
         weights, name = weights or ("embedded" if model == zoo.EMBEDDED else "pretrained"), _short_name(model)
@@ -81,7 +81,7 @@ def _config_of(module: Any) -> dict[str, Any]:
 
 
 def _short_name(model: str) -> str:
-    """The last part of a name from a hub or a folder: it names folders and files of a bundle."""
+    """The last part of a name from a hub or a folder; folders and files of a bundle are named after it."""
     source, colon, place = model.partition(":")
     return Path(place).name or place if colon and source in SOURCES else model
 
@@ -109,11 +109,11 @@ def _create(name: str, weights: str, state: dict[str, Tensor] | None) -> nn.Modu
         near = difflib.get_close_matches(name, timm.list_models("*vit*") + timm.list_models("deit*"), 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see `timm.list_models('vit_*')`"
         raise ModelError(f"timm has no model {name!r}: {hint}")
-    if weights == "pretrained":  # is it worth fetching them?
+    if weights == "pretrained":  # before they are downloaded
         _check_family(name)
     try:
         module: nn.Module = timm.create_model(name, pretrained=weights == "pretrained", **options)
-    except Exception as error:  # hub, disk and timm errors alike: the way out is the same
+    except Exception as error:  # hub, disk and timm raise different errors; the advice is the same
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if weights == "pretrained":
             raise WeightsError(
@@ -125,29 +125,32 @@ def _create(name: str, weights: str, state: dict[str, Tensor] | None) -> nn.Modu
 
 
 def _check_family(name: str) -> None:
-    """Raise ModelError where no family supports a model, without its weights and almost without memory."""
+    """Raise ModelError if no family supports a model; needs neither its weights nor much memory."""
     import timm
     import torch
 
-    with suppress(RuntimeError, NotImplementedError, ValueError), torch.device("meta"):  # some need real tensors
+    with (
+        suppress(RuntimeError, NotImplementedError, ValueError),
+        torch.device("meta"),
+    ):  # some models need real tensors
         family_of(timm.create_model(name))
 
 
 def _read_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a checkpoint; nothing in the file is ever executed."""
+    """The tensors of a checkpoint; nothing in the file is executed. Raises WeightsError."""
     if not path.is_file():
         raise WeightsError(f"{path}: no such file: pass --weights FILE (.safetensors or .pth)")
     try:
         import torch
         from timm.models import load_state_dict
 
-        with warnings.catch_warnings():  # of an unusual pickle protocol
+        with warnings.catch_warnings():  # about an unusual pickle protocol
             warnings.simplefilter("ignore")
             state: dict[str, Tensor] = load_state_dict(str(path), weights_only=True)
         if not all(isinstance(v, torch.Tensor) for v in state.values()):
-            raise ValueError("it holds no state dict of tensors")
+            raise ValueError("not a state dict of tensors")
         return state
-    except Exception as error:  # safetensors, pickle, zip and torch each have their own
+    except Exception as error:  # safetensors, pickle, zip and torch each raise their own
         first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
         raise WeightsError(
             f"{path}: not a checkpoint that can be read safely ({first}): save it as .safetensors"
@@ -155,25 +158,25 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _fill(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load strictly; a checkpoint in its authors' own naming goes through timm's filter first."""
+    """Load a state dict strictly; timm's filter first converts other authors' key names. Raises WeightsError."""
     if set(state) != set(module.state_dict()):
         from timm.models.vision_transformer import checkpoint_filter_fn
 
-        with suppress(Exception):  # not a known foreign naming: what follows says what is wrong
+        with suppress(Exception):  # unknown key names: the checks below say what is wrong
             state = checkpoint_filter_fn(state, module)
     own = module.state_dict()
     missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or extra:
         raise WeightsError(
             f"{source}: does not fit the model: {len(missing)} keys missing{_some(missing)}, "
-            f"{len(extra)} unexpected{_some(extra)}: pass the checkpoint of this very model"
+            f"{len(extra)} unexpected{_some(extra)}: pass a checkpoint of this model"
         )
     wrong = [k for k in own if own[k].shape != state[k].shape]
     if wrong:
         key = wrong[0]
         raise WeightsError(
-            f"{source}: {key} has shape {tuple(state[key].shape)}, the model wants {tuple(own[key].shape)}: "
-            "pass the checkpoint of this very model"
+            f"{source}: {key} has shape {tuple(state[key].shape)}, the model needs {tuple(own[key].shape)}: "
+            "pass a checkpoint of this model"
         )
     module.load_state_dict(state, strict=True)
 
@@ -183,7 +186,7 @@ def _some(keys: list[str]) -> str:
 
 
 def _checkpoint_config(weights: Path) -> dict[str, Any] | None:
-    """The data config of a hub checkpoint: `config.json` beside the weights, key pretrained_cfg."""
+    """The data config of a hub checkpoint: pretrained_cfg in `config.json` next to it. Raises InputError."""
     path = weights.parent / "config.json"
     if not path.is_file():
         return None
@@ -191,7 +194,7 @@ def _checkpoint_config(weights: Path) -> dict[str, Any] | None:
         config = msgspec.json.decode(read_bytes(path, 1 << 20))
         found = config.get("pretrained_cfg")
     except (msgspec.DecodeError, AttributeError) as error:
-        raise InputError(f"{path}: not a model config ({error}): remove it or repair it") from None
+        raise InputError(f"{path}: not a model config ({error}): remove or repair it") from None
     return found if isinstance(found, dict) else None
 
 
@@ -221,7 +224,7 @@ def _triple(values: Any) -> tuple[float, float, float]:
 
 
 def class_labels(vit: Vit, class_names: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Names of the classes: the image folders', the embedded model's, ImageNet's, else numbers."""
+    """Names of the classes: those of the image folders, of the embedded model or of ImageNet, else numbers."""
     if class_names is not None and len(class_names) == vit.classes:
         return class_names
     if vit.name == zoo.EMBEDDED:

@@ -1,4 +1,4 @@
-"""PrunedViT: one explicit loop over blocks, each leaving the number of tokens its schedule says."""
+"""PrunedViT: a loop over the blocks, each of which leaves the number of tokens in its schedule."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from edgeprune.vit.tokens import Reducer
 
 
 class PrunedViT(nn.Module):
-    """A timm model with a token schedule. The timm model is held, never changed.
+    """A timm model with a token schedule; the timm model itself is never changed.
 
-    Requires a schedule valid for `vit`; ensures that block i hands on exactly tokens[i] tokens. With
-    `prefix_last` the last block computes the prefix alone, all that a prefix-pooled head reads: lossless,
-    and no cut may lie in it.
+    Requires a schedule valid for `vit`; ensures that block i passes on exactly tokens[i] tokens. With `prefix_last`
+    the last block computes only the prefix tokens, which is lossless for a head that reads only those; it cannot
+    remove tokens then. Raises ValueError for an invalid schedule.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class PrunedViT(nn.Module):
         super().__init__()
         check_tokens(tokens, vit, prefix_last)
         if reducer is None and any(n != vit.tokens for n in tokens):
-            raise ValueError("a schedule that loses tokens needs a reducer")
+            raise ValueError("a schedule that removes tokens needs a reducer")
         self.model = model
         self.family = family
         self.vit = vit
@@ -54,7 +54,7 @@ class PrunedViT(nn.Module):
         return self.family.classify(self.model, x)
 
     def blocks(self, x: Tensor, sizes: Tensor | None, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Blocks start..stop-1 on the stream x (B, N, C); token sizes (B, N) travel beside it."""
+        """Blocks start..stop-1 on the stream x (B, N, C) and the token sizes (B, N), if there are any."""
         blocks: Any = self.model.blocks
         for block, keep in zip(blocks[start:stop], self.tokens[start:stop], strict=True):
             x, sizes = step(self.family, block, x, sizes, keep, self.vit.prefix, self.reducer)
@@ -70,7 +70,7 @@ def step(
     prefix: int,
     reducer: Reducer | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """One block that leaves `keep` tokens: timm's own where none is lost, else a cut before its MLP."""
+    """One block that leaves `keep` tokens: timm's own block if that is all, else with a cut before its MLP."""
     if keep == x.shape[1]:
         return family.block(block, x, sizes), sizes
     assert reducer is not None
@@ -81,7 +81,7 @@ def step(
 
 
 class Trunk(nn.Module):
-    """Blocks without a cut: (B, n, C) to (B, n, C), for any n. What a staircase probe times."""
+    """Blocks without a cut: (B, n, C) to (B, n, C), for any n. The staircase is measured on it."""
 
     def __init__(self, blocks: Sequence[nn.Module], family: Family) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Fixed(nn.Module):
 
 
 class CutBlock(nn.Module):
-    """One block that loses tokens: (B, n, C) to (B, keep, C). What the cost of a cut is measured on."""
+    """One block with a cut: (B, n, C) to (B, keep, C). The cost of a cut is measured on it."""
 
     def __init__(self, block: nn.Module, family: Family, vit: Vit, keep: int, reducer: Reducer) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class CutBlock(nn.Module):
 
 
 class LastBlock(nn.Module):
-    """The last block for the prefix alone: (B, n, C) to (B, prefix, C). What `prefix_last` costs."""
+    """The last block for the prefix only: (B, n, C) to (B, prefix, C). Measured for `prefix_last`."""
 
     def __init__(self, block: nn.Module, family: Family, prefix: int) -> None:
         super().__init__()
@@ -134,9 +134,9 @@ class LastBlock(nn.Module):
 
 @torch.no_grad()
 def random_kept(x: Tensor, keep: int, prefix: int, generator: torch.Generator) -> Tensor:
-    """(B, N, C) to (B, keep, C): prefix and a random choice of the body, one choice per image.
+    """(B, N, C) to (B, keep, C): the prefix and random other tokens, chosen separately for each image.
 
-    How the paper (sec. 3) estimates A(n) without a pruning method.
+    The paper estimates A(n) in this way (arXiv 2407.05941, sec. 3).
     """
     noise = torch.rand(x.shape[0], x.shape[1] - prefix, generator=generator)
     index = noise.topk(keep - prefix, dim=1).indices + prefix
@@ -145,11 +145,16 @@ def random_kept(x: Tensor, keep: int, prefix: int, generator: torch.Generator) -
 
 
 def pruned_from_module(model: nn.Module, schedule: Schedule) -> PrunedViT:
-    """A timm model with a schedule; parameters are shared. Raises ModelError, InputError."""
+    """A timm model with a schedule; parameters are shared.
+
+    Raises ModelError for a model that is not supported, InputError for a schedule of another shape of model.
+    """
     key, family = family_of(model)
     vit = family.describe(model, schedule.vit.name, schedule.vit.weights_sha256)
     if (key, vit) != (schedule.vit.family, schedule.vit):
         here = type(model).__name__
-        raise InputError(f"the schedule is of {schedule.vit.name}, not of this {here}: make it for this model")
+        raise InputError(
+            f"the schedule was made for {schedule.vit.name}, not for this {here}: make one for this model"
+        )
     reducer = reducer_named(schedule.method)
     return PrunedViT(model, family, vit, schedule.tokens, reducer, schedule.prefix_last).train(model.training)

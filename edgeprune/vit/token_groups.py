@@ -1,4 +1,4 @@
-"""Which token stands for which patch after every cut, and what became of a few pictures."""
+"""Which token represents which patch after every cut, for the pictures on the report page."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from edgeprune.vit.tokens import Attended, Reducer
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-SIDE_PX = 224  # of a picture in a bundle, at most
-LOSSLESS_PX = 64  # up to here a picture is a PNG, above a JPEG
+SIDE_PX = 224  # largest side of a picture in a bundle
+LOSSLESS_PX = 64  # pictures up to this side are PNG files, larger ones JPEG
 
 
 def samples_of(
@@ -33,9 +33,9 @@ def samples_of(
     labels: Sequence[int] | None,
     names: Sequence[str],
 ) -> tuple[Sample, ...]:
-    """Pictures (images, P, P, 3) as a bundle keeps them: small, with their groups of patches after every cut.
+    """Samples for a bundle from pictures (images, P, P, 3): small, with their groups of patches after every cut.
 
-    Groups come from PyTorch in fp32. `labels` are class indices, `names` those of the classes.
+    Groups are computed with PyTorch in fp32. `labels` are class indices, `names` the names of the classes.
     """
     images = torch.from_numpy(normalise(pixels, model.preprocessing))
     with torch.no_grad():
@@ -56,7 +56,7 @@ def samples_of(
 
 
 def groups_of(model: Model, schedule: Schedule, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """By cut the place (B, patches) of the token that holds each patch, -1 where none does; and the logits."""
+    """For each cut the index (B, patches) of the token that holds each patch, -1 for none; and the logits."""
     vit = model.vit
     reducer = reducer_named(schedule.method)
     watched = Watched(reducer) if reducer else None
@@ -70,7 +70,7 @@ def groups_of(model: Model, schedule: Schedule, images: Tensor) -> tuple[list[Te
 
 
 class Watched:
-    """A reducer that remembers of each call where its tokens went: `moved`, (B, N) places, -1 for nowhere."""
+    """A reducer that records for each call which token each input token went to: `moved`, (B, N), -1 for none."""
 
     def __init__(self, reducer: Reducer) -> None:
         self.reducer = reducer
@@ -87,20 +87,20 @@ class Watched:
 def shares(reducer: Reducer, x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> Tensor:
     """(B, keep, N): the weight of each token of x (B, N, C) in each token that a reducer leaves.
 
-    Once it has chosen, a reducer is linear in x and treats all channels alike. So these weights are its gradient,
-    and no reducer has to tell them: in one backward pass channel c asks for the token left at place c.
+    With its choice fixed, a reducer is linear in x and treats all channels alike. So these weights are its gradient:
+    in one backward pass, channel c gives the weights in output token c.
     """
     channels = x.shape[2]
     marks = pad(torch.eye(keep, dtype=x.dtype), (0, -keep % channels)).split(channels, dim=1)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         left, _ = reducer(x, sizes, attended, keep, prefix)
-        asked = [torch.autograd.grad(left, x, mark.expand_as(left), retain_graph=True)[0] for mark in marks]
-    return torch.cat(asked, dim=2)[..., :keep].transpose(1, 2)
+        weights = [torch.autograd.grad(left, x, mark.expand_as(left), retain_graph=True)[0] for mark in marks]
+    return torch.cat(weights, dim=2)[..., :keep].transpose(1, 2)
 
 
 def small(picture: NDArray[np.uint8]) -> bytes:
-    """(P, P, 3) bytes as a picture file of at most SIDE_PX a side."""
+    """(P, P, 3) bytes as a PNG or JPEG file of at most SIDE_PX a side."""
     image = Image.fromarray(picture)
     image.thumbnail((SIDE_PX, SIDE_PX))
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What passes between a family and a reducer: plain tensors, no model."""
+"""The interface between families and reducers: plain tensors, no model."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Attended(NamedTuple):
 
 
 class Reducer(Protocol):
-    """A way of losing tokens.
+    """A way of reducing the number of tokens.
 
-    Takes the stream `x` (B, N, C), token `sizes` (B, N) or None where every token still stands for
-    itself alone, and leaves exactly `keep` tokens, the first `prefix` of them untouched and in place.
-    Returned sizes are None when later attention shall not weigh tokens by size.
+    Takes the stream `x` (B, N, C) and token `sizes` (B, N), None if every token still represents only itself.
+    Returns exactly `keep` tokens, of which the first `prefix` are unchanged and in place, and their sizes, None if
+    later attention does not depend on sizes.
     """
 
     def __call__(

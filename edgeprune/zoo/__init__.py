@@ -10,12 +10,12 @@ if TYPE_CHECKING:
 
 EMBEDDED = "vit_digits"
 WEIGHTS: Path = Path(__file__).resolve().parent / "vit_digits.safetensors"
-RECORD: Path = WEIGHTS.with_suffix(".json")  # its Vit record, for planning without torch
+RECORD: Path = WEIGHTS.with_suffix(".json")  # its Vit record, so that simulation needs no torch
 CLASS_NAMES: tuple[str, ...] = tuple(str(digit) for digit in range(10))
 
 
 def _pretrained_cfg() -> dict[str, Any]:
-    """Data configuration in the form of timm; input_size is (channels, height, width) in pixels."""
+    """The data configuration in timm's format; input_size is (channels, height, width) in pixels."""
     return {
         "architecture": EMBEDDED,
         "input_size": (3, 28, 28),
@@ -43,7 +43,7 @@ def vit_digits() -> VisionTransformer:
 
 
 def images_dir() -> Path:
-    """Folder with labels.csv and images/: inside an installed package, else calib/digits of the checkout."""
+    """The folder with labels.csv and images/: in an installed package, else calib/digits of the checkout."""
     packaged = Path(__file__).resolve().parent / "digits"
     if packaged.is_dir():
         return packaged

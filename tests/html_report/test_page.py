@@ -103,7 +103,7 @@ def test_what_is_unknown_is_left_out_or_said() -> None:
     bare = msgspec.structs.replace(given["report"], **figures)
     text = Tags(page_html(**given | {"report": bare, "staircase": None, "trace": BuildTrace()})).text
     assert text.startswith("\n") and "8.00 ms, 81.9 % top-1" in text and "None" not in text
-    for missing in ("This bundle has no staircase", "No search was made", "There is no prediction"):
+    for missing in ("This bundle has no staircase", "There was no search", "There is no prediction"):
         assert missing in text
     assert "goal:" not in text and "Every measured token count" not in text
     predicted = msgspec.structs.replace(bare, predicted_ms=8.4)
@@ -116,7 +116,7 @@ def test_no_search_and_no_cut() -> None:
     given["schedule"] = msgspec.structs.replace(given["schedule"], tokens=(17,) * 4)
     given["trace"] = msgspec.structs.replace(given["trace"], candidates=(), samples=())
     text = Tags(page_html(**given)).text
-    assert "No search was made" in text and "Tokens kept" not in text
+    assert "There was no search" in text and "Tokens kept" not in text
 
 
 def test_patches_without_a_token_are_dimmed_and_explained() -> None:
@@ -128,8 +128,8 @@ def test_patches_without_a_token_are_dimmed_and_explained() -> None:
 @pytest.mark.parametrize(
     ("held_out", "words"),
     [
-        (True, "650 pictures the schedule was not chosen on"),
-        (False, "650 pictures, some of which the schedule was chosen on"),
+        (True, "650 pictures not used to choose the schedule"),
+        (False, "650 pictures, some of them used to choose the schedule"),
         (None, "650 pictures"),
     ],
 )
@@ -202,7 +202,7 @@ def test_out_and_open(
 
 
 def test_what_report_refuses(shared: Shared, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no bundle"):
+    with pytest.raises(InputError, match="not a bundle"):
         page_of_bundle(tmp_path)
 
     def without_story(copy: Path, manifest: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The socket for model families: what edgeprune needs to know of a timm model's insides."""
+"""The interface of model families: the parts of a timm model that edgeprune uses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FAMILIES = {"vit": "edgeprune.vit.families.vit"}
 
 
 class Family(Protocol):
-    """Module-level functions over an untouched timm model. B images, N tokens, C channels."""
+    """Functions of a module, applied to a timm model that is never changed. B images, N tokens, C channels."""
 
     def describe(self, model: Any, name: str, weights_sha256: str) -> Vit:
         """The model's record. Raises ModelError naming the feature that is not supported."""
@@ -27,19 +27,19 @@ class Family(Protocol):
         ...
 
     def block(self, block: Any, x: Tensor, sizes: Tensor | None) -> Tensor:
-        """timm's own block, with proportional attention where sizes (B, N) are given."""
+        """timm's own block, (B, N, C) to (B, N, C), with proportional attention if sizes (B, N) are given."""
         ...
 
     def attend(self, block: Any, x: Tensor, sizes: Tensor | None) -> Attended:
-        """Attention and residual of a block, with the softmax weights, keys and values kept."""
+        """Attention and residual of a block, with its softmax weights, keys and values."""
         ...
 
     def prefix_only(self, block: Any, x: Tensor, sizes: Tensor | None, prefix: int) -> Tensor:
-        """The last block for the first `prefix` tokens alone: all that a prefix-pooled head reads."""
+        """The last block for only the first `prefix` tokens: (B, N, C) to (B, prefix, C)."""
         ...
 
     def mlp(self, block: Any, x: Tensor) -> Tensor:
-        """MLP and residual of a block."""
+        """MLP and residual of a block: (B, N, C) to (B, N, C)."""
         ...
 
     def classify(self, model: Any, x: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class Family(Protocol):
 
 
 def family_of(model: nn.Module) -> tuple[str, Family]:
-    """The family that supports a model, by asking each. Raises ModelError."""
+    """The key and module of the family that supports a model. Raises ModelError with the reason if none does."""
     reasons = []
     for key, module in FAMILIES.items():
         family: Any = importlib.import_module(module)

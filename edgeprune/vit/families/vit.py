@@ -21,7 +21,8 @@ def unsupported(model: nn.Module) -> str | None:
         return f"{kind} is not a timm VisionTransformer: choose one of `timm.list_models('vit_*')`"
     for index, block in enumerate(model.blocks):
         if type(block) not in (Block, ResPostBlock):
-            return f"block {index} is a {type(block).__name__}, whose halves cannot be parted: choose another model"
+            kind = type(block).__name__
+            return f"block {index} is a {kind}, without separate attention and MLP: choose another model"
         if type(block.attn) is not Attention:
             return f"block {index} has {type(block.attn).__name__}, not timm's Attention: choose another model"
     if model.global_pool == "":
@@ -66,7 +67,7 @@ def embed(model: Any, images: Tensor) -> Tensor:
 
 
 def block(block: Any, x: Tensor, sizes: Tensor | None) -> Tensor:
-    """timm's block untouched, so that its attention stays fusable; sizes enter as an attention mask."""
+    """timm's own block, so that runtimes can fuse its attention; sizes become an attention mask."""
     out: Tensor = block(x) if sizes is None else block(x, attn_mask=size_bias(sizes))
     return out
 
@@ -77,7 +78,7 @@ def size_bias(sizes: Tensor) -> Tensor:
 
 
 def attend(block: Any, x: Tensor, sizes: Tensor | None) -> Attended:
-    """timm's Attention written out, the scale before the first product as TensorRT's fusion wants it."""
+    """timm's Attention step by step, with the scale before the first matmul as TensorRT's fusion requires."""
     pre_norm = isinstance(block, Block)
     attn = block.attn
     y = block.norm1(x) if pre_norm else x
@@ -96,7 +97,7 @@ def attend(block: Any, x: Tensor, sizes: Tensor | None) -> Attended:
 def prefix_only(block: Any, x: Tensor, sizes: Tensor | None, prefix: int) -> Tensor:
     """(B, N, C) to (B, prefix, C): queries, projection and MLP for the prefix, keys and values for all.
 
-    The same values as the whole block gives its first tokens; nothing else of it is ever read.
+    The values equal those of the whole block for its first tokens.
     """
     pre_norm = isinstance(block, Block)
     attn = block.attn
@@ -116,7 +117,7 @@ def prefix_only(block: Any, x: Tensor, sizes: Tensor | None, prefix: int) -> Ten
 
 
 def _project(block: Any, out: Tensor, y: Tensor) -> Tensor:
-    """What follows the attention product up to the residual: (B, n, heads * D) to (B, n, C)."""
+    """The operations between the attention matmul and the residual: (B, n, heads * D) to (B, n, C)."""
     attn = block.attn
     out = attn.norm(out)
     if getattr(attn, "gate", None) is not None:

@@ -1,4 +1,4 @@
-"""The socket for ways of losing tokens: plain functions over tensors, and what they share."""
+"""The interface of reducers, the ways of removing tokens: plain functions of tensors."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ REDUCERS = {
 
 
 def methods() -> tuple[str, ...]:
-    """All names that --method takes."""
+    """All values of --method."""
     return (*REDUCERS, "none")
 
 
 def check_method(method: str) -> None:
-    """Raise InputError for a method that does not exist; imports none."""
+    """Raise InputError for an unknown method; imports none."""
     if method not in methods():
         raise InputError(f"unknown method {method!r}: choose from {', '.join(methods())}")
 
 
 def reducer_named(method: str) -> Reducer | None:
-    """The reducer of a method; None for `none`, which cuts nothing. Raises InputError."""
+    """The reducer of a method; None for `none`, which removes no tokens. Raises InputError."""
     check_method(method)
     if method == "none":
         return None

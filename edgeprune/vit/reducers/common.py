@@ -1,4 +1,4 @@
-"""Scores and gathers that the reducers share; body = every token that is not prefix. M body tokens."""
+"""Scores and gathers that reducers share. The body is all tokens except the prefix; it has M tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from edgeprune.vit.tokens import Attended
 
 
 def cls_score(attended: Attended, prefix: int) -> Tensor:
-    """(B, M) attention from the first token (CLS) to the body, mean over heads; column mean without CLS."""
+    """(B, M) attention from the first token (CLS) to the body, mean over heads; mean over all queries without CLS."""
     if prefix:
         return attended.weights[:, :, 0, prefix:].mean(dim=1)
     return attended.weights.mean(dim=1).mean(dim=1)
@@ -19,7 +19,7 @@ def pomt_score(attended: Attended, prefix: int) -> Tensor:
     """(B, M) importance by POMT (arXiv 2407.05941, sec. 3): attention received plus value magnitude.
 
     Attention: the maximum over heads, summed over all queries, divided by the image's own maximum
-    (never the batch's: an image must not depend on its batch-mates). Values: the maximum over heads,
+    (not the batch's: an image must not depend on the others in its batch). Values: the maximum over heads,
     summed over channels, softmax over the body.
     """
     received = attended.weights.amax(dim=1)[:, :, prefix:].sum(dim=1)
@@ -29,12 +29,12 @@ def pomt_score(attended: Attended, prefix: int) -> Tensor:
 
 
 def best(score: Tensor, count: int) -> Tensor:
-    """(B, M) scores to (B, count) indices of the largest, by one top-k in fp32."""
+    """Indices (B, count) of the largest scores (B, M), by one top-k in fp32."""
     return torch.topk(score.float(), count, dim=1).indices
 
 
 def take(x: Tensor, index: Tensor) -> Tensor:
-    """Rows of x (B, M, C) at index (B, K) as (B, K, C): one Gather, over the flattened batch if there is one."""
+    """Rows (B, K, C) of x (B, M, C) at index (B, K): one Gather, over the flattened batch if B > 1."""
     batch, count, channels = x.shape
     if batch == 1:
         return x.index_select(1, index.reshape(-1))
@@ -44,9 +44,9 @@ def take(x: Tensor, index: Tensor) -> Tensor:
 
 
 def one_hot(index: Tensor, count: int, prefix: int = 0) -> Tensor:
-    """Indices (B, M, 1) of `count - prefix` places to (B, M, count) booleans, by comparison: no scatter.
+    """One-hot booleans (B, M, count) of indices (B, M, 1) below `count - prefix`, by comparison instead of scatter.
 
-    The first `prefix` columns are no place and stay False.
+    The first `prefix` columns are for no index and stay False.
     """
     places = [-1] * prefix + list(range(count - prefix))
     return index == torch.tensor(places, device=index.device)

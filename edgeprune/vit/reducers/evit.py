@@ -8,14 +8,14 @@ from torch import Tensor
 from edgeprune.vit.reducers.common import best, cls_score, take
 from edgeprune.vit.tokens import Attended
 
-FAINT = 1e-7  # attention that fp16 still holds: a rest without any is a plain mean, not 0 / 0
+FAINT = 1e-7  # representable in fp16; added so that tokens without attention give a plain mean, not 0 / 0
 
 
 def evit(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> tuple[Tensor, Tensor | None]:
     """(B, N, C) to (B, keep, C): prefix, the keep - prefix - 1 best, and the score-weighted mean of the rest.
 
-    EViT's sum is divided by the sum of its weights: without training the token must keep the scale of
-    the others. Never taken by subtraction (all less kept): the rest holds too little of the attention.
+    EViT's sum is divided by the sum of its weights, because without training the fused token must have the scale of
+    the others. It is not computed as all minus kept: the rest has too little attention for that to be accurate.
     """
     body = x[:, prefix:]
     count = keep - prefix - 1

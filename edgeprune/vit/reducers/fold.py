@@ -1,4 +1,4 @@
-"""fold: keep the tokens that attention looks at and fold every other into the kept one most like it."""
+"""fold: keep the tokens that receive most attention and fold every other into the most similar kept one."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from edgeprune.vit.tokens import Attended
 
 
 def fold(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> tuple[Tensor, Tensor | None]:
-    """(B, N, C) to (B, keep, C) and sizes (B, keep): prefix, then the keep - prefix best, nothing thrown away.
+    """(B, N, C) to (B, keep, C) and sizes (B, keep): the prefix, then the keep - prefix best; nothing is dropped.
 
-    Likeness is the cosine of the tokens themselves; the folded token is the mean weighted by size. One
-    sort parts kept from others, so that only others are compared with kept and only they are multiplied:
-    no scatter, and a kept token needs no likeness to itself. The prefix is sorted first and nothing is
-    folded into it. Sizes make later attention proportional.
+    Similarity is the cosine of the tokens themselves; a folded token is the mean weighted by size. One sort
+    separates kept tokens from others, so that only the others are compared with the kept ones and gathered by a
+    matmul, without scatter. The prefix is sorted first and nothing is folded into it. Sizes make later attention
+    proportional.
     """
     order = best(attention_received(attended, prefix), x.shape[1])
     ranked = take(x, order)
     kept, others = ranked[:, :keep], ranked[:, keep:]
-    # The likeness is compared for one token over all kept, so that token's own length does not matter.
+    # For each token only its similarities to kept ones are compared, so its own length does not matter.
     towards = kept[:, prefix:] / kept[:, prefix:].norm(dim=-1, keepdim=True)
     closest = (others @ towards.transpose(1, 2)).argmax(dim=-1, keepdim=True)
     gathered = one_hot(closest, keep, prefix).to(x.dtype).transpose(1, 2)
@@ -32,10 +32,10 @@ def fold(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix:
 
 
 def attention_received(attended: Attended, prefix: int) -> Tensor:
-    """(B, N) attention that each token receives: from the mean query plus, where there is one, from CLS.
+    """(B, N) attention that each token receives: from the mean query, plus that from CLS if there is one.
 
-    Means over heads, at most 2; prefix tokens are put above all others, in their order. One product of a
-    constant row with the weights is cheaper than POMT's maximum over heads and keeps no less
+    Means over heads, at most 2; prefix tokens get higher scores than all others, in their order. One matmul of a
+    constant row with the weights is cheaper than POMT's maximum over heads and gives the same fidelity or better
     (docs/benchmarks.md).
     """
     weights = attended.weights

@@ -12,7 +12,7 @@ from edgeprune.vit.tokens import Attended
 def pomt(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> tuple[Tensor, Tensor | None]:
     """(B, N, C) to (B, keep, C): prefix, the keep - prefix - 1 best, and the mean of all others.
 
-    The mean is taken by subtraction (sum of all less sum of kept), so nothing but the kept is gathered.
+    The mean is computed from the sum of all minus the sum of the kept tokens, so that only the kept are gathered.
     """
     body = x[:, prefix:]
     count = keep - prefix - 1

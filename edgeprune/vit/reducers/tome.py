@@ -1,4 +1,4 @@
-"""tome: Token Merging (arXiv 2210.09461), bipartite soft matching on keys, written from the paper's text."""
+"""tome: Token Merging (arXiv 2210.09461), bipartite soft matching on keys, implemented from the paper."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from edgeprune.vit.tokens import Attended
 def tome(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> tuple[Tensor, Tensor | None]:
     """(B, N, C) to (B, keep, C) and sizes (B, keep); prefix tokens are never merged.
 
-    One round (sec. 3): the body is split alternately into two sets; every token of the one finds the
-    most similar of the other by the cosine of its keys, averaged over heads; the most similar pairs are
-    merged as means weighted by size. A round can lose half of the body, so deep cuts take several.
+    One round (sec. 3): the body is split alternately into two sets; for every token of one set the most similar of
+    the other is found, by the cosine of their keys averaged over heads; the most similar pairs are merged into means
+    weighted by size. A round can remove up to half of the body, so larger cuts take several rounds.
     """
     if sizes is None:
         sizes = torch.ones_like(x[:, :, 0])
@@ -29,11 +29,11 @@ def tome(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix:
 def _round(body: Tensor, mass: Tensor, metric: Tensor, merged: int) -> tuple[Tensor, Tensor, Tensor]:
     """Merge `merged` tokens of the odd set into the even set; body (B, M, C), mass (B, M, 1), metric (B, M, D)."""
     unit = metric / metric.norm(dim=-1, keepdim=True)
-    likeness = unit[:, 1::2] @ unit[:, 0::2].transpose(1, 2)
-    closest = likeness.amax(dim=-1)
+    similarity = unit[:, 1::2] @ unit[:, 0::2].transpose(1, 2)
+    closest = similarity.amax(dim=-1)
     order = best(closest, closest.shape[1])
-    place = take(likeness, order[:, :merged]).argmax(dim=-1, keepdim=True)
-    into = one_hot(place, likeness.shape[2]).to(body.dtype)
+    place = take(similarity, order[:, :merged]).argmax(dim=-1, keepdim=True)
+    into = one_hot(place, similarity.shape[2]).to(body.dtype)
     gathered = into.transpose(1, 2)
 
     def mean(values: Tensor) -> Tensor:
