@@ -69,7 +69,7 @@ def build(
         host: USER@HOST of the device, used over ssh.
         host_program: Path of edgeprune on that host.
         work: Folder that keeps finished steps, so that the same call continues or reuses them.
-        out: Folder of the bundle; default engines/<device>/<model>/<method>-<precision>-b<batch>.
+        out: Folder of the bundle; default `engines/<device>/<model>/<method>-<precision>-b<batch>`.
         progress: Called with (what is being done, items done, items in total).
 
     Raises:
