@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.builds import copied, shared_build
+from support.builds import ONE_THREAD, copied, shared_build
 from support.loopback import server
 from support.models import KINDS, shake
 from support.records import NOISELESS, SETUP
 
 from edgeprune.records import Latency, Point, Staircase, Vit
 
-
-def pytest_collection_finish() -> None:
-    """One thread, where a test file has imported torch: on a busy machine tiny models wait on a second."""
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
+assert "torch" not in sys.modules, "OpenMP reads the environment when torch is imported"
+os.environ.update(ONE_THREAD)
 
 
 @pytest.fixture(scope="session")

@@ -522,7 +522,6 @@ def test_another_setup_exits_1_before_anything_is_measured(
     Path("base.json").write_text(json.dumps(stored))
     monkeypatch.setenv("EDGEPRUNE_THREADS", "2")
     monkeypatch.setattr(bench, "interleave", lambda *_, **__: pytest.fail("measured"))
-    monkeypatch.setattr("support.builds.ONE_THREAD", {})
     code, out, err = call(capsys, "bench", "a", "--baseline", "base.json", "--fail-slower", "5")
     assert code == 1 and not out
     assert err.splitlines() == [

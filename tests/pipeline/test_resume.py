@@ -3,57 +3,33 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
 import onnx
 import pytest
-from support.builds import ONE_THREAD, Shared, call, few_digits, program, start
+from support.builds import Shared, call, few_digits
+from support.processes import FORKS, die_after_saves, die_at, exit_code, measure_few, shallow_vit, started
 
 from edgeprune.bundles.format import _replace, check_out, load_bundle
 from edgeprune.errors import EdgepruneError
 from edgeprune.io import load
 from edgeprune.latency.staircase import SampleKey, Samples, trunk
-from edgeprune.pipeline.build import build
 from edgeprune.pipeline.context import Options
 from edgeprune.records import Staircase
 from edgeprune.scheduling.goals import Goal
 
 KILLS = 20
-
-
-FORKS = multiprocessing.get_context("forkserver")  # from a process that has loaded torch and never ran it
-FORKS.set_forkserver_preload(["torch.onnx", "onnxscript", "onnxruntime", "timm", "edgeprune.pipeline.build"])
-
-
-def quietly(options: Options) -> None:
-    """A build that says nothing on stdout."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    build(options)
-
-
-def started(options: Options) -> Any:
-    """A process of its own that builds."""
-    process = FORKS.Process(target=quietly, args=(options,))
-    process.start()
-    return process
-
-
-def finished(options: Options) -> bool:
-    """Build in a process of its own, to its end."""
-    process = started(options)
-    process.join()
-    return bool(process.exitcode == 0)
+SIMULATED = ("--device", "orin-nano", "--simulate", "--method", "none")
 
 
 def whole(folder: Path) -> None:
@@ -80,64 +56,105 @@ def samples_in(work: Path) -> Samples:
     return dict(msgspec.json.decode(found[0].read_bytes(), type=list[tuple[SampleKey, list[float]]])) if found else {}
 
 
-def test_killed_at_twenty_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One build, killed again and again, ends with the bundle of one that was left alone."""
-    for name, value in ONE_THREAD.items():
-        monkeypatch.setenv(name, value)
+@pytest.fixture
+def build_in(tmp_path: Path) -> Callable[[str], Options]:
+    """build_in(name) are the options of a simulated build below that folder."""
     few = few_digits(tmp_path / "digits")
 
-    def options(where: Path) -> Options:
+    def options(name: str) -> Options:
         return Options(
-            device="orin-nano", simulate=True, images=few, method="topk", goal=Goal(speedup=1.3), search_images=4,
-            neighbours=0,
-            work=where / "work", out=where / "bundle",
+            model=shallow_vit(), device="orin-nano", simulate=True, images=few, method="topk",
+            goal=Goal(speedup=1.05), search_images=4, neighbours=0,
+            work=tmp_path / name / "work", out=tmp_path / name / "bundle",
         )  # fmt: skip
 
-    assert finished(options(tmp_path / "alone"))
-    rng, kills = random.Random(0), 0
-    while kills < KILLS:
-        process = started(options(tmp_path / "killed"))
+    return options
+
+
+def start_over(folder: Path) -> None:
+    """A finished build goes on from the staircase."""
+    shutil.rmtree(folder / "bundle")
+    for path in (folder / "work").glob("staircase-*"):
+        path.unlink()
+
+
+def check_resumed(folder: Path, alone: Path) -> None:
+    """A build that was killed again and again ends with the bundle of one that was left alone."""
+    assert load_bundle(folder / "bundle") == load_bundle(alone / "bundle")
+    assert not list((folder / "work").rglob(".*.tmp")), "what the killed left is swept up"
+
+
+def test_killed_at_twenty_moments(build_in: Callable[[str], Options], tmp_path: Path) -> None:
+    """While a file is written, before it takes its place and right after, from the first file to the bundle."""
+    assert exit_code(build_in("alone")) == 0
+    rng, folder = random.Random(0), tmp_path / "killed"
+    for _ in range(KILLS):
+        code = exit_code(build_in("killed"), die_at, rng.randrange(8))
+        whole(folder)
+        if code == 0:  # it was through before the event
+            start_over(folder)
+        else:
+            assert code == -signal.SIGKILL
+    assert exit_code(build_in("killed")) == 0
+    check_resumed(folder, tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(build_in: Callable[[str], Options], tmp_path: Path) -> None:
+    """Anywhere, not at the replacement of files alone."""
+    assert exit_code(build_in("alone")) == 0
+    rng, folder = random.Random(), tmp_path / "killed"
+    for _ in range(KILLS):
+        process = started(build_in("killed"))
         time.sleep(rng.uniform(0, 3))
         process.kill()
         process.join()
-        whole(tmp_path / "killed") if (tmp_path / "killed").exists() else None
-        if process.exitcode == 0:  # it was through: once more, from the staircase on
-            shutil.rmtree(tmp_path / "killed" / "bundle")
-            for path in (tmp_path / "killed" / "work").glob("staircase-*"):
-                path.unlink()
-        kills += 1
-    assert finished(options(tmp_path / "killed"))
-    assert load_bundle(tmp_path / "killed" / "bundle") == load_bundle(tmp_path / "alone" / "bundle")
-    assert not list((tmp_path / "killed" / "work").rglob(".*.tmp")), "what the killed left is swept up"
+        if folder.exists():
+            whole(folder)
+        if process.exitcode == 0:
+            start_over(folder)
+    assert exit_code(build_in("killed")) == 0
+    check_resumed(folder, tmp_path / "alone")
 
 
-def test_no_probe_is_measured_twice(shared: Shared, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_probe_is_measured_twice(tmp_path: Path) -> None:
     """The samples that were saved when a process was killed are the first of those that it ends with."""
-    for name, value in ONE_THREAD.items():
-        monkeypatch.setenv(name, value)
-    work = tmp_path / "work"
-    shutil.copytree(shared.work, work)
-    for path in (*work.glob("staircase-*"), *work.glob("probed-*")):
-        path.unlink()
-    options = Options(method="none", rounds=5, work=work, out=tmp_path / "bundle")
+    work, rounds = tmp_path / "work", 12
+    options = Options(model=shallow_vit(), method="none", images=few_digits(tmp_path / "digits"),
+                      rounds=5, work=work, out=tmp_path / "bundle")  # fmt: skip
     before: Samples = {}
-    for moment in (3, 9):  # rounds
-        process = started(options)
-        while max(map(len, samples_in(work).values()), default=0) < moment:
-            assert process.is_alive(), "it ended before it was killed"
-            time.sleep(0.01)
-        process.kill()
-        process.join()
+    for saves in (3, 6):
+        assert exit_code(options, die_after_saves, rounds, saves) == -signal.SIGKILL
         now = samples_in(work)
-        for name, values in before.items():
-            assert now[name][: len(values)] == values
+        assert now
+        for key, values in before.items():
+            assert now[key][: len(values)] == values
+        assert sum(map(len, now.values())) > sum(map(len, before.values()))
         before = now
-    assert finished(options)
+    assert exit_code(options, measure_few, rounds) == 0
     [path] = (p for p in work.glob("staircase-*.json") if load(p, Staircase).probes)
     points = {trunk(p.tokens): list(p.latency.samples_ms) for p in load(path, Staircase).points}
     for key, values in before.items():
         if key.kind == "trunk":
             assert points[key._replace(stage=0)][: len(values)] == values
+
+
+class Held:
+    """Progress of a build that stops where it holds the work folder, until it may go on."""
+
+    def __init__(self, work: Path) -> None:
+        self.work, self.reached, self.go = work, FORKS.Event(), FORKS.Event()
+
+    def __call__(self, *_: object) -> None:
+        if (self.work / ".lock").exists() and not self.reached.is_set():
+            self.reached.set()
+            self.go.wait(300)
+
+
+def held_build(options: Options, held: Held) -> None:
+    from edgeprune.pipeline.build import build
+
+    build(options, held)
 
 
 def test_two_builds_at_once_do_not_disturb_each_other(
@@ -146,64 +163,75 @@ def test_two_builds_at_once_do_not_disturb_each_other(
     """The second fails in one line, the first goes on."""
     work = tmp_path / "work"
     shutil.copytree(shared.work, work)
-    for path in (*work.glob("staircase-*"), *work.glob("probed-*")):
-        path.unlink()
-    common = ("build", "--device", "cpu", "--method", "none", "--rounds", "5", "--work", work)
-    first = subprocess.Popen(
-        program(*common, "--out", tmp_path / "a"), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-        env=os.environ | ONE_THREAD, text=True,
-    )  # fmt: skip
-    while not samples_in(work):
-        assert first.poll() is None
-        time.sleep(0.02)
-    for command in (common, ("profile", "--work", work), ("compile", shared.bundle / "model.onnx", "--work", work)):
-        code, _, err = call(capsys, *command, "--out", tmp_path / "b")
-        assert code == 1 and "another edgeprune works in" in err and not (tmp_path / "b").exists()
-    _, err = first.communicate(timeout=300)
-    assert first.returncode == 0, err
+    held = Held(work)
+    options = Options(device="orin-nano", simulate=True, method="none", work=work, out=tmp_path / "a")
+    first = FORKS.Process(target=held_build, args=(options, held))
+    first.start()
+    try:
+        assert held.reached.wait(300)
+        for command in (("build", *SIMULATED), ("profile",), ("compile", shared.bundle / "model.onnx")):
+            code, _, err = call(capsys, *command, "--work", work, "--out", tmp_path / "b")
+            assert code == 1 and "another edgeprune is using" in err and not (tmp_path / "b").exists()
+    finally:
+        held.go.set()
+        first.join()
+    assert first.exitcode == 0
     load_bundle(tmp_path / "a")
 
 
 @pytest.fixture
 def small(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MiB."""
+    """A file system of 16 MiB."""
     place = tmp_path / "small"
     place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "none", str(place)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(place)]
     if sys.platform != "linux" or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("no tmpfs can be mounted here: needs root")
     yield place
     subprocess.run(["umount", str(place)], check=True)
 
 
-def test_a_full_disk_is_told_and_spares_what_is_there(shared: Shared, small: Path, tmp_path: Path) -> None:
+def exported(shared: Shared, work: Path) -> Path:
+    """A work folder with nothing but the exports of the measured build."""
+    [models] = shared.work.glob("profiling-models-*")
+    names = ("vit.json", "trunk", "fixed", "dense", "block", "last")
+    kept = [p for p in models.iterdir() if p.stem in names or p.stem.startswith("dense-")]
+    (work / models.name).mkdir(parents=True)
+    for path in kept:
+        shutil.copy(path, work / models.name)
+    return work
+
+
+def test_a_full_disk_is_told_and_spares_what_is_there(
+    shared: Shared, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Both for the bundle and for the work folder; an earlier bundle stays as it was."""
     bundle = small / "bundle"
     shutil.copytree(shared.bundle, bundle)
+    exported(shared, small / "work")
     before = load_bundle(bundle)
     (small / "ballast").write_bytes(b"\0" * (os.statvfs(small).f_bavail * os.statvfs(small).f_frsize - (64 << 10)))
-    work = tmp_path / "work"
-    shutil.copytree(shared.work, work)
-    common = ("build", "--device", "cpu", "--method", "none", "--rounds", "5")
+    work = exported(shared, tmp_path / "work")
     for place in (("--work", work, "--out", bundle), ("--work", small / "work", "--out", tmp_path / "out")):
-        done = start(*common, *place)
-        assert done.returncode == 1, done.stderr
-        assert "No space left on device" in done.stderr.splitlines()[-1] and "free some space" in done.stderr
-        assert "Traceback" not in done.stderr
+        code, _, err = call(capsys, "build", *SIMULATED, *place)
+        assert code == 1, err
+        assert "No space left on device" in err.splitlines()[-1] and "free some space" in err
         assert load_bundle(bundle) == before and not (tmp_path / "out").exists()
         assert not list(small.glob(".bundle*")), "half a bundle is left"
-        shutil.rmtree(small / "work", ignore_errors=True)
 
 
-def test_a_read_only_folder_is_told(small: Path, shared: Shared, tmp_path: Path) -> None:
+def test_a_read_only_folder_is_told(
+    small: Path, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(shared.bundle, small / "bundle")
     subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
+    work = exported(shared, tmp_path / "work")
     for place in (
-        ("--work", tmp_path / "work", "--out", small / "bundle"),
+        ("--work", work, "--out", small / "bundle"),
         ("--work", small / "w", "--out", tmp_path / "o"),
     ):
-        done = start("build", "--device", "cpu", "--method", "none", *place)
-        assert done.returncode == 1 and "Read-only file system" in done.stderr.splitlines()[-1], done.stderr
+        code, _, err = call(capsys, "build", *SIMULATED, *place)
+        assert code == 1 and "Read-only file system" in err.splitlines()[-1], err
     load_bundle(small / "bundle")
 
 

@@ -1,0 +1,136 @@
+"""Builds in processes of their own that kill or interrupt themselves at a chosen moment; a small model to build."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from edgeprune.pipeline.context import Options
+
+FORKS = multiprocessing.get_context("forkserver")  # from a process that has loaded torch and never ran it
+FORKS.set_forkserver_preload(["torch.onnx", "onnxscript", "onnxruntime", "timm", "edgeprune.pipeline.build"])
+
+
+def shallow_vit(depth: int = 2) -> Any:
+    """The first blocks of the embedded model: (B, 3, 28, 28) -> (B, 10), 197 tokens; exported within seconds."""
+    from safetensors.torch import load_file
+
+    from edgeprune import zoo
+
+    model = zoo.vit_digits()
+    model.load_state_dict(load_file(zoo.WEIGHTS), strict=True)
+    model.blocks = model.blocks[:depth]
+    return model.eval()
+
+
+def on_replace(act: Callable[[str, bool], None]) -> None:
+    """In this process, call act(file name, done) before and after each replacement or renaming of a file."""
+    for name in ("replace", "rename"):
+        real = getattr(os, name)
+
+        def wrapped(source: Any, target: Any, real: Callable[..., None] = real, **options: Any) -> None:
+            act(Path(target).name, False)
+            real(source, target, **options)
+            act(Path(target).name, True)
+
+        setattr(os, name, wrapped)
+
+
+def die() -> None:
+    """As kill -9 does."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at(event: int) -> None:
+    """Die at the event of this number: a file is written, is about to replace another, has replaced it."""
+    left = event
+
+    def count(*_: object) -> None:
+        nonlocal left
+        if left == 0:
+            die()
+        left -= 1
+
+    on_replace(count)
+    fsync = os.fsync
+
+    def synced(handle: int) -> None:
+        count()
+        fsync(handle)
+
+    os.fsync = synced
+
+
+def measure_few(rounds: int) -> None:
+    """Fewer rounds for a staircase than users get."""
+    from edgeprune.latency import profiling
+
+    profiling.ROUNDS = rounds
+
+
+def die_after_saves(rounds: int, saves: int) -> None:
+    """Die when the samples of a staircase have been saved so many times."""
+    measure_few(rounds)
+    after_saves(saves, die)
+
+
+def after_saves(saves: int, act: Callable[[], None]) -> None:
+    """Call `act` when the samples of a staircase have been saved so many times."""
+    left = saves
+
+    def count(name: str, done: bool) -> None:
+        nonlocal left
+        left -= done and name.startswith("samples-")
+        if done and left == 0:
+            act()
+
+    on_replace(count)
+
+
+def _build(options: Options, prepare: Callable[..., None] | None, arguments: Sequence[object]) -> None:
+    from edgeprune.pipeline.build import build
+
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if prepare is not None:
+        prepare(*arguments)
+    build(options)
+
+
+def started(options: Options, prepare: Callable[..., None] | None = None, *arguments: object) -> Any:
+    """A process that builds, after prepare(*arguments) in it."""
+    process = FORKS.Process(target=_build, args=(options, prepare, arguments))
+    process.start()
+    return process
+
+
+def exit_code(options: Options, prepare: Callable[..., None] | None = None, *arguments: object) -> int:
+    """How a process ends that builds: 0, or the negative number of a signal."""
+    process = started(options, prepare, *arguments)
+    process.join()
+    code: int = process.exitcode
+    return code
+
+
+def _interrupted_command(argv: Sequence[str], out: str, err: str, saves: int) -> None:
+    from edgeprune.cli import main
+
+    for path, number in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    after_saves(saves, lambda: os.kill(os.getpid(), signal.SIGINT))
+    sys.argv = ["edgeprune", *argv]
+    main()
+
+
+def interrupted_command(folder: Path, saves: int, *argv: object) -> tuple[int, str, str]:
+    """A command that meets Ctrl-C when it has saved samples so many times: exit code, stdout, stderr."""
+    out, err = str(folder / "stdout"), str(folder / "stderr")
+    process = FORKS.Process(target=_interrupted_command, args=(list(map(str, argv)), out, err, saves))
+    process.start()
+    process.join()
+    return process.exitcode, Path(out).read_text(), Path(err).read_text()
