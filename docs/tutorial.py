@@ -1,4 +1,4 @@
-"""edgeprune from Python, step by step: `python docs/tutorial.py`. Takes under a minute and writes to engines/."""
+"""edgeprune from Python, step by step: `python docs/tutorial.py`. Takes about a minute and writes to engines/."""
 
 # %% What is needed
 # Nothing but the package: the model is the embedded one, `vit_digits`, a ViT with 12 blocks and 197 tokens that reads
