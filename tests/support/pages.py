@@ -53,7 +53,7 @@ def blocks(page: str) -> Iterator[Block]:
         if fence is None:
             inside.append(line)
         elif opened is None:
-            opened, inside = (fence[1].partition(" ")[0], number), []
+            opened, inside = (fence[1].partition(" ")[0].lstrip("{."), number), []
         else:
             yield Block(*opened, "\n".join(inside))
             opened = None
