@@ -34,7 +34,7 @@ from edgeprune.errors import EdgepruneError
 from edgeprune.io import save, write_bytes
 from edgeprune.onnx_graph.graph import INLINE_BYTES, load_graph, static_or_raise, weights_of
 from edgeprune.onnx_graph.passes import OPSET
-from edgeprune.pipeline.build import export_model
+from edgeprune.pipeline.export import export_model
 from edgeprune.records import Schedule, Vit
 from edgeprune.runtimes.target import target_for
 from edgeprune.vit.families import family_of
@@ -231,12 +231,15 @@ def page(rows: list[Row], command: str) -> str:
         f"{told['names'] - told['plain']} of them are",
         "not timm's Attention followed by an MLP; edgeprune refuses these and says what they have instead.",
         "",
-        f"Each model has random weights with added normal noise of {NOISE}, and a {METHOD} schedule: cuts at a quarter,",
+        f"Each model has random weights with added normal noise of {NOISE}, and a {METHOD} schedule: "
+        "cuts at a quarter,",
         f"half and three quarters of the depth, to {shares} of the tokens. p: the last block computes only the",
-        "prefix. The export is that of `edgeprune export --schedule`, fp32, batch 1. ok means: every shape is static,",
+        "prefix. The export is that of `edgeprune export --schedule`, fp32, batch 1. ok means: "
+        "every shape is static,",
         f"the opset is {OPSET}, onnx's checker passes, and ONNX Runtime's logits on one random image differ from",
         f"PyTorch's by at most {TOLERANCE} of their standard deviation (the column gives that share).",
-        f"Weights above {INLINE_BYTES >> 30} GiB are in a file next to the ONNX. Names with the same modules, settings and",
+        f"Weights above {INLINE_BYTES >> 30} GiB are in a file next to the ONNX. "
+        "Names with the same modules, settings and",
         "shapes share one result.",
         "",
         f"`{command}` with {versions}.",

@@ -1,9 +1,10 @@
-"""Ways to search for a schedule on one staircase and set of pictures: the KL each finds, in how many evaluations.
+"""Ways to search for a schedule on one staircase and set of pictures: the KL each reaches, and its evaluations.
 
 python benchmarks/search.py --weights FILE --images CSV
 Greedy descent (the move with the least KL per ms saved), the same with look-back (tokens then traded between cuts),
-a beam of four such descents, and dynamic programming on single cuts as `edgeprune.search` does it. KL is reported on
-the pictures that no search saw. Prints a Markdown table and one JSON line last. About half an hour on 2 cores.
+a beam of four such descents, and dynamic programming on single cuts as `edgeprune build` does it. KL is reported
+on the pictures that were not used to search. Prints a Markdown table and one JSON line last. About half an hour on
+2 cores.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from edgeprune.cli import output
-from edgeprune.pipeline.context import Job, Options
+from edgeprune.latency.staircase import predict_ms
+from edgeprune.pipeline.context import Options, context_for
+from edgeprune.pipeline.profile import measured_staircase
 from edgeprune.records import Candidate
 from edgeprune.scheduling.search import Search, Tokens
 from edgeprune.stats import agreement, kl_divergence
@@ -38,7 +41,8 @@ def lowered(search: Search, tokens: Tokens, block: int, stride: int) -> Tokens |
 
 def descent(search: Search, limit: float, width: int) -> Candidate:
     """`width` schedules at a time, each followed by its best moves; the first predicted within the limit wins."""
-    beam, met = [search.candidate(search.dense, search.dense)], []
+    beam = [search.candidate(search.dense, search.dense)]
+    met: list[Candidate] = []
     while beam and not met:
         moved: dict[Tokens, tuple[float, Candidate]] = {}
         for here in beam:
@@ -79,7 +83,9 @@ def shifted(search: Search, tokens: Tokens, start: int, by: int) -> Tokens | Non
 def look_back(search: Search, here: Candidate, limit: float) -> Candidate:
     """Trades as long as one lowers KL within the limit."""
     for _ in range(LOOK_BACK[0]):
-        near = {t: search.predict(t) for t in trades(search, here.tokens)}
+        near = {
+            t: predict_ms(search.staircase, t, search.method, search.prefix_last) for t in trades(search, here.tokens)
+        }
         fits = sorted((t for t in near if near[t] <= limit), key=lambda t: -near[t])[: LOOK_BACK[1]]
         best = min([here, *(search.candidate(t, here.tokens) for t in fits)], key=lambda c: c.kl)
         if best is here:
@@ -89,7 +95,7 @@ def look_back(search: Search, here: Candidate, limit: float) -> Candidate:
 
 
 def dynamic(search: Search, limit: float) -> Candidate:
-    """What `edgeprune build` does."""
+    """The search of `edgeprune build`."""
     return min((c for c in search.front(limit) if c.predicted_ms <= limit), key=lambda c: c.kl)
 
 
@@ -118,25 +124,26 @@ def main() -> None:
         search_images=args.search_images, work=args.work,
     )  # fmt: skip
     with output.progress() as progress:
-        job = Job(options, progress)
-        dense_ms = job.staircase.dense.median_ms
-        others = np.setdiff1d(np.arange(len(job.pixels)), job.chosen)
-        unpruned = logits_of_schedule(
-            job.model, "none", (job.model.vit.tokens,) * job.model.vit.depth, job.pixels[others]
-        )
+        context = context_for(options, progress)
+        pictures, model = context.needed_pictures(), context.model
+        staircase = measured_staircase(context.target, model, (args.method,))
+        dense_ms = staircase.dense.median_ms
+        seen = pictures.pixels[pictures.search]
+        others = pictures.pixels[np.setdiff1d(np.arange(len(pictures.pixels)), pictures.search)]
+        unpruned = logits_of_schedule(model, "none", context.dense_tokens, others)
         print(f"{HEAD}\n| ---: | --- | ---: | ---: | ---: | ---: |")
         rows = []
         for target in map(float, args.targets.split(",")):
             for name in args.ways.split(","):
-                evaluator = Evaluator(job.model, args.method, job.pixels[job.chosen], None, job.prefix_last)
+                evaluator = Evaluator(model, args.method, seen, None, context.prefix_last)
 
                 def fidelity(tokens: Tokens, base: Tokens, on: Evaluator = evaluator):  # type: ignore[no-untyped-def]
                     on.base(base)
                     return on.fidelity(tokens)
 
-                search = Search(job.staircase, args.method, fidelity, job.prefix_last)
+                search = Search(staircase, args.method, fidelity, context.prefix_last)
                 found = WAYS[name](search, dense_ms / target)
-                logits = logits_of_schedule(job.model, args.method, found.tokens, job.pixels[others], job.prefix_last)
+                logits = logits_of_schedule(model, args.method, found.tokens, others, context.prefix_last)
                 row = {
                     "target": target, "way": name, "evaluations": len(search.found), "kl_seen": found.kl,
                     "kl": kl_divergence(unpruned, logits), "agreement": agreement(unpruned, logits),

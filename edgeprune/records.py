@@ -316,9 +316,7 @@ class Report(Record, frozen=True, kw_only=True):
     probes: int = 0
     predicted_ms: float | None = None
     fusable_attention: int | None = None  # attention layers in the form that TensorRT fuses
-    fused_attention: int | None = (
-        None  # those that the engine runs as one kernel; None: the runtime does not report it
-    )
+    fused_attention: int | None = None  # those that the engine runs as one kernel; None: unknown
 
     def __post_init__(self) -> None:
         check_figures([self.speedup, *(self.speedup_interval or ()), self.predicted_ms])

@@ -34,4 +34,5 @@ def logits_of(
         done += real
         if done % 16 < batch:
             progress(what, done, len(pixels))
+    progress(what, len(pixels), len(pixels))
     return np.concatenate(rows)

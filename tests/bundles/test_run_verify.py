@@ -107,7 +107,7 @@ def test_every_mismatch_is_named(changed: Callable[..., Path], capsys: pytest.Ca
         (lambda m: m["engine"]["setup"].update(runtime="ort-cuda"), "runtime", "edgeprune compile"),
         (lambda m: m["engine"].update(size_bytes=1 << 50), "memory", "close other programs"),
         (lambda m: m["files"].update({"model.onnx": "0" * 64}), "files", "copy or build the bundle again"),
-        (lambda m: m.update(schema=99), "files", "install the edgeprune that wrote it"),
+        (lambda m: m.update(schema=99), "files", "use the version of edgeprune that wrote it"),
         (lambda m: m.update(tolerance=-1.0), "output", "edgeprune compile"),
     ]
     for edit, name, advice in cases:

@@ -17,7 +17,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
-from support.builds import Shared, call, check_row, few_digits, program, row_of, start, without_torch
+from support import processes
+from support.builds import Shared, call, check_row, exports_of, few_digits, program, row_of, start, without_torch
 from support.evaluation import DENSE, dense_logits, expected_tokens, labelled, logits_of, normalised_tokens
 
 from edgeprune import __version__, zoo
@@ -278,12 +279,15 @@ def test_bench_refuses_a_bundle_given_twice(shared: Shared, capsys: pytest.Captu
 
 
 @pytest.fixture(scope="module")
-def probes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `export --trunk` writes for the embedded model and topk."""
-    folder = tmp_path_factory.mktemp("probes") / "probes"
-    done = start("export", "--trunk", "--method", "topk", "--out", folder, "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["path"] == str(folder / "trunk.onnx")
+def probes(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `export --trunk` writes for the embedded model and topk; all but the cuts is there already."""
+    work = exports_of(shared, tmp_path_factory.mktemp("probes") / "work")
+    [folder] = work.iterdir()
+    code, out, err = processes.command(
+        work.parent, "export", "--trunk", "--method", "topk", "--out", folder, "--json"
+    )
+    assert code == 0, err
+    assert json.loads(out)["path"] == str(folder / "trunk.onnx")
     return folder
 
 

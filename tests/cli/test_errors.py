@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import re
 import shutil
-import signal
-import subprocess
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from support.builds import ONE_THREAD, Shared, call, few_digits, program, start
+from support import processes
+from support.builds import Shared, call, exports_of, few_digits, start
 from support.paths import ROOT
 
 from edgeprune import errors, zoo
@@ -218,7 +215,7 @@ def test_label_out_of_range(label: str, complaint: str, tmp_path: Path, fails: C
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Fills when a build goes beyond its checks, which then ends."""
-    from edgeprune.pipeline import context as job
+    from edgeprune.pipeline import build
 
     seen: list[str] = []
 
@@ -226,7 +223,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append("staircase")
         raise RuntimeError("the build has started to measure")
 
-    monkeypatch.setattr(job, "staircase_of_model", staircase)
+    monkeypatch.setattr(build, "measured_staircase", staircase)
     return seen
 
 
@@ -253,7 +250,7 @@ def test_out_that_is_no_bundle_is_left_alone(
         kept = tmp_path / "out"
         kept.write_text("irreplaceable")
     line = fails("build", "--out", tmp_path / "out")
-    assert "no bundle" in line and "choose another --out" in line
+    assert "not a bundle" in line and "choose another --out" in line
     assert kept.read_text() == "irreplaceable"
     assert not started
 
@@ -392,36 +389,23 @@ def test_staircase_that_is_none(content: bytes, tmp_path: Path, fails: Callable[
 # --- Ctrl-C ---
 
 
-def test_interrupted_build_leaves_nothing_and_goes_on(shared: Shared, tmp_path: Path) -> None:
+def test_interrupted_build_leaves_nothing_and_goes_on(
+    shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In the middle of the staircase, with the profiling models of the shared build already exported."""
-    work, out = tmp_path / "work", tmp_path / "bundle"
-    shutil.copytree(shared.work, work)
-    for path in work.glob("staircase-*"):
-        path.unlink()
-    command = ("build", "--device", "cpu", "--method", "none", "--rounds", "5", "--work", work, "--out", out)
-    process = subprocess.Popen(
-        program(*command), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | ONE_THREAD,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
-    )  # fmt: skip
-    try:
-        give_up = time.monotonic() + 300
-        while not list(work.glob("samples-*.json")) and process.poll() is None and time.monotonic() < give_up:
-            time.sleep(0.02)
-        assert process.poll() is None, "it must be measuring now"
-        process.send_signal(signal.SIGINT)
-        stdout, stderr = process.communicate(timeout=120)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 130, stderr
+    work, out = exports_of(shared, tmp_path / "work"), tmp_path / "bundle"
+    command = ("build", "--device", "orin-nano", "--simulate", "--method", "none", "--work", work, "--out", out)
+    code, stdout, stderr = processes.command(tmp_path, *command, interrupt_after=2)
+    assert code == 130, stderr
     assert stdout == ""
     assert "Traceback" not in stderr
     assert "run the same command again to continue" in stderr
     assert not out.exists()
     assert not leftovers(tmp_path)
-    done = start(*command)
-    assert done.returncode == 0, done.stderr
-    assert "staircase: resuming" in done.stderr
+    assert list(work.glob("samples-*.json"))
+    code, _, stderr = call(capsys, *command)
+    assert code == 0, stderr
+    assert "staircase: resuming" in stderr
     assert (out / "manifest.json").is_file()
     assert not leftovers(tmp_path)
     assert not list(work.glob("samples-*.json"))

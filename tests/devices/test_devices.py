@@ -187,7 +187,7 @@ def test_tx2_is_refused_with_its_reason_even_on_a_tx2(machine: Path) -> None:
 def test_cuda_needs_a_gpu_that_answers_and_cpu_nothing(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     devices.check_is_here(devices.load_device("cpu"))
     cuda = devices.load_device("cuda")
-    with pytest.raises(DeviceError, match="this is Example CPU; .*nvidia-smi finds no NVIDIA GPU") as caught:
+    with pytest.raises(DeviceError, match=r"this is Example CPU; .*nvidia-smi finds no NVIDIA GPU") as caught:
         devices.check_is_here(cuda)
     assert "--simulate" not in str(caught.value)
     has_gpu(monkeypatch, "print('Example GPU')")

@@ -17,7 +17,7 @@ import onnxruntime
 from edgeprune import zoo
 from edgeprune.images import load_images, load_pixels, normalise
 from edgeprune.io import replacing, save
-from edgeprune.pipeline.build import export_model
+from edgeprune.pipeline.export import export_model
 from edgeprune.records import Schedule, Vit
 from edgeprune.scheduling.goals import single_cut
 from edgeprune.scheduling.paper import PAPER_BLOCK

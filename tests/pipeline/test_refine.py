@@ -15,9 +15,9 @@ from edgeprune.latency.probing import confirmed_edges, unconfirmed
 from edgeprune.latency.staircase import treads
 from edgeprune.pipeline import refine as refining
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.measure import Measured, MeasuredSchedule, corrected_goal, meets
-from edgeprune.pipeline.refine import Refined, most_promising, pick, refine, similar_schedules
-from edgeprune.records import Candidate, Latency, Schedule, Staircase, Vit, check_tokens
+from edgeprune.pipeline.measure import MeasuredSchedule, corrected_goal, meets
+from edgeprune.pipeline.refine import Refined, most_promising, refine, similar_schedules
+from edgeprune.records import Staircase, Vit, check_tokens
 from edgeprune.scheduling.goals import Goal, finished
 from edgeprune.scheduling.search import Tokens
 
@@ -67,6 +67,12 @@ def run(make_vit: MakeVit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
 def uneven(tokens: Tokens) -> float:
     """Engines 6 % faster to 6 % slower than predicted, each in its own way."""
     return 0.94 + 0.12 * (zlib.crc32(str(tokens).encode()) % 1000) / 1000
+
+
+def kl(found: MeasuredSchedule) -> float:
+    """Of a schedule that was searched."""
+    assert found.fidelity is not None
+    return found.fidelity.kl
 
 
 # --- the goal corrected by measurement ---
@@ -268,60 +274,3 @@ def test_all_four_steps_of_a_lone_cut_are_there() -> None:
         (197, 120, 120, 120, 120),
         (197, 197, 197, 120, 120),
     }
-
-
-# --- which of those measured is kept ---
-
-
-def kl(found: MeasuredSchedule) -> float:
-    """Of a schedule that was searched."""
-    assert found.fidelity is not None
-    return found.fidelity.kl
-
-
-def timed(vit: Vit, ms: float, kl: float, agreement: float = 90.0, dense_ms: float = 10.0) -> MeasuredSchedule:
-    """A schedule of that latency and fidelity."""
-    schedule = Schedule(vit=vit, method="fold", policy="search", tokens=(int(ms * 10),) * vit.depth)
-    fidelity = Candidate(schedule.tokens, ms, kl, agreement, None)
-    ratio = dense_ms / ms
-    latency = Latency(samples_ms=(0.98 * ms, ms, ms, ms, 1.02 * ms))
-    measured = Measured(latency, Latency(samples_ms=(dense_ms,)), ratio, (0.98 * ratio, 1.02 * ratio))
-    return MeasuredSchedule(schedule, ms, measured, fidelity)
-
-
-@pytest.fixture
-def scores(make_vit: MakeVit, tmp_path: Path) -> ComputedScores:
-    return ComputedScores(context_of(make_vit(), tmp_path))
-
-
-def test_the_least_kl_of_those_that_meet_the_goal_is_kept(make_vit: MakeVit, scores: ComputedScores) -> None:
-    vit = make_vit()
-    slow, good, fast = timed(vit, 6.0, 0.01), timed(vit, 5.05, 0.05), timed(vit, 4.0, 0.5)
-    for goal in (Goal(speedup=2.0), Goal(budget_ms=5.0)):
-        assert pick(goal, [slow, good, fast], scores) == good, "within the interval counts as met"
-        assert pick(goal, [slow, fast], scores) == fast
-        assert pick(goal, [slow], scores) == slow, "the fastest there is"
-
-
-def test_alpha_weighs_what_was_measured(make_vit: MakeVit, scores: ComputedScores) -> None:
-    vit = make_vit()
-    exact, fast = timed(vit, 9.0, 0.0, 100.0), timed(vit, 5.0, 0.3, 80.0)
-    assert pick(Goal(alpha=0.1), [exact, fast], scores) == exact
-    assert pick(Goal(alpha=0.9), [exact, fast], scores) == fast
-
-
-def test_max_drop_takes_the_fastest_that_keeps_it(
-    make_vit: MakeVit, scores: ComputedScores, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Only what is faster than the schedule that is known to keep it is evaluated."""
-    vit, asked, goal = make_vit(), list[int](), Goal(max_drop=1.0)
-
-    def drop(tokens: Sequence[int]) -> float:
-        asked.append(tokens[0])
-        return 5.0 if tokens[0] < 50 else 0.5
-
-    monkeypatch.setattr(scores, "drop", drop)
-    known, lossy, better, slower = (timed(vit, ms, 0.1) for ms in (6.0, 4.0, 5.5, 7.0))
-    assert pick(goal, [known, lossy, better, slower], scores) == better
-    assert asked == [40, 55]
-    assert pick(goal, [known, lossy, slower], scores) == known

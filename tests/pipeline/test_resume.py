@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from support.builds import Shared, call, few_digits
+from support.builds import Shared, call, exports_of, few_digits
 from support.processes import FORKS, die_after_saves, die_at, exit_code, measure_few, shallow_vit, started
 
 from edgeprune.bundles.format import _replace, check_out, load_bundle
@@ -191,27 +191,16 @@ def small(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(place)], check=True)
 
 
-def exported(shared: Shared, work: Path) -> Path:
-    """A work folder with nothing but the exports of the measured build."""
-    [models] = shared.work.glob("profiling-models-*")
-    names = ("vit.json", "trunk", "fixed", "dense", "block", "last")
-    kept = [p for p in models.iterdir() if p.stem in names or p.stem.startswith("dense-")]
-    (work / models.name).mkdir(parents=True)
-    for path in kept:
-        shutil.copy(path, work / models.name)
-    return work
-
-
 def test_a_full_disk_is_told_and_spares_what_is_there(
     shared: Shared, small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Both for the bundle and for the work folder; an earlier bundle stays as it was."""
     bundle = small / "bundle"
     shutil.copytree(shared.bundle, bundle)
-    exported(shared, small / "work")
+    exports_of(shared, small / "work")
     before = load_bundle(bundle)
     (small / "ballast").write_bytes(b"\0" * (os.statvfs(small).f_bavail * os.statvfs(small).f_frsize - (64 << 10)))
-    work = exported(shared, tmp_path / "work")
+    work = exports_of(shared, tmp_path / "work")
     for place in (("--work", work, "--out", bundle), ("--work", small / "work", "--out", tmp_path / "out")):
         code, _, err = call(capsys, "build", *SIMULATED, *place)
         assert code == 1, err
@@ -225,7 +214,7 @@ def test_a_read_only_folder_is_told(
 ) -> None:
     shutil.copytree(shared.bundle, small / "bundle")
     subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
-    work = exported(shared, tmp_path / "work")
+    work = exports_of(shared, tmp_path / "work")
     for place in (
         ("--work", work, "--out", small / "bundle"),
         ("--work", small / "w", "--out", tmp_path / "o"),

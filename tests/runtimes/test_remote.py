@@ -84,10 +84,10 @@ def _host(there: Server) -> Host:
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        (("--host", "-oProxyCommand=true"), "is no host"),
-        (("--host", "nobody at all"), "is no host"),
+        (("--host", "-oProxyCommand=true"), "is not a host"),
+        (("--host", "nobody at all"), "is not a host"),
         (("--host", "ADDRESS", "--host-program", "/nowhere/edgeprune"), "has no /nowhere/edgeprune"),
-        (("--host", "ADDRESS", "--host-program", "echo hello; false"), "something else than edgeprune"),
+        (("--host", "ADDRESS", "--host-program", "echo hello; false"), "something other than an answer of edgeprune"),
         (("--host", "ADDRESS", "--device", "orin-nano"), "is not this machine"),
         (("--host", "ADDRESS", "--simulate"), "leave out --host"),
     ],
@@ -119,7 +119,7 @@ def test_unknown_key_and_closed_port(
         assert code == 1 and reason in err and f"ssh {there.address} true" in err
     monkeypatch.setenv("EDGEPRUNE_SSH", "no-such-ssh")
     code, _, err = call(capsys, "profile", *there.options, "--work", tmp_path, "--out", tmp_path / "s.json")
-    assert code == 1 and "install OpenSSH" in err
+    assert code == 1 and "install the OpenSSH client" in err
 
 
 def test_a_lost_connection_is_reported_and_the_build_goes_on(there: Server, shared: Shared, tmp_path: Path) -> None:
@@ -203,7 +203,7 @@ def test_no_name_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
     )
     answers = spoken(tmp_path, *requests)
     assert [type(a).__name__ for a in answers] == ["Ready", "Done", "Failed", "Failed"]
-    assert "is no file name" in answers[2].text and "is no sha256" in answers[3].text  # type: ignore[union-attr]
+    assert "is not a file name" in answers[2].text and "is not a sha256" in answers[3].text  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("junk", [b"\xff\xff\xff\xff", b"\x00\x00\x00\x02hi", b"\x00\x00\x00\x09{}", b"\x00"])

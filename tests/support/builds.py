@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 
 from edgeprune import cli, zoo
+from support import processes
 
 QUICK = ("--search-images", "4", "--rounds", "5", "--neighbours", "1")
 # Test processes share the cores: one thread each, and none that spins while it waits.
@@ -120,9 +121,9 @@ def shared_build(base: Path) -> Shared:
         command = ("build", "--device", "cpu", *goal, *QUICK, *places, "--json")
         said = base / "said.json"
         if not said.exists():
-            done = start(*command)
-            assert done.returncode == 0, done.stderr
-            said.write_text(json.dumps([done.stdout, done.stderr]))
+            code, out, err = processes.command(base, *command)
+            assert code == 0, err
+            said.write_text(json.dumps([out, err]))
         return Shared(base / "bundle", base / "work", command, *json.loads(said.read_text()))
 
 
@@ -138,6 +139,16 @@ def copied(shared: Shared, base: Path) -> Shared:
         shared.stdout.replace(old, new),
         shared.stderr.replace(old, new),
     )
+
+
+def exports_of(shared: Shared, work: Path) -> Path:
+    """A work folder with the profiling models of the shared build, none of its measurements."""
+    [models] = shared.work.glob("profiling-models-*")
+    (work / models.name).mkdir(parents=True)
+    for path in models.iterdir():
+        if not path.name.startswith("trunk-"):  # the trunk at fixed token counts is made from trunk.onnx
+            shutil.copy(path, work / models.name)
+    return work
 
 
 def few_digits(folder: Path, count: int = 21) -> Path:

@@ -116,21 +116,25 @@ def exit_code(options: Options, prepare: Callable[..., None] | None = None, *arg
     return code
 
 
-def _interrupted_command(argv: Sequence[str], out: str, err: str, saves: int) -> None:
+def _command(argv: Sequence[str], out: Path, err: Path, saves: int | None) -> None:
     from edgeprune.cli import main
 
     for path, number in ((out, 1), (err, 2)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    after_saves(saves, lambda: os.kill(os.getpid(), signal.SIGINT))
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    if saves is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        after_saves(saves, lambda: os.kill(os.getpid(), signal.SIGINT))
     sys.argv = ["edgeprune", *argv]
     main()
 
 
-def interrupted_command(folder: Path, saves: int, *argv: object) -> tuple[int, str, str]:
-    """A command that meets Ctrl-C when it has saved samples so many times: exit code, stdout, stderr."""
-    out, err = str(folder / "stdout"), str(folder / "stderr")
-    process = FORKS.Process(target=_interrupted_command, args=(list(map(str, argv)), out, err, saves))
+def command(folder: Path, *argv: object, interrupt_after: int | None = None) -> tuple[int, str, str]:
+    """A command in a process of its own: exit code, stdout and stderr, which it leaves in `folder`.
+
+    With `interrupt_after` it meets Ctrl-C when it has saved the samples of a staircase so many times.
+    """
+    out, err = folder / "stdout", folder / "stderr"
+    process = FORKS.Process(target=_command, args=(list(map(str, argv)), out, err, interrupt_after))
     process.start()
     process.join()
-    return process.exitcode, Path(out).read_text(), Path(err).read_text()
+    return process.exitcode, out.read_text(), err.read_text()
