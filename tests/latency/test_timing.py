@@ -9,7 +9,7 @@ from types import TracebackType
 import numpy as np
 import pytest
 
-from edgeprune.latency.timing import WARMUP, interleave
+from edgeprune.latency.timing import WARMUP, WINDOW, interleave, warm_up
 from edgeprune.records import Preprocessing
 from edgeprune.runtimes.inference import logits_of
 from edgeprune.stats import agreement, kl_divergence, log_softmax, ratio, top1
@@ -268,3 +268,30 @@ def test_logits_of_all_pictures_in_order(batch: int) -> None:
     np.testing.assert_allclose(rows[:, 0], wanted, rtol=1e-5)
     assert set(rows[:, 1]) == {batch}
     assert all(done <= 5 for done in seen)
+
+
+class Cooling:
+    """Latencies that fall to 1 ms."""
+
+    def __init__(self, decay: float) -> None:
+        self.calls, self.decay = 0, decay
+
+    def time_ms(self) -> float:
+        self.calls += 1
+        return 1 + math.exp(-self.calls / self.decay) if self.decay else float(self.calls)
+
+
+def test_warm_up_lasts_until_latencies_are_stable() -> None:
+    fast, slow = Cooling(5), Cooling(50)
+    assert warm_up(fast, 1000) and warm_up(slow, 1000)  # type: ignore[arg-type]
+    assert 2 * WINDOW <= fast.calls < slow.calls < 1000
+
+
+def test_warm_up_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    never = Cooling(0)
+    assert not warm_up(never, 100)  # type: ignore[arg-type]
+    assert never.calls == 100
+    monkeypatch.setattr("edgeprune.latency.timing.WARMUP_S", 0.0)
+    never.calls = 0
+    assert not warm_up(never, 100)  # type: ignore[arg-type]
+    assert never.calls == WARMUP
