@@ -1,8 +1,8 @@
-"""A GPU's staircase, and a model unpruned, with POMT and folded in fp32 and fp16 beside each other, with intervals.
+"""A GPU's staircase, and a model unpruned, with POMT and folded in fp32 and fp16 side by side, with intervals.
 
 python benchmarks/gpu.py [--fixtures DIR] [--device cuda] [--rounds 100]
-DIR is what tests/gpu/prepare.py wrote, for a machine without torch; without it that script is run with --model,
---weights and --batch. All candidates are timed in the same rounds. --device cpu shows that all but the GPU works.
+DIR was written by tests/gpu/prepare.py, for machines without torch; by default that script is run with --model,
+--weights and --batch. All candidates are timed in the same rounds. --device cpu tries everything but the GPU.
 Prints Markdown tables and one JSON line last.
 """
 
@@ -40,7 +40,7 @@ Row = dict[str, Any]
 
 
 def prepared(folder: Path, args: argparse.Namespace) -> Path:
-    """The folder that was given, or one made here, which needs torch."""
+    """The folder passed, or one made here, which needs torch."""
     if args.fixtures is not None:
         return args.fixtures
     script = [sys.executable, str(ROOT / "tests/gpu/prepare.py"), str(folder)]
@@ -71,7 +71,7 @@ def staircase_row(target: Target, folder: Path, exhaustive: bool) -> Row:
 
 
 def fused(target: Target, onnx: Path) -> tuple[int | None, int | None]:
-    """Attention layers that the engine runs as one kernel, and those expected by its ONNX; None: not told."""
+    """Attention layers that the engine runs as one kernel, and those expected from its ONNX; None is unknown."""
     metadata = metadata_in(onnx)
     assert metadata is not None, f"{onnx} was not written by prepare.py"
     with target.opener(onnx)() as session:
@@ -115,11 +115,11 @@ def markdown(staircases: list[Row], rows: list[Row], about: Row) -> str:
     lines += ["", HEAD, "| --- | --- | ---: | ---: | ---: | ---: |"]
     for row in rows:
         ms, (low, high), (least, most) = row["latency_ms"], row["interval"], row["against_fp32_interval"]
-        told = ["–" if row[key] is None else str(row[key]) for key in ("fused", "fusable")]
+        counts = ["–" if row[key] is None else str(row[key]) for key in ("fused", "fusable")]
         lines.append(
             f"| {row['precision']} | {row['name']} | {ms['median']:.4f} ({ms['low']:.4f}–{ms['high']:.4f}) "
             f"| {row['speedup']:.3f}× ({low:.3f}–{high:.3f}) | {row['against_fp32']:.3f}× ({least:.3f}–{most:.3f}) "
-            f"| {', '.join(told)} |"
+            f"| {', '.join(counts)} |"
         )
     return "\n".join(lines)
 

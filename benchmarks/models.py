@@ -65,8 +65,8 @@ def surveyed(name: str) -> Row:
         module = timm.create_model(name)
     digest = hashlib.sha256()
     for key, part in module.named_modules():
-        told = {k: v for k, v in vars(part).items() if k[0] != "_" and k not in ("pretrained_cfg", "default_cfg")}
-        text = f"{key} {type(part)} {part.extra_repr()} {sorted(told.items(), key=str)}"
+        settings = {k: v for k, v in vars(part).items() if k[0] != "_" and k not in ("pretrained_cfg", "default_cfg")}
+        text = f"{key} {type(part)} {part.extra_repr()} {sorted(settings.items(), key=str)}"
         digest.update(re.sub(r" at 0x[0-9a-f]+", "", text).encode())
     for key, tensor in module.state_dict().items():
         digest.update(f"{key} {tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -131,7 +131,7 @@ def child(name: str, memory_bytes: int, limit_s: float) -> Row:
     context = multiprocessing.get_context("fork")  # what is imported here need not be imported again
     receiver, sender = context.Pipe(duplex=False)
     folder = tempfile.TemporaryDirectory()  # goes with the model, however it ends
-    process = context.Process(target=_told, args=(name, Path(folder.name), sender))
+    process = context.Process(target=_run_model, args=(name, Path(folder.name), sender))
     process.start()
     sender.close()
     row: Row = {"ok": False, "reason": ""}
@@ -162,7 +162,7 @@ def _kib(file: str, key: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _told(name: str, folder: Path, sender: Connection) -> None:
+def _run_model(name: str, folder: Path, sender: Connection) -> None:
     """The child's own: what came of a model, sent to the parent."""
     try:
         row = tried(name, folder)
@@ -199,8 +199,8 @@ def results(rows: list[Row], wanted: str, kept: Path, memory_bytes: int, limit_s
             if found.get("tried", True):
                 with open(kept, "a") as file:
                     file.write(json.dumps(found) + "\n")
-            told = found["reason"] or f"ok {found['difference']:.1e}"
-            print(f"{name}: {told} ({found['seconds']:.0f} s, {found.get('peak_gib', 0)} GiB)", file=sys.stderr)
+            outcome = found["reason"] or f"ok {found['difference']:.1e}"
+            print(f"{name}: {outcome} ({found['seconds']:.0f} s, {found.get('peak_gib', 0)} GiB)", file=sys.stderr)
         done[name] = found | {"name": name, "parameters": row["parameters"]}
     return list(done.values())
 
@@ -211,24 +211,24 @@ def summary(rows: list[Row]) -> Row:
     untried = [row["name"] for row in rows if not row.get("tried", True)]
     ok = sum(row["ok"] for row in rows)
     plain = len(rows) - len(refused)
-    told: Row = {"names": len(rows), "plain": plain, "ok": ok, "share_of_plain": ok / plain if plain else 0.0}
-    told |= {"share_of_tried": ok / max(plain - len(untried), 1), "not_tried": untried}
-    return told | {"failed": [r["name"] for r in rows if not r["ok"] and r not in refused and r.get("tried", True)]}
+    total: Row = {"names": len(rows), "plain": plain, "ok": ok, "share_of_plain": ok / plain if plain else 0.0}
+    total |= {"share_of_tried": ok / max(plain - len(untried), 1), "not_tried": untried}
+    return total | {"failed": [r["name"] for r in rows if not r["ok"] and r not in refused and r.get("tried", True)]}
 
 
 def page(rows: list[Row], command: str) -> str:
     """The Markdown of docs/models.md."""
-    told = summary(rows)
+    total = summary(rows)
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     shares = ", ".join(f"{share:.0%}" for share in KEPT)
     lines = [
         "# Models",
         "",
-        f"**{told['ok']} of {told['plain']} plain VisionTransformer names work ({told['share_of_plain']:.1%})**; "
-        f"{len(told['failed'])} fail, {len(told['not_tried'])} were not tried. Largest difference: "
+        f"**{total['ok']} of {total['plain']} plain VisionTransformer names work ({total['share_of_plain']:.1%})**; "
+        f"{len(total['failed'])} fail, {len(total['not_tried'])} were not tried. Largest difference: "
         f"{max(row.get('difference', 0.0) for row in rows):.1e}.",
-        f"timm registers {told['names']} names in its modules vision_transformer and deit. The blocks of "
-        f"{told['names'] - told['plain']} of them are",
+        f"timm registers {total['names']} names in its modules vision_transformer and deit. The blocks of "
+        f"{total['names'] - total['plain']} of them are",
         "not timm's Attention followed by an MLP; edgeprune refuses these and says what they have instead.",
         "",
         f"Each model has random weights with added normal noise of {NOISE}, and a {METHOD} schedule: "
@@ -252,11 +252,11 @@ def page(rows: list[Row], command: str) -> str:
         if "cuts" in row:
             tokens = " → ".join(str(n) for n in (row["tokens"], *row["kept"]))
             cuts = ", ".join(map(str, row["cuts"])) + (" p" if row["prefix_last"] else "")
-        told_as = "ok" if row["ok"] else row["reason"]
-        told_as += ", weights outside" if row.get("outside_bytes") else ""
-        told_as += f", same as {row['same_as']}" if "same_as" in row else ""
+        result = "ok" if row["ok"] else row["reason"]
+        result += ", weights outside" if row.get("outside_bytes") else ""
+        result += f", same as {row['same_as']}" if "same_as" in row else ""
         lines.append(
-            f"| {row['name']} | {row['parameters'] / 1e6:.1f} | {tokens} | {cuts} | {difference} | {told_as} |"
+            f"| {row['name']} | {row['parameters'] / 1e6:.1f} | {tokens} | {cuts} | {difference} | {result} |"
         )
     return "\n".join([*lines, ""])
 

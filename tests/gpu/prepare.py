@@ -1,8 +1,9 @@
-"""What the GPU tests and benchmarks/gpu.py run on, made where torch and ONNX Runtime are: ONNX files and logits.
+"""Makes the fixtures of the GPU tests and of benchmarks/gpu.py on a machine with torch: ONNX files and logits.
 
 python tests/gpu/prepare.py DIR [--model M] [--weights FILE] [--images CSV] [--batch 1] [--precisions fp32,fp16]
-For each precision DIR/PRECISION/ gets the probes (probes/), dense.onnx, pomt.onnx and fold.onnx; DIR/reference.npz
-holds a few batches of pictures ("images") and what ONNX Runtime makes of them in fp32, by the name of the ONNX.
+For each precision DIR/PRECISION/ gets the profiling models (probes/), dense.onnx, pomt.onnx and fold.onnx;
+DIR/reference.npz holds a few batches of pictures ("images") and ONNX Runtime's fp32
+logits for them by the name of the ONNX.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ KEPT = {"pomt": (0.5,), "fold": (0.75, 0.55, 0.35)}  # of all tokens: POMT's one
 
 
 def schedule_of(vit: Vit, method: str) -> Schedule:
-    """A schedule of a fixed shape: no staircase of the GPU is known yet."""
+    """A schedule of a fixed shape, since there is no staircase of the GPU yet."""
     counts = [max(round(share * vit.tokens), vit.prefix + 2) for share in KEPT[method]]
     tokens = single_cut(vit, PAPER_BLOCK, counts[0])
     if method == "fold":
@@ -40,7 +41,7 @@ def schedule_of(vit: Vit, method: str) -> Schedule:
 def prepare(
     out: Path, name: str, weights: str | None, images: Path | None, batch: int, precisions: tuple[str, ...]
 ) -> None:
-    """Write the folder; what is there already stays."""
+    """Write the folder; files that exist already are kept."""
     model = load_model(name, weights)
     schedules = {"dense": None} | {method: out / f"{method}.json" for method in KEPT}
     for method in KEPT:
@@ -63,7 +64,7 @@ def prepare(
     known = {"images": pictures}
     for candidate, schedule in schedules.items():
         path = out / "fp32" / f"{candidate}.onnx"
-        if not path.exists():  # fp32 was not asked for, but it is the measure
+        if not path.exists():  # fp32 was not requested, but it is the reference
             export_model(model, schedule, batch, path)
         session = onnxruntime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
         parts = np.split(pictures, count // batch)

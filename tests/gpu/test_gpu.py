@@ -224,10 +224,12 @@ def test_device_half(
 
     with open(pictures / "labels.csv", newline="") as file:
         shown = list(csv.DictReader(file))[:8]
-    told = called(capsys, monkeypatch, "run", bundle, *(pictures / picture["image"] for picture in shown))
-    assert len(told["rows"]) == 8 and told["latency_ms"]["median"] > 0
+    classified = called(capsys, monkeypatch, "run", bundle, *(pictures / picture["image"] for picture in shown))
+    assert len(classified["rows"]) == 8 and classified["latency_ms"]["median"] > 0
     if digits:
-        right = [r["top"][0]["class"] == int(known["label"]) for r, known in zip(told["rows"], shown, strict=True)]
+        right = [
+            r["top"][0]["class"] == int(known["label"]) for r, known in zip(classified["rows"], shown, strict=True)
+        ]
         assert sum(right) >= 7
 
     [benched] = called(capsys, monkeypatch, "bench", bundle, "--rounds", "20")["rows"]

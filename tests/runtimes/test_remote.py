@@ -30,16 +30,16 @@ from edgeprune.runtimes.target import target_for
 pytestmark = pytest.mark.usefixtures("ssh")
 
 
-def probes_alone(shared: Shared, work: Path) -> None:
-    """The exports of the measured build, none of its latencies."""
-    [probes] = shared.work.glob("profiling-models-*")
-    shutil.copytree(probes, work / probes.name)
+def only_profiling_models(shared: Shared, work: Path) -> None:
+    """Copy the exports of the measured build, without its latencies."""
+    [models] = shared.work.glob("profiling-models-*")
+    shutil.copytree(models, work / models.name)
 
 
 def test_build_on_a_host(there: Server, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exported here, measured there; the bundle lies here and is of that machine; a second build measures nothing."""
+    """Exported here, measured there; the bundle is here, for that machine; a second build measures nothing."""
     few = few_digits(tmp_path / "digits")
-    probes_alone(shared, tmp_path / "work")
+    only_profiling_models(shared, tmp_path / "work")
     out = ("--work", tmp_path / "work", "--out", tmp_path / "bundle", "--images", few)
     goal = ("--method", "pomt", "--speedup", "1.2", *QUICK)
     command = ("build", "--device", "cpu", *there.options, *goal, *out)
@@ -56,9 +56,9 @@ def test_build_on_a_host(there: Server, shared: Shared, tmp_path: Path, capsys: 
 
 
 def test_profile_on_a_host(there: Server, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    [probes] = shared.work.glob("profiling-models-*")
+    [models] = shared.work.glob("profiling-models-*")
     out = ("--work", tmp_path / "work", "--out", tmp_path / "s.json")
-    row = row_of(capsys, "profile", *there.options, "--trunk", probes / "trunk.onnx", *out)
+    row = row_of(capsys, "profile", *there.options, "--trunk", models / "trunk.onnx", *out)
     assert row["simulated"] is False and row["points"][-1]["tokens"] == 197
 
 
@@ -125,7 +125,7 @@ def test_unknown_key_and_closed_port(
 def test_a_lost_connection_is_reported_and_the_build_goes_on(there: Server, shared: Shared, tmp_path: Path) -> None:
     """The worker is killed in the middle of measuring; the same command then finishes with the rest."""
     few = few_digits(tmp_path / "digits")
-    probes_alone(shared, tmp_path / "work")
+    only_profiling_models(shared, tmp_path / "work")
     out = ("--work", tmp_path / "work", "--out", tmp_path / "bundle", "--images", few)
     command = program("build", *there.options, "--method", "pomt", "--speedup", "1.2", *QUICK, *out, "--json")
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -140,7 +140,7 @@ def test_a_lost_connection_is_reported_and_the_build_goes_on(there: Server, shar
     assert not (tmp_path / "bundle").exists()
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    assert "going on with" in done.stderr
+    assert "staircase: resuming" in done.stderr
     assert load_bundle(tmp_path / "bundle").report.probes == json.loads(done.stdout.splitlines()[-1])["probes"]
 
 

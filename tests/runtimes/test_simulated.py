@@ -159,7 +159,7 @@ def weight(name: str, *shape: int) -> onnx.TensorProto:
 
 
 def write(path: Path, nodes: list[onnx.NodeProto], shape: list[int | str], weights: list[onnx.TensorProto]) -> Path:
-    """An ONNX file with the input `x`; the output is what the last node gives."""
+    """An ONNX file with the input `x`; the output is that of the last node."""
     graph = helper.make_graph(
         nodes,
         "test",

@@ -23,7 +23,7 @@ MAGIC = b"fake plan\n"
 
 
 class Fake:
-    """One fake installation: what it is, what it was told, what it shall do wrong."""
+    """One fake installation: its versions, the options it received, and the failures it simulates."""
 
     def __init__(self, version: str = "10.3.0") -> None:
         self.version = version
@@ -33,7 +33,7 @@ class Fake:
         self.configs: list[Any] = []
         self.network_flags: list[int] = []
         self.fail_parse: dict[int, str] = {}  # error text by node
-        self.fail_build: list[str] = []  # lines that the builder logs as errors before it gives None
+        self.fail_build: list[str] = []  # lines that the builder logs as errors before it returns None
         self.layers: list[Any] = [{"Name": "a", "TacticName": "_gemm_mha_v2"}, {"Name": "b", "TacticName": "x"}]
         self.launches = 0
         self.contexts = 0  # pushed and not popped: pycuda aborts a process that ends so

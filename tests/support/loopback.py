@@ -1,4 +1,4 @@
-"""A real OpenSSH server on loopback, with keys of its own, for whatever goes to another machine."""
+"""A real OpenSSH server on loopback with its own keys, for tests of remote commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from support.paths import ROOT
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin")
-# edgeprune as on a Jetson: torch and its kind cannot be imported.
+# edgeprune as on a Jetson: torch, timm and the like cannot be imported.
 PROGRAM = """#!{python}
 import importlib.abc, os, sys
 os.environ.update({environment!r})
@@ -34,10 +34,10 @@ main()
 
 
 class Server(NamedTuple):
-    """A machine that answers ssh."""
+    """A machine that is reached over ssh."""
 
     address: str  # USER@HOST
-    home: Path  # what this test knows of it: its working files
+    home: Path  # its files
     program: Path  # edgeprune there, without torch
     ssh: str  # for EDGEPRUNE_SSH
     process: subprocess.Popen[bytes]
@@ -50,7 +50,7 @@ class Server(NamedTuple):
 
 @contextlib.contextmanager
 def server(folder: Path) -> Iterator[Server]:
-    """sshd on a free port of 127.0.0.1, which takes one key and knows one user: who runs the tests."""
+    """sshd on a free port of 127.0.0.1, for one key and one user, the one who runs the tests."""
     if SSHD is None:
         pytest.skip("sshd is not installed (Debian: openssh-server)")
     if getpass.getuser() == "root":

@@ -54,7 +54,7 @@ Condition = tuple[str, bool]  # a dotted name below the module, and whether it i
 
 
 class Library(NamedTuple):
-    """A module that is followed: what its calls give, and what our source's names hold."""
+    """A module that is followed: the objects that its calls return and that names in our source hold."""
 
     returns: dict[str, str]
     holds: dict[str, str]
@@ -200,7 +200,7 @@ class Reader:
             if called.endswith(".__init__"):
                 return None
             if called not in self.returns:
-                raise ValueError(f"{self.path.name}, line {node.lineno}: say in RETURNS what {called}() gives")
+                raise ValueError(f"{self.path.name}, line {node.lineno}: add what {called}() returns to RETURNS")
             return self.returns[called] or None
         return self.holder(node) if isinstance(node, ast.Attribute) else None
 

@@ -117,7 +117,7 @@ def test_pycuda_is_used_as_it_was_read() -> None:
 @pytest.mark.parametrize(
     ("source", "name", "conditions"),
     [
-        ("config.set_calibrator(1)", None, None),  # not in RETURNS: must be told what it gives
+        ("config.set_calibrator(1)", None, None),  # not in RETURNS: what it returns must be listed
         ("builder.create_network(0).add_input", "INetworkDefinition.add_input", ()),
         ("x = trt.Runtime(logger)\nx.thing", "Runtime.thing", ()),
         ("flags = trt.Flags\nif hasattr(flags, 'A'):\n    flags.A", "Flags.A", (("Flags.A", True),)),
@@ -130,7 +130,9 @@ def test_reader(source: str, name: str | None, conditions: Any, tmp_path: Path) 
     path = tmp_path / "source.py"
     path.write_text(source)
     if name is None:
-        with pytest.raises(ValueError, match=r"line 1: say in RETURNS what IBuilderConfig\.set_calibrator\(\) gives"):
+        with pytest.raises(
+            ValueError, match=r"line 1: add what IBuilderConfig\.set_calibrator\(\) returns to RETURNS"
+        ):
             uses([path])
         return
     found = {use.name: use.conditions for use in uses([path])}
