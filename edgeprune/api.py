@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune import zoo
 from edgeprune.bundles.bundle import Bundle
+from edgeprune.defaults import WORK
 from edgeprune.records import Progress, Schedule, Staircase, silent
 from edgeprune.runtimes.remote.ssh import Host
-from edgeprune.runtimes.steps import WORK
 from edgeprune.scheduling.goals import Goal
 
 if TYPE_CHECKING:

@@ -39,7 +39,7 @@ from edgeprune.cli.options import (
     goal_from,
     overrides_from,
 )
-from edgeprune.runtimes.steps import WORK
+from edgeprune.defaults import WORK
 from edgeprune.zoo import EMBEDDED
 
 

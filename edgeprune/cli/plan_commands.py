@@ -34,7 +34,7 @@ from edgeprune.cli.options import (
     Work,
     goal_from,
 )
-from edgeprune.runtimes.steps import WORK
+from edgeprune.defaults import WORK
 from edgeprune.zoo import EMBEDDED
 
 

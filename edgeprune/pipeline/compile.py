@@ -10,12 +10,13 @@ import msgspec
 import numpy as np
 
 from edgeprune.bundles.format import GOLDEN, MANIFEST, ONNX, check_out, load_bundle
+from edgeprune.defaults import ENGINES
 from edgeprune.errors import InputError
 from edgeprune.images import ImageSet, load_images, load_pixels, normalise
 from edgeprune.io import load, load_array
 from edgeprune.onnx_graph import attention_fusion
 from edgeprune.onnx_graph.graph import input_shape, load_graph, metadata_in
-from edgeprune.pipeline.context import ENGINES, ROUNDS
+from edgeprune.pipeline.context import ROUNDS
 from edgeprune.pipeline.evaluate import with_fidelity
 from edgeprune.pipeline.measure import measured_engines, report_of
 from edgeprune.pipeline.write import bundle_from_onnx, noise_batch

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune import zoo
+from edgeprune.defaults import ENGINES, WORK
 from edgeprune.errors import InputError
 from edgeprune.images import ImageSet, load_images
 from edgeprune.pipeline.pictures import Pictures
 from edgeprune.records import Progress, silent
 from edgeprune.runtimes.remote.ssh import Host
-from edgeprune.runtimes.steps import WORK
 from edgeprune.runtimes.target import Target, target_for
 from edgeprune.scheduling.goals import Goal
 from edgeprune.scheduling.paper import PAPER_BLOCK
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
     from edgeprune.vit.models import Model
 
-ENGINES = Path("engines")
 ROUNDS = 60
 POLICIES = ("search", "paper")
 

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edgeprune.defaults import WORK
 from edgeprune.errors import InputError
 from edgeprune.io import code_key, key_of, writable
 
 log = logging.getLogger(__name__)
-
-WORK = Path("engines/.work")
 
 
 @dataclass(frozen=True)

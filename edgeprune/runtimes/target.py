@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgeprune.defaults import WORK
 from edgeprune.devices import check_is_here, load_device
 from edgeprune.errors import InputError
 from edgeprune.io import sha256_file
@@ -13,7 +14,7 @@ from edgeprune.runtimes import Runtime, runtime_for
 from edgeprune.runtimes.inference import Open
 from edgeprune.runtimes.remote.runtime import RemoteRuntime
 from edgeprune.runtimes.remote.ssh import Host
-from edgeprune.runtimes.steps import WORK, WorkFolder
+from edgeprune.runtimes.steps import WorkFolder
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
