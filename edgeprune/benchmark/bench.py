@@ -73,7 +73,7 @@ def bench_bundles(
         opened |= {_name(gemm): gemm.open for gemm in gemms.values()}
         noiseless = all(candidate.setup.noiseless for candidate in candidates)
         rounds, warmup = (1, WARMUP) if noiseless else (rounds, MOST_WARMUP)
-        samples = interleave(opened, rounds, progress=progress, what="bundles", warmup=warmup)
+        samples = interleave(opened, rounds, progress=progress, what="timing bundles, round", warmup=warmup)
     peaks = {setup: _peak(gemm, samples[_name(gemm)]) for setup, gemm in gemms.items()}
     rows = [
         _row(candidate, samples, str(bundles[0]), peaks[_peak_setup(candidate)], cost)

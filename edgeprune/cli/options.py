@@ -24,7 +24,7 @@ Policy = Annotated[str, typer.Option(help="search: cuts in any blocks, lowest KL
 Alpha = Annotated[
     float | None,
     typer.Option(
-        help=f"goal: weight of latency in the utility, 0 to 1; the default goal, with {DEFAULT_ALPHA:g}", min=0, max=1
+        help=f"goal: weight of latency in the utility, 0 to 1; the default goal is {DEFAULT_ALPHA:g}", min=0, max=1
     ),
 ]
 Speedup = Annotated[float | None, typer.Option(help="goal: at least this many times faster")]
