@@ -2,11 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+LOWEST := $(VENV)-lowest
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
 # Compiled modules are kept: without them every test that starts a Python compiles PyTorch's 2,000 files.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint fuzz docs picture clean
+.PHONY: demo test lint fuzz docs lowest picture clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/run.stamp
@@ -21,15 +22,31 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# Ten times as many mutated files, and a real build killed at twenty random moments.
+# The slow tests: many more damaged files, builds killed at random moments, a measured build of ViT-Tiny.
 fuzz: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow
 
 docs: $(VENV)/docs.stamp
 	$(BIN)/mkdocs build --strict
 
-$(VENV)/run.stamp: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+# The oldest versions that pyproject.toml allows, in an environment of their own: a build and the quick tests.
+lowest: $(LOWEST)/stamp
+	$(LOWEST)/bin/edgeprune build --device orin-nano --simulate --method topk --search-images 8 --neighbours 0 \
+	  --work $(LOWEST)/work --out $(LOWEST)/bundle
+	$(LOWEST)/bin/edgeprune verify $(LOWEST)/bundle
+	$(LOWEST)/bin/python -m pytest tests/scheduling tests/latency tests/devices tests/vit/test_reducers.py tests/test_records.py
+
+$(LOWEST)/stamp: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check uv
+	VIRTUAL_ENV=$(LOWEST) $(LOWEST)/bin/uv pip install --quiet --resolution lowest-direct -e ".[export,ort]"
+	VIRTUAL_ENV=$(LOWEST) $(LOWEST)/bin/uv pip install --quiet pytest pytest-timeout pytest-xdist hypothesis
+	touch $@
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/run.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -e ".[export,ort]"
 	touch $@
 
@@ -37,7 +54,7 @@ $(VENV)/dev.stamp: $(VENV)/run.stamp requirements-dev.txt
 	$(PIP) -r requirements-dev.txt
 	touch $@
 
-$(VENV)/docs.stamp: $(VENV)/run.stamp docs/requirements.txt
+$(VENV)/docs.stamp: docs/requirements.txt | $(BIN)/python
 	$(PIP) -r docs/requirements.txt
 	touch $@
 
@@ -57,4 +74,4 @@ picture: $(VENV)/run.stamp $(VENV)/debian.stamp
 	  --window-size=1120,1565 --screenshot=docs/report.png "file://$(abspath $(VENV))/picture/report.html"
 
 clean:
-	rm -rf $(VENV) engines/.work site
+	rm -rf $(VENV) $(LOWEST) engines/.work site
