@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 import pytest
 from support.builds import Shared, call, exports_of, few_digits
-from support.processes import FORKS, die_after_saves, die_at, exit_code, measure_few, shallow_vit, started
+from support.processes import FORKS, die_after_saves, die_at, exit_code, fork, measure_few, shallow_vit, started
 
 from edgeprune.bundles.format import _replace, check_out, load_bundle
 from edgeprune.errors import EdgepruneError
@@ -164,9 +164,11 @@ def test_two_builds_at_once_do_not_disturb_each_other(
     work = tmp_path / "work"
     shutil.copytree(shared.work, work)
     held = Held(work)
-    options = Options(device="orin-nano", simulate=True, method="none", work=work, out=tmp_path / "a")
-    first = FORKS.Process(target=held_build, args=(options, held))
-    first.start()
+    options = Options(
+        device="orin-nano", simulate=True, method="none", images=few_digits(tmp_path / "digits"),
+        work=work, out=tmp_path / "a",
+    )  # fmt: skip
+    first = fork(held_build, options, held)
     try:
         assert held.reached.wait(300)
         for command in (("build", *SIMULATED), ("profile",), ("compile", shared.bundle / "model.onnx")):
@@ -200,9 +202,9 @@ def test_a_full_disk_is_told_and_spares_what_is_there(
     exports_of(shared, small / "work")
     before = load_bundle(bundle)
     (small / "ballast").write_bytes(b"\0" * (os.statvfs(small).f_bavail * os.statvfs(small).f_frsize - (64 << 10)))
-    work = exports_of(shared, tmp_path / "work")
+    work, few = exports_of(shared, tmp_path / "work"), few_digits(tmp_path / "digits")
     for place in (("--work", work, "--out", bundle), ("--work", small / "work", "--out", tmp_path / "out")):
-        code, _, err = call(capsys, "build", *SIMULATED, *place)
+        code, _, err = call(capsys, "build", *SIMULATED, "--images", few, *place)
         assert code == 1, err
         assert "No space left on device" in err.splitlines()[-1] and "free some space" in err
         assert load_bundle(bundle) == before and not (tmp_path / "out").exists()
@@ -214,12 +216,12 @@ def test_a_read_only_folder_is_told(
 ) -> None:
     shutil.copytree(shared.bundle, small / "bundle")
     subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
-    work = exports_of(shared, tmp_path / "work")
+    work, few = exports_of(shared, tmp_path / "work"), few_digits(tmp_path / "digits")
     for place in (
         ("--work", work, "--out", small / "bundle"),
         ("--work", small / "w", "--out", tmp_path / "o"),
     ):
-        code, _, err = call(capsys, "build", *SIMULATED, *place)
+        code, _, err = call(capsys, "build", *SIMULATED, "--images", few, *place)
         assert code == 1 and "Read-only file system" in err.splitlines()[-1], err
     load_bundle(small / "bundle")
 

@@ -9,11 +9,25 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from edgeprune.pipeline.context import Options
 
-FORKS = multiprocessing.get_context("forkserver")  # from a process that has loaded torch and never ran it
-FORKS.set_forkserver_preload(["torch.onnx", "onnxscript", "onnxruntime", "timm", "edgeprune.pipeline.build"])
+FORKS = multiprocessing.get_context("forkserver")  # from a process that has loaded all that a build imports
+FORKS.set_forkserver_preload(["support.preload"])
+
+
+def fork(target: Callable[..., None], *arguments: object) -> Any:
+    """A started process."""
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):  # the server finds its modules by it
+        process = FORKS.Process(target=_loaded, args=(target, arguments))
+        process.start()
+    return process
+
+
+def _loaded(target: Callable[..., None], arguments: Sequence[object]) -> None:
+    assert "support.preload" in sys.modules, "the server that forks could not import what it was to preload"
+    target(*arguments)
 
 
 def shallow_vit(depth: int = 2) -> Any:
@@ -103,9 +117,7 @@ def _build(options: Options, prepare: Callable[..., None] | None, arguments: Seq
 
 def started(options: Options, prepare: Callable[..., None] | None = None, *arguments: object) -> Any:
     """A process that builds, after prepare(*arguments) in it."""
-    process = FORKS.Process(target=_build, args=(options, prepare, arguments))
-    process.start()
-    return process
+    return fork(_build, options, prepare, arguments)
 
 
 def exit_code(options: Options, prepare: Callable[..., None] | None = None, *arguments: object) -> int:
@@ -134,7 +146,6 @@ def command(folder: Path, *argv: object, interrupt_after: int | None = None) -> 
     With `interrupt_after` it meets Ctrl-C when it has saved the samples of a staircase so many times.
     """
     out, err = folder / "stdout", folder / "stderr"
-    process = FORKS.Process(target=_command, args=(list(map(str, argv)), out, err, interrupt_after))
-    process.start()
+    process = fork(_command, list(map(str, argv)), out, err, interrupt_after)
     process.join()
     return process.exitcode, out.read_text(), err.read_text()
