@@ -127,7 +127,7 @@ def test_a_pruned_module_can_be_trained(tiny: Callable[..., Any]) -> None:
 def test_a_schedule_of_another_model_is_refused(schedule: Schedule, tiny: Callable[..., Any]) -> None:
     import torch
 
-    with pytest.raises(InputError, match=r"the schedule is of vit_digits.*make it for this model"):
+    with pytest.raises(InputError, match=r"the schedule was made for vit_digits.*make one for this model"):
         edgeprune.prune(tiny("cls").module, schedule)
     with pytest.raises(ModelError, match="not a timm VisionTransformer"):
         edgeprune.prune(torch.nn.Linear(2, 2), schedule)
@@ -172,7 +172,7 @@ def test_build_of_a_module(
 
 
 def test_a_module_takes_no_other_weights(digits: Any, work: Path) -> None:
-    with pytest.raises(WeightsError, match="a module comes with its weights"):
+    with pytest.raises(WeightsError, match="a module already has weights"):
         edgeprune.profile(digits, weights="pretrained", work=work)
 
 

@@ -86,7 +86,7 @@ def test_stdout_is_one_json_object(shared: Shared) -> None:
 
 def test_table_and_steps_go_to_stderr(shared: Shared) -> None:
     assert "unpruned" in shared.stderr
-    assert "446 images that the schedule was not chosen on" in " ".join(shared.stderr.split())
+    assert "446 images not used to choose the schedule" in " ".join(shared.stderr.split())
     assert "staircase: done" in shared.stderr
     assert "\x1b" not in shared.stderr and "\r" not in shared.stderr  # no bar where there is no terminal
     assert "Warning" not in shared.stderr

@@ -360,7 +360,7 @@ def test_lost_fusion_is_reported(
     assert fusion.expected(path, two, half_setup) == 2 and not caplog.text
     three = Schedule(vit=make_vit(depth=3), method="none", policy="search", tokens=(197,) * 3)
     fusion.expected(path, three, half_setup)
-    assert "1 of 3 blocks without a cut" in caplog.text
+    assert "1 of the 3 blocks without a cut" in caplog.text
     with runtime().open(tmp_path / "two.engine", SETUP) as session:
         for precision, warned in (("fp32", False), ("fp16", True)):
             fusion.warn_if_lost(session.fused_attention(), 2, precision)
