@@ -34,6 +34,7 @@ from edgeprune.latency.staircase import predict_ms, snap, treads
 from edgeprune.onnx_graph.graph import fix_tokens, precision_of
 from edgeprune.onnx_graph.graph import load_graph as load_onnx
 from edgeprune.pipeline.compile import described
+from edgeprune.pipeline.profile import vit_of
 from edgeprune.records import (
     BuildTrace,
     Candidate,
@@ -139,7 +140,7 @@ def noise(data: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
 @pytest.fixture(scope="module")
 def staircase() -> Staircase:
     """The simulated one of the embedded model."""
-    return profiling.staircase_simulated(target_for("orin-nano", simulate=True), profiling.vit_of("vit_digits"))
+    return profiling.simulated_staircase(target_for("orin-nano", simulate=True), vit_of("vit_digits"))
 
 
 @pytest.fixture(scope="module")
@@ -236,7 +237,7 @@ def test_mutated_devices_and_hosts(tmp_path: Path) -> None:
     def use(data: bytes) -> None:
         device = parse(data, "device.toml")
         if device.simulation is not None:
-            vit = profiling.vit_of("vit_digits")
+            vit = vit_of("vit_digits")
             assert latency_ms(matmuls_of_ends(vit, 1), device, next(iter(device.simulation.fma_per_clock_per_sm))) > 0
 
     worked = count = 0
@@ -362,7 +363,7 @@ def test_any_bytes_are_decoded_or_refused(data: bytes) -> None:
 @QUICK
 @given(st.integers(1, 40), st.data())
 def test_what_is_encoded_decodes_to_the_same(depth: int, data: st.DataObject) -> None:
-    vit = msgspec.structs.replace(profiling.vit_of("vit_digits"), depth=depth)
+    vit = msgspec.structs.replace(vit_of("vit_digits"), depth=depth)
     counts = data.draw(st.lists(st.integers(vit.prefix + 1, vit.tokens), min_size=depth, max_size=depth))
     schedule = Schedule(vit=vit, method="fold", policy="search", tokens=tuple(sorted(counts, reverse=True)))
     assert decode(encode(schedule), Schedule, "file") == schedule
