@@ -22,7 +22,7 @@ lint: $(VENV)/dev.stamp
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-# The slow tests: many more damaged files, builds killed at random moments, a measured build of ViT-Tiny.
+# The slow tests: twenty times as many damaged files, builds killed at random moments, all stored simulated builds.
 fuzz: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune import zoo
 from edgeprune.bundles.bundle import Bundle
-from edgeprune.defaults import WORK
+from edgeprune.defaults import METHODS, WORK
 from edgeprune.records import Progress, Schedule, Staircase, silent
 from edgeprune.runtimes.remote.ssh import Host
 from edgeprune.scheduling.goals import Goal
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from edgeprune.pipeline.compare import Comparison
 
 __all__ = ["Goal", "bench", "build", "compare", "profile", "prune", "schedule"]
-
-METHODS = ("fold", "pomt", "tome", "topk", "evit", "none")
 
 
 def build(

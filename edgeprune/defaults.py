@@ -1,4 +1,4 @@
-"""Folders that are used unless the user names others; imported by the command line before anything heavy."""
+"""Defaults of options; imported by the command line before anything heavy."""
 
 from __future__ import annotations
 
@@ -6,3 +6,6 @@ from pathlib import Path
 
 ENGINES = Path("engines")  # of bundles
 WORK = ENGINES / ".work"  # of finished steps
+
+REDUCERS = ("fold", "pomt", "tome", "topk", "evit")  # ways of removing tokens
+METHODS = (*REDUCERS, "none")  # values of --method; `compare` runs all of them by default

@@ -18,10 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.errors import OutputError, RecordError
-from edgeprune.records import (
-    SCHEMA,
-    Record,
-)
+from edgeprune.records import SCHEMA, Record
 
 MAX_RECORD_BYTES = 64 << 20
 T = TypeVar("T", bound=Record)
@@ -71,6 +68,12 @@ def load_array(path: Path) -> NDArray[np.float32]:
     except Exception as error:  # numpy parses the header as Python, which can raise anything
         raise RecordError(f"{path}: not an fp32 array ({' '.join(str(error).split())[:120]}): build again") from None
     return array
+
+
+def save_array(array: NDArray[Any], path: Path) -> None:
+    """Write an array as .npy atomically. Raises OutputError."""
+    with replacing(path) as temporary, open(temporary, "wb") as file:
+        np.save(file, array, allow_pickle=False)
 
 
 def encode(record: Record) -> bytes:

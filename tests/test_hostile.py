@@ -1,7 +1,8 @@
 """Untrusted files: whatever stands in a manifest, staircase, schedule, TOML, CSV, array or ONNX, one error comes out.
 
-Two ways: properties with hypothesis over what decodes, and some ten thousand seeded mutations of real files, each
-then used as the commands use it. Only EdgepruneError may leave; what is accepted must be usable.
+Two ways: properties with hypothesis over what decodes, and some ten thousand seeded mutations of real files (`make
+fuzz`: twenty times as many others), each then used as the commands use it. Only EdgepruneError may leave; what is
+accepted must be usable.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -87,7 +88,29 @@ def attempts(use: Callable[[], Any]) -> bool:
     return True
 
 
-def trees(document: Any, count: int, seed: int = 0) -> Iterator[Any]:
+class Amount(NamedTuple):
+    """How many mutations a test makes, and from which seed."""
+
+    factor: int
+    seed: int
+
+    def trees(self, document: Any, count: int) -> list[bytes]:
+        """JSON documents with values replaced, removed, repeated or added."""
+        return [json.dumps(tree).encode() for tree in trees(document, count * self.factor, self.seed)]
+
+    def noise(self, data: bytes, count: int) -> list[bytes]:
+        """Copies of a file, cut short, with bytes changed, doubled or put in."""
+        return list(noise(data, count * self.factor, self.seed))
+
+
+@pytest.fixture(params=[Amount(1, 0), pytest.param(Amount(20, 1), marks=pytest.mark.slow)], ids=["quick", "long"])
+def some(request: pytest.FixtureRequest) -> Amount:
+    """The usual number of mutations, and for `make fuzz` many more of another seed."""
+    amount: Amount = request.param
+    return amount
+
+
+def trees(document: Any, count: int, seed: int) -> Iterator[Any]:
     """Copies of a JSON document, each with one to three values replaced, removed, repeated or added."""
     rng = random.Random(seed)
     for _ in range(count):
@@ -113,7 +136,7 @@ def trees(document: Any, count: int, seed: int = 0) -> Iterator[Any]:
         yield copy
 
 
-def noise(data: bytes, count: int, seed: int = 0) -> Iterator[bytes]:
+def noise(data: bytes, count: int, seed: int) -> Iterator[bytes]:
     """Copies of a file, cut short, with bytes changed, doubled or put in."""
     rng = random.Random(seed)
     for _ in range(count):
@@ -185,24 +208,24 @@ def use_manifest(data: bytes, folder: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_mutated_staircases(staircase: Staircase) -> None:
+def test_mutated_staircases(some: Amount, staircase: Staircase) -> None:
     data = encode(staircase)
-    mutated = [json.dumps(t).encode() for t in trees(json.loads(data), 1500)] + list(noise(data, 1500))
+    mutated = some.trees(json.loads(data), 1500) + some.noise(data, 1500)
     worked = sum(attempts(lambda d=d: use_staircase(d)) for d in mutated)  # type: ignore[misc]
     assert 0 < worked < len(mutated), "some mutations do no harm, most do"
 
 
-def test_mutated_manifests(manifest: Manifest, tmp_path: Path) -> None:
+def test_mutated_manifests(some: Amount, manifest: Manifest, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"engine")
     data = encode(manifest)
     use_manifest(data, tmp_path)
-    mutated = [json.dumps(t).encode() for t in trees(json.loads(data), 2000)] + list(noise(data, 1500))
+    mutated = some.trees(json.loads(data), 2000) + some.noise(data, 1500)
     worked = sum(attempts(lambda d=d: use_manifest(d, tmp_path)) for d in mutated)  # type: ignore[misc]
     assert 0 < worked < len(mutated)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-def test_mutated_pages(manifest: Manifest, staircase: Staircase) -> None:
+def test_mutated_pages(some: Amount, manifest: Manifest, staircase: Staircase) -> None:
     """`report` on a bundle that somebody else made: whatever decodes is drawn, and as text."""
     ms, bad = Latency(samples_ms=(1.0, 2.0)), "<script>alert(1)</script>"
     patches = tuple(range(196))
@@ -228,12 +251,13 @@ def test_mutated_pages(manifest: Manifest, staircase: Staircase) -> None:
     assert attempts(lambda: use(document))
     worked = 0
     for name in kinds:
-        for part in trees(document[name], 250):
-            worked += attempts(lambda p=part, n=name: use(document | {n: p}))  # type: ignore[misc]
+        for part in some.trees(document[name], 250):
+            mutated = document | {name: json.loads(part)}
+            worked += attempts(lambda m=mutated: use(m))  # type: ignore[misc]
     assert worked > 20
 
 
-def test_mutated_devices_and_hosts(tmp_path: Path) -> None:
+def test_mutated_devices_and_hosts(some: Amount, tmp_path: Path) -> None:
     def use(data: bytes) -> None:
         device = parse(data, "device.toml")
         if device.simulation is not None:
@@ -244,17 +268,17 @@ def test_mutated_devices_and_hosts(tmp_path: Path) -> None:
     for name in devices.names():
         text = (Path(devices.__file__).parent / f"{name}.toml").read_bytes()
         assert attempts(lambda: use(text))  # noqa: B023
-        for data in noise(text, 250):
+        for data in some.noise(text, 250):
             count += 1
             worked += attempts(lambda: use(data))  # noqa: B023
     hosts = b'[[to]]\nhost = "a@b"\ndir = "/opt"\n[[to]]\nhost = "c"\ndir = "x"\nprogram = "p"\n'
-    for data in noise(hosts, 500):
+    for data in some.noise(hosts, 500):
         (tmp_path / "hosts.toml").write_bytes(data)
         attempts(lambda: fleet(tmp_path / "hosts.toml"))
-    assert count >= 1000 and 0 < worked < count
+    assert count >= 1000 * some.factor and 0 < worked < count
 
 
-def test_mutated_csv(tmp_path: Path) -> None:
+def test_mutated_csv(some: Amount, tmp_path: Path) -> None:
     for index in range(3):
         (tmp_path / f"{index}.png").write_bytes(b"x")
     (tmp_path.parent / "outside.png").write_bytes(b"x")
@@ -267,7 +291,7 @@ def test_mutated_csv(tmp_path: Path) -> None:
         assert all(path.resolve().is_relative_to(tmp_path.resolve()) for path in found.paths)
         assert found.labels is None or len(found.labels) == len(found.paths)
 
-    worked = sum(attempts(lambda d=d: use(d)) for d in noise(text, 2000))  # type: ignore[misc]
+    worked = sum(attempts(lambda d=d: use(d)) for d in some.noise(text, 2000))  # type: ignore[misc]
     assert worked > 20
     for row in (
         "../outside.png,0",
@@ -282,12 +306,12 @@ def test_mutated_csv(tmp_path: Path) -> None:
         assert not attempts(lambda: use(f"image,label\n{row}\n".encode())), row  # noqa: B023
 
 
-def test_mutated_arrays(tmp_path: Path) -> None:
+def test_mutated_arrays(some: Amount, tmp_path: Path) -> None:
     path = tmp_path / "golden.npy"
     np.save(path, np.arange(12, dtype=np.float32).reshape(3, 4))
     data = path.read_bytes()
     assert load_array(path).shape == (3, 4)
-    for mutated in noise(data, 1500):
+    for mutated in some.noise(data, 1500):
         path.write_bytes(mutated)
         attempts(lambda: load_array(path))
     for shape in ("(1000000000000,)", "(-1, -12)", "('a',)", "(3, 4), 'x': __import__('os')"):
@@ -297,7 +321,7 @@ def test_mutated_arrays(tmp_path: Path) -> None:
     assert not attempts(lambda: load_array(path)), "pickles are never read"
 
 
-def test_mutated_onnx(tmp_path: Path) -> None:
+def test_mutated_onnx(some: Amount, tmp_path: Path) -> None:
     value = helper.make_tensor_value_info
     graph = helper.make_graph(
         [helper.make_node("Relu", ["x"], ["y"])],
@@ -314,12 +338,12 @@ def test_mutated_onnx(tmp_path: Path) -> None:
         fix_tokens(path, 5, tmp_path / "trunk-5.onnx")
 
     assert attempts(lambda: use(data))
-    worked = sum(attempts(lambda d=d: use(d)) for d in noise(data, 1000))  # type: ignore[misc]
-    assert 0 < worked < 1000
+    worked = sum(attempts(lambda d=d: use(d)) for d in some.noise(data, 1000))  # type: ignore[misc]
+    assert 0 < worked < 1000 * some.factor
     attempts(lambda: described(path))
 
 
-def test_mutated_pictures(tmp_path: Path) -> None:
+def test_mutated_pictures(some: Amount, tmp_path: Path) -> None:
     from PIL import Image
 
     how = Preprocessing(
@@ -329,7 +353,7 @@ def test_mutated_pictures(tmp_path: Path) -> None:
         file = tmp_path / f"a.{kind}"
         Image.fromarray(np.arange(48 * 40 * 3, dtype=np.uint8).reshape(48, 40, 3)).save(file)
         data = file.read_bytes()
-        for mutated in noise(data, 150):
+        for mutated in some.noise(data, 150):
             file.write_bytes(mutated)
             attempts(lambda: read_image(file, how))  # noqa: B023
 

@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeprune.defaults import ENGINES
 from edgeprune.errors import InputError
 from edgeprune.io import code_key, decode, encode, load, read_bytes, sha256_file, writable
-from edgeprune.records import Engine, Manifest, Preprocessing, Report, Schedule, Staircase, Vit
+from edgeprune.records import Engine, Manifest, Preprocessing, Report, Schedule, Setup, Staircase, Vit
 from edgeprune.version import __version__
 
 if TYPE_CHECKING:
@@ -32,6 +33,12 @@ GOLDEN = ("golden_input.npy", "golden_output.npy")
 TOLERANCE = 1e-3
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 STALE_S = 86400  # age at which the traces of a killed build are removed
+
+
+def default_folder(setup: Setup, vit: Vit, method: str) -> Path:
+    """Where the bundle of a model goes unless the user names a folder."""
+    name = f"{method}-{setup.precision}-b{setup.batch}" + ("-simulated" if setup.simulated else "")
+    return ENGINES / setup.device / vit.name / name
 
 
 def write_bundle(

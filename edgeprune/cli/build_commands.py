@@ -39,7 +39,7 @@ from edgeprune.cli.options import (
     goal_from,
     overrides_from,
 )
-from edgeprune.defaults import WORK
+from edgeprune.defaults import METHODS, WORK
 from edgeprune.zoo import EMBEDDED
 
 
@@ -120,7 +120,7 @@ def compare(
     model: Model = EMBEDDED,
     weights: Weights = None,
     images: Images = None,
-    methods: Annotated[str, typer.Option(help="methods, separated by commas")] = "fold,pomt,tome,topk,evit,none",
+    methods: Annotated[str, typer.Option(help="methods, separated by commas")] = ",".join(METHODS),
     speedup: Annotated[str, typer.Option(help="target speed-ups, separated by commas")] = "1.25,1.5,2.0",
     precision: Precision = "fp32",
     batch: Batch = 1,

@@ -21,15 +21,7 @@ def row_of(setup: Setup, schedule: Schedule, report: Report, bundle: Path | None
     """A measured schedule as the JSON row of the command contract; an unknown figure is None."""
     row: dict[str, Any] = {
         "bundle": str(bundle) if bundle else None,
-        "model": schedule.vit.name,
-        "device": setup.device,
-        "runtime": setup.runtime,
-        "runtime_version": setup.runtime_version,
-        "precision": setup.precision,
-        "batch": setup.batch,
-        "method": schedule.method,
-        "policy": schedule.policy,
-        "tokens": list(schedule.tokens),
+        **_measured(setup, schedule),
         "prefix_last": schedule.prefix_last,
         "latency_ms": report.latency.summary(),
         "dense_latency_ms": report.dense_latency.summary() if report.dense_latency else None,
@@ -49,6 +41,21 @@ def row_of(setup: Setup, schedule: Schedule, report: Report, bundle: Path | None
     if setup.simulated:
         row["simulated"] = True
     return row
+
+
+def _measured(setup: Setup, schedule: Schedule) -> dict[str, Any]:
+    """What was measured, and where."""
+    return {
+        "model": schedule.vit.name,
+        "device": setup.device,
+        "runtime": setup.runtime,
+        "runtime_version": setup.runtime_version,
+        "precision": setup.precision,
+        "batch": setup.batch,
+        "method": schedule.method,
+        "policy": schedule.policy,
+        "tokens": list(schedule.tokens),
+    }
 
 
 def profile_row(staircase: Staircase, path: Path) -> dict[str, Any]:
@@ -106,20 +113,11 @@ def bench_row(bench: Bench) -> dict[str, Any]:
 
 
 def _bundle_row(row: BenchRow) -> dict[str, Any]:
-    setup, schedule = row.setup, row.schedule
     return {
         "bundle": row.bundle,
-        "model": schedule.vit.name,
-        "device": setup.device,
-        "runtime": setup.runtime,
-        "runtime_version": setup.runtime_version,
-        "precision": setup.precision,
-        "batch": setup.batch,
-        "method": schedule.method,
-        "policy": schedule.policy,
-        "tokens": list(schedule.tokens),
-        "simulated": setup.simulated,
-        "setup": msgspec.structs.asdict(setup),
+        **_measured(row.setup, row.schedule),
+        "simulated": row.setup.simulated,
+        "setup": msgspec.structs.asdict(row.setup),
         "latency_ms": {**row.latency.summary(), "p90": row.p90_ms},
         "speedup_to_first": row.speedup.value,
         "speedup_interval": list(row.speedup.interval),

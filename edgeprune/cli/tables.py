@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from edgeprune.html_report.figures import UNKNOWN, evaluated_on, interval, number
 from edgeprune.latency.probing import confirmed_edges
 from edgeprune.records import Latency, Manifest, Staircase
 
@@ -39,22 +40,13 @@ def build_table(manifest: Manifest) -> Table:
         table.add_row("predicted, ms", "", f"{report.predicted_ms:.3f} ({off:+.1f} %)")
     table.add_row("top-1, %", number(report.dense_top1), number(report.top1))
     compared = report.agreement is not None
-    table.add_row("agreement, %", "100" if compared else "–", number(report.agreement))
-    table.add_row("KL, nats", "0" if compared else "–", number(report.kl, 4))
+    table.add_row("agreement, %", "100" if compared else UNKNOWN, number(report.agreement))
+    table.add_row("KL, nats", "0" if compared else UNKNOWN, number(report.kl, 4))
     if report.fused_attention is not None:
         table.add_row("fused attention, layers", "", f"{report.fused_attention} of {report.fusable_attention}")
     rounds = f"{len(report.latency.samples_ms)} interleaved rounds"
     table.caption = f"{evaluated_on(report.images, report.held_out)}; {rounds}" if report.images else rounds
     return table
-
-
-def evaluated_on(images: int, held_out: bool | None) -> str:
-    """Which images the figures were measured on, for a caption."""
-    if held_out is None:
-        return f"{images} images"
-    if held_out:
-        return f"{images} images not used to choose the schedule"
-    return f"all {images} images, some also used to choose the schedule: pass more --images for unbiased figures"
 
 
 def runs(tokens: tuple[int, ...]) -> str:
@@ -68,16 +60,8 @@ def runs(tokens: tuple[int, ...]) -> str:
     return ", ".join(f"{n} x {times}" if times > 1 else str(n) for n, times in parts)
 
 
-def number(value: float | None, digits: int = 2) -> str:
-    """A figure for a table; a dash where it is unknown."""
-    return "–" if value is None else f"{value:.{digits}f}"
-
-
 def _ms(latency: Latency | None) -> str:
-    if latency is None:
-        return "–"
-    low, high = latency.interval_ms
-    return f"{latency.median_ms:.3f} ({low:.3f} to {high:.3f})"
+    return UNKNOWN if latency is None else f"{latency.median_ms:.3f} ({interval(latency)})"
 
 
 def profile_table(staircase: Staircase) -> Table:
@@ -92,9 +76,7 @@ def profile_table(staircase: Staircase) -> Table:
     most = staircase.points[-1].latency.median_ms
     for point in reversed(staircase.points):
         if point.tokens in ends:
-            low, high = point.latency.interval_ms
-            median = point.latency.median_ms
-            table.add_row(str(point.tokens), f"{median:.3f} ({low:.3f} to {high:.3f})", f"{median / most:.3f}")
+            table.add_row(str(point.tokens), _ms(point.latency), f"{point.latency.median_ms / most:.3f}")
     table.caption = f"{len(staircase.points)} counts, {staircase.probes} probes"
     return table
 
@@ -147,8 +129,8 @@ def device_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         runtime = row["runtime"] if row["build"] else "planning only"
         cells = (row[key] for key in ("sm_count", "memory_gib", "tensorrt", "jetpack"))
-        shown = ("–" if cell is None else f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in cells)
-        table.add_row(row["name"], row["title"], runtime, *shown, "yes" if row["simulation"] else "–")
+        shown = (UNKNOWN if cell is None else f"{cell:g}" if isinstance(cell, float) else str(cell) for cell in cells)
+        table.add_row(row["name"], row["title"], runtime, *shown, "yes" if row["simulation"] else UNKNOWN)
     return table
 
 

@@ -12,10 +12,11 @@ from markupsafe import Markup
 from edgeprune.bundles.format import PAGE, STAIRCASE, TRACE, load_bundle, staircase_of
 from edgeprune.errors import InputError
 from edgeprune.html_report.charts import LEAST_KL, front_chart, staircase_chart, tokens_chart, trials_chart
+from edgeprune.html_report.figures import UNKNOWN, evaluated_on, interval, number
 from edgeprune.html_report.gallery import pictures
 from edgeprune.io import load, sha256_bytes, write_bytes
 from edgeprune.latency.staircase import treads
-from edgeprune.records import BuildTrace, Engine, Latency, Preprocessing, Report, Schedule, Setup, Staircase, Trial
+from edgeprune.records import BuildTrace, Engine, Preprocessing, Report, Schedule, Setup, Staircase, Trial
 from edgeprune.scheduling.goals import pareto
 from edgeprune.version import __version__
 
@@ -115,7 +116,7 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
     if report.speedup is not None and report.speedup_interval is not None:
         low, high = report.speedup_interval
         tiles.append((f"{report.speedup:.2f}×", f"speed-up, 95 % interval {low:.2f} to {high:.2f}"))
-    evaluated = _evaluated(report)
+    evaluated = evaluated_on(report.images, report.held_out)
     if report.top1 is not None:
         before = f"{report.dense_top1:.2f} → " if report.dense_top1 is not None else ""
         tiles.append((f"{before}{report.top1:.2f} %", f"top-1 on {evaluated}"))
@@ -125,16 +126,6 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
         tiles.append((f"{report.agreement:.2f} %", f"agreement with the unpruned model{where}"))
         tiles.append((f"{kl} nats", "KL from the unpruned model"))
     return tiles
-
-
-def _evaluated(report: Report) -> str:
-    """The number of pictures behind the accuracy figures, and whether they were used to choose the schedule."""
-    known = {
-        None: "",
-        True: " not used to choose the schedule",
-        False: ", some of them used to choose the schedule",
-    }
-    return f"{report.images} pictures{known[report.held_out]}"
 
 
 def _front(staircase: Staircase, schedule: Schedule, trace: BuildTrace) -> Markup | None:
@@ -156,19 +147,20 @@ def _trials(schedule: Schedule, report: Report, trace: BuildTrace) -> Markup | N
 
 def _figures(schedule: Schedule, report: Report) -> Rows:
     vit, dense, pruned = schedule.vit, report.dense_latency, report.latency
-    speedup = _number(report.speedup, 3)
+    compared = report.agreement is not None
+    speedup = number(report.speedup, 3)
     if report.speedup_interval is not None:
         speedup += " ({:.3f} to {:.3f})".format(*report.speedup_interval)
     rows: Rows = [
         ("tokens per block", f"{vit.tokens} × {vit.depth}", ", ".join(map(str, schedule.tokens))),
-        ("latency, median, ms", _number(dense.median_ms if dense else None, 3), f"{pruned.median_ms:.3f}"),
-        ("95 % interval, ms", _interval(dense), _interval(pruned)),
-        ("99th percentile, ms", _number(dense.p99_ms if dense else None, 3), f"{pruned.p99_ms:.3f}"),
-        ("predicted, ms", "", _number(report.predicted_ms, 3)),
-        ("speed-up (95 % interval)", "1", speedup),
-        ("top-1, %", _number(report.dense_top1), _number(report.top1)),
-        ("agreement, %", "100", _number(report.agreement)),
-        ("KL, nats", "0", _number(report.kl, 4)),
+        ("latency, median, ms", number(dense.median_ms if dense else None, 3), f"{pruned.median_ms:.3f}"),
+        ("95 % interval, ms", interval(dense), interval(pruned)),
+        ("99th percentile, ms", number(dense.p99_ms if dense else None, 3), f"{pruned.p99_ms:.3f}"),
+        ("predicted, ms", "", number(report.predicted_ms, 3)),
+        ("speed-up (95 % interval)", UNKNOWN if report.speedup is None else "1", speedup),
+        ("top-1, %", number(report.dense_top1), number(report.top1)),
+        ("agreement, %", "100" if compared else UNKNOWN, number(report.agreement)),
+        ("KL, nats", "0" if compared else UNKNOWN, number(report.kl, 4)),
     ]
     if report.fused_attention is not None:
         rows.append(("fused attention, layers", "", f"{report.fused_attention} of {report.fusable_attention}"))
@@ -187,7 +179,7 @@ def _setup(engine: Engine, schedule: Schedule, report: Report, preprocessing: Pr
         "builder options": setup.options,
         "rounds": f"{len(report.latency.samples_ms)}{together}",
         "probes": f"{report.probes} latency measurements" if report.probes else None,
-        "accuracy on": _evaluated(report) if report.images else None,
+        "accuracy on": evaluated_on(report.images, report.held_out) if report.images else None,
         "preprocessing": f"{how.resize_px} px {how.interpolation}, {how.crop_mode} crop of {how.image_px} px",
         "engine": f"{engine.path}, {engine.size_bytes / 1e6:.1f} MB, sha256 {engine.sha256[:12]}…",
         "weights": f"sha256 {schedule.vit.weights_sha256[:12]}…",
@@ -199,17 +191,6 @@ def _points(staircase: Staircase) -> Rows:
     """One row per measured token count, largest first."""
     ends = treads(staircase)
     return [
-        (str(p.tokens), f"{p.latency.median_ms:.3f}", _interval(p.latency), "tread" if p.tokens in ends else "")
+        (str(p.tokens), f"{p.latency.median_ms:.3f}", interval(p.latency), "tread" if p.tokens in ends else "")
         for p in reversed(staircase.points)
     ]
-
-
-def _interval(latency: Latency | None) -> str:
-    if latency is None:
-        return "–"
-    low, high = latency.interval_ms
-    return f"{low:.3f} to {high:.3f}"
-
-
-def _number(value: float | None, digits: int = 2) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"

@@ -83,39 +83,23 @@ def simulated_staircase(target: Target, vit: Vit, exhaustive: bool = False) -> S
 
 
 def measured_staircase(
-    target: Target, vit: Vit, methods: Sequence[str], models: Callable[[], Path], exhaustive: bool = False
-) -> Staircase:
-    """The staircase of the ONNX files in the folder that `models` returns, with the cost of these methods' cuts.
-
-    Reused or resumed from the work folder; `models` is called only where something has to be measured.
-    Raises EngineError, OutputError, HostError.
-    """
-    return _measured(target, vit, methods, models, exhaustive)
-
-
-def confirmed_staircase(
-    target: Target,
-    staircase: Staircase,
-    methods: Sequence[str],
-    models: Callable[[], Path],
-    exhaustive: bool,
-    tokens: Iterable[int],
-) -> Staircase:
-    """The staircase after measuring the unconfirmed right ends of the treads that contain `tokens`."""
-    missing = unconfirmed(staircase, tokens)
-    return _measured(target, staircase.vit, methods, models, exhaustive, staircase, missing) if missing else staircase
-
-
-def _measured(
     target: Target,
     vit: Vit,
     methods: Sequence[str],
     models: Callable[[], Path],
-    exhaustive: bool,
+    exhaustive: bool = False,
     base: Staircase | None = None,
-    confirm: tuple[int, ...] = (),
+    tokens: Iterable[int] = (),
 ) -> Staircase:
-    """A staircase, or `base` after more probes that find where the treads of `confirm` end."""
+    """The staircase of the ONNX files in the folder that `models` returns, with the cost of these methods' cuts.
+
+    With `base`: that staircase after measuring the unconfirmed right ends of the treads that contain `tokens`.
+    Reused or resumed from the work folder; `models` is called only where something has to be measured. Raises
+    EngineError, OutputError, HostError.
+    """
+    confirm = unconfirmed(base, tokens) if base else ()
+    if base is not None and not confirm:
+        return base
     rounds = 1 if target.setup.noiseless else ROUNDS
     parts = (vit, target.setup, methods, exhaustive, rounds, _digest(base) if base else None, confirm)
     partial = target.work.file("samples", ".json", *parts)
@@ -123,7 +107,9 @@ def _measured(
     def make(path: Path) -> None:
         folder = models()
         samples = _stored(partial)
-        if base is not None and not samples:
+        if samples:
+            log.info("staircase: resuming, %d samples are already measured", sum(map(len, samples.values())))
+        elif base is not None:
             samples = _stored(target.work.file("probed", ".json", _digest(base)))
         staircase, samples = probe(
             vit,
@@ -178,16 +164,14 @@ def _keep(samples: Samples, path: Path) -> None:
 
 
 def _stored(path: Path) -> Samples:
-    """Samples of an interrupted run; empty where there are none or they cannot be read."""
+    """Samples of an earlier run; empty where there are none or they cannot be read."""
     if not path.exists():
         return {}
     try:
-        samples = dict(msgspec.json.decode(read_bytes(path), type=Pairs))
+        return dict(msgspec.json.decode(read_bytes(path), type=Pairs))
     except msgspec.DecodeError:
         log.warning("%s cannot be read: measuring again", path)
         return {}
-    log.info("staircase: resuming, %d samples are already measured", sum(map(len, samples.values())))
-    return samples
 
 
 def _fits(weights: Path, free_bytes: int | None) -> bool:

@@ -19,7 +19,6 @@ from edgeprune.pipeline.refine import Refined, refine
 from edgeprune.pipeline.scores import ScheduleScores
 from edgeprune.pipeline.write import bundle_from_onnx, noise_batch
 from edgeprune.records import BuildTrace, Manifest, ModelMetadata, Progress, Sample, Staircase, Trial, silent
-from edgeprune.runtimes.steps import WorkFolder
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ def build(options: Options, progress: Progress = silent) -> Built:
     """Build a bundle. Raises any EdgepruneError; nothing half-written is left."""
     context = context_for(options, progress)
     check_out(context.out)
-    with WorkFolder(options.work).lock():
+    with context.target.work.lock():
         log.info("step 1 of 4: measuring the latency staircase of %s on %s", context.model.vit.name, options.device)
         staircase = measured_staircase(context.target, context.model, (context.method,), options.exhaustive)
         log.info("step 2 of 4: searching for a schedule (goal: %s), then building and timing the best", options.goal)

@@ -11,15 +11,13 @@ from edgeprune.pipeline.context import Context, Options, context_for
 from edgeprune.pipeline.evaluate import logits_on, with_fidelity
 from edgeprune.pipeline.measure import MISS, MeasuredSchedule, corrected_goal, measured_schedules, report_of
 from edgeprune.pipeline.onnx_files import dense_onnx, pruned_onnx
-from edgeprune.pipeline.pictures import BIASED
 from edgeprune.pipeline.profile import confirmed, measured_staircase
 from edgeprune.pipeline.scores import ScheduleScores
 from edgeprune.pipeline.solve import solve, with_confirmed_edges
 from edgeprune.records import Progress, Report, Schedule, Setup, Staircase, silent
-from edgeprune.runtimes.steps import WorkFolder
 from edgeprune.scheduling.goals import Goal, finished
 from edgeprune.scheduling.published import published_schedule
-from edgeprune.vit.reducers import reducer_named
+from edgeprune.vit.reducers import check_method
 
 log = logging.getLogger(__name__)
 
@@ -60,11 +58,11 @@ def compare(
     if not targets or min(targets) < 1:
         raise InputError("--speedup needs one or more factors of at least 1, separated by commas")
     for method in methods:
-        reducer_named(method)
+        check_method(method)
     if options.precision != "fp32" and not options.simulate:
         raise InputError(f"compare measures fp32, not {options.precision}: leave out --precision or pass --simulate")
     context = context_for(options, progress)
-    with WorkFolder(options.work).lock():
+    with context.target.work.lock():
         return _Methods(context, methods).compared(targets)
 
 
@@ -153,8 +151,6 @@ class _Methods:
         measured = measured_schedules(context, self.staircase, [e.schedule for e in entries])
         method = next((m for m in self.methods if m != "none"), "none")
         kept, held_out = pictures.held_out(method, context.target.onnx_precision)
-        if not held_out:
-            log.warning(BIASED, len(kept))
         labels = pictures.labels(kept)
         dense = logits_on(context, pictures, dense_onnx(context))[kept]
         reported = []

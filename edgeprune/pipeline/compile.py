@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from edgeprune.bundles.format import GOLDEN, MANIFEST, ONNX, check_out, load_bundle
-from edgeprune.defaults import ENGINES
+from edgeprune.bundles.format import GOLDEN, MANIFEST, ONNX, check_out, default_folder, load_bundle
 from edgeprune.errors import InputError
 from edgeprune.images import ImageSet, load_images, load_pixels, normalise
 from edgeprune.io import load, load_array
@@ -53,7 +52,7 @@ def compile_onnx(target: Target, given: Inputs) -> tuple[Path, Manifest]:
 def _compiled(target: Target, given: Inputs) -> tuple[Path, Manifest]:
     metadata, bundle = described(given.onnx)
     setup, vit, schedule = target.setup, metadata.vit, metadata.schedule
-    out = given.out or ENGINES / setup.device / vit.name / f"{schedule.method}-{setup.precision}-b{setup.batch}"
+    out = given.out or default_folder(setup, vit, schedule.method)
     check_out(out)
     if given.dense is not None and input_shape(load_graph(given.dense)) != input_shape(load_graph(given.onnx)):
         raise InputError(

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgeprune import zoo
-from edgeprune.defaults import ENGINES, WORK
+from edgeprune.bundles.format import default_folder
+from edgeprune.defaults import WORK
 from edgeprune.errors import InputError
 from edgeprune.images import ImageSet, load_images
 from edgeprune.pipeline.pictures import Pictures
@@ -85,9 +86,7 @@ class Context:
     @property
     def out(self) -> Path:
         """The folder of the bundle."""
-        options = self.options
-        name = f"{options.method}-{options.precision}-b{options.batch}" + ("-simulated" if options.simulate else "")
-        return options.out or ENGINES / self.target.device.name / self.model.vit.name / name
+        return self.options.out or default_folder(self.target.setup, self.model.vit, self.method)
 
     def with_method(self, method: str) -> Context:
         """The same model, target and pictures with another method."""

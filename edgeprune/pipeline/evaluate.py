@@ -12,12 +12,12 @@ import numpy as np
 
 from edgeprune import stats
 from edgeprune.errors import REPORT, ExportError, PrecisionError
-from edgeprune.io import replacing, sha256_file
+from edgeprune.io import save_array, sha256_file
 from edgeprune.onnx_graph import attention_fusion
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.measure import Measured, measured_engines, report_of
 from edgeprune.pipeline.onnx_files import dense_onnx, nominal_onnx, precise_onnx, pruned_onnx
-from edgeprune.pipeline.pictures import BIASED, Pictures
+from edgeprune.pipeline.pictures import Pictures
 from edgeprune.records import Report, Schedule, Staircase
 from edgeprune.runtimes.inference import logits_of
 from edgeprune.scheduling.goals import Goal
@@ -64,8 +64,6 @@ def evaluate(context: Context, staircase: Staircase, schedule: Schedule) -> Eval
     labels = pictures.labels(kept)
     if lowered:
         gate(target.setup.precision, context.options.goal, measured, pruned[kept], whole[kept], labels)
-    if not held_out:
-        log.warning(BIASED, len(kept))
     return Evaluated(file, with_fidelity(report, dense[kept], pruned[kept], labels, held_out), steadiest)
 
 
@@ -150,8 +148,7 @@ def logits_on(context: Context, pictures: Pictures, file: Path) -> NDArray[np.fl
             array = logits_of(
                 session, pictures.pixels, pictures.how, context.options.batch, context.progress, "evaluating images"
             )
-        with replacing(path) as temporary, open(temporary, "wb") as out:
-            np.save(out, array, allow_pickle=False)
+        save_array(array, path)
 
     parts = (sha256_file(file), context.target.setup, pictures.key, pictures.how)
     logits: NDArray[np.float32] = np.load(context.target.work.step("logits", ".npy", parts, make), allow_pickle=False)

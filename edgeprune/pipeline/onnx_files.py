@@ -9,6 +9,7 @@ import onnx
 
 from edgeprune.images import batches, calibration_indices
 from edgeprune.io import code_key, key_of, load, save, sha256_file
+from edgeprune.latency.profiling import models_folder
 from edgeprune.onnx_graph.graph import save_graph, static_or_raise
 from edgeprune.onnx_graph.precision import CONVERSIONS, Convert, calibrated, int8
 from edgeprune.pipeline.context import Context
@@ -22,7 +23,8 @@ def dense_onnx(context: Context) -> Path:
     """The unpruned model's fp32 ONNX; the one exported for profiling where that is fp32. Raises ExportError."""
     if context.target.onnx_precision != "fp32":
         return _exported(context, "none", context.dense_tokens, False)
-    return profiling_models(context.target, context.model, ()) / "dense.onnx"
+    dense = models_folder(context.target, context.model.vit) / "dense.onnx"
+    return dense if dense.is_file() else profiling_models(context.target, context.model, ()) / "dense.onnx"
 
 
 def pruned_onnx(context: Context, schedule: Schedule) -> Path:

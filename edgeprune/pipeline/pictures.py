@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeprune.images import ImageSet, calibration_indices, drawn, load_pixels
-from edgeprune.io import replacing
+from edgeprune.io import save_array
 from edgeprune.records import Preprocessing
 from edgeprune.runtimes.target import Target
 
@@ -18,8 +19,9 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+log = logging.getLogger(__name__)
+
 LEAST_HELD_OUT = 32  # with fewer pictures left after the choice of a schedule, figures are of all pictures
-BIASED = "figures are of all %d images, including those used to choose the schedule: pass more --images to avoid bias"
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,7 @@ class Pictures:
         """All pictures, (images, P, P, 3) bytes. Raises ImageError, OutputError."""
 
         def make(path: Path) -> None:
-            array = load_pixels(self.files.paths, self.how, self.target.progress)
-            with replacing(path) as temporary, open(temporary, "wb") as file:
-                np.save(file, array, allow_pickle=False)
+            save_array(load_pixels(self.files.paths, self.how, self.target.progress), path)
 
         path = self.target.work.step("pixels", ".npy", (self.key, self.how), make)
         pixels: NDArray[np.uint8] = np.load(path, allow_pickle=False)
@@ -57,15 +57,20 @@ class Pictures:
     def held_out(self, method: str, precision: str) -> tuple[NDArray[np.int64], bool]:
         """Indices of the pictures for the figures, and whether none of them was used for the schedule or INT8 ranges.
 
-        All pictures and False where fewer than LEAST_HELD_OUT would be left.
+        All pictures, False and a logged warning where fewer than LEAST_HELD_OUT would be left.
         """
         everything = np.arange(len(self.files))
         seen = self.search if method != "none" else everything[:0]
         if precision == "int8":
             seen = np.union1d(seen, calibration_indices(len(everything)))
         left = np.setdiff1d(everything, seen)
-        good = len(left) >= LEAST_HELD_OUT or not len(seen)
-        return (left if good else everything), good
+        if len(left) >= LEAST_HELD_OUT or not len(seen):
+            return left, True
+        log.warning(
+            "figures are of all %d images, including those used to choose the schedule: "
+            "pass more --images to avoid bias", len(everything),
+        )  # fmt: skip
+        return everything, False
 
     def labels(self, indices: NDArray[np.int64]) -> list[int] | None:
         """Class indices of some pictures; None where the pictures have no labels."""

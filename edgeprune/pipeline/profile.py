@@ -31,15 +31,9 @@ def measured_staircase(target: Target, model: Model, methods: Sequence[str], exh
 
 def confirmed(context: Context, staircase: Staircase, methods: Sequence[str], tokens: Iterable[int]) -> Staircase:
     """The staircase after measuring the unconfirmed right ends of the treads that contain `tokens`."""
-    target, model = context.target, context.model
-    return profiling.confirmed_staircase(
-        target,
-        staircase,
-        methods,
-        lambda: profiling_models(target, model, methods),
-        context.options.exhaustive,
-        tokens,
-    )
+    target, model, exhaustive = context.target, context.model, context.options.exhaustive
+    folder = partial(profiling_models, target, model, methods)
+    return profiling.measured_staircase(target, model.vit, methods, folder, exhaustive, staircase, tokens)
 
 
 def profiling_models(target: Target, model: Model, methods: Sequence[str]) -> Path:

@@ -29,23 +29,22 @@ def solve(context: Context, staircase: Staircase, scores: ScheduleScores, goal: 
     options, prefix_last = context.options, context.prefix_last
     if context.method == "none":
         return Solution(finished(staircase, "none", options.policy, context.dense_tokens, prefix_last), ())
-    parts = (encode(staircase), goal, options.policy, options.block, *scores.key)
-    if options.policy == "paper":
+    candidates: tuple[Candidate, ...] = ()
+    if options.policy == "search":
+        candidates = searched(context, staircase, scores, goal.limit_ms(staircase.dense.median_ms))
 
-        def by_utility(path: Path) -> None:
+    def make(path: Path) -> None:
+        if options.policy == "paper":
             found = paper_schedule(
                 staircase, context.method, goal, scores.random_drop, options.block, prefix_last, context.progress
             )
-            save(found, path)
+        else:
+            best = choose(pareto(candidates), staircase, context.method, goal, scores.drop)
+            found = finished(staircase, context.method, "search", best.tokens, prefix_last)
+        save(found, path)
 
-        return Solution(load(context.target.work.step("schedule", ".json", parts, by_utility), Schedule), ())
-    candidates = searched(context, staircase, scores, goal.limit_ms(staircase.dense.median_ms))
-
-    def by_search(path: Path) -> None:
-        best = choose(pareto(candidates), staircase, context.method, goal, scores.drop)
-        save(finished(staircase, context.method, "search", best.tokens, prefix_last), path)
-
-    return Solution(load(context.target.work.step("schedule", ".json", parts, by_search), Schedule), candidates)
+    parts = (encode(staircase), goal, options.policy, options.block, *scores.key)
+    return Solution(load(context.target.work.step("schedule", ".json", parts, make), Schedule), candidates)
 
 
 def searched(

@@ -128,8 +128,8 @@ def test_patches_without_a_token_are_dimmed_and_explained() -> None:
 @pytest.mark.parametrize(
     ("held_out", "words"),
     [
-        (True, "650 pictures not used to choose the schedule"),
-        (False, "650 pictures, some of them used to choose the schedule"),
+        (True, "650 images not used to choose the schedule"),
+        (False, "all 650 images, some also used to choose the schedule"),
         (None, "650 pictures"),
     ],
 )

@@ -15,11 +15,12 @@ import torch
 from numpy.typing import NDArray
 from onnx import TensorProto, numpy_helper, shape_inference
 
+from edgeprune.defaults import REDUCERS
 from edgeprune.onnx_graph import graph, precision
 from edgeprune.onnx_graph.graph import attention_forms, fix_tokens, precision_of, static_or_raise
 from edgeprune.vit import export
 from edgeprune.vit.pruned import PrunedViT, Trunk
-from edgeprune.vit.reducers import REDUCERS, reducer_named
+from edgeprune.vit.reducers import reducer_named
 
 CUT = (17, 9, 9)
 

@@ -19,13 +19,14 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
+from edgeprune.defaults import REDUCERS
 from edgeprune.errors import InputError
 from edgeprune.onnx_graph import graph
 from edgeprune.onnx_graph.graph import attention_forms, fix_tokens, load_graph
 from edgeprune.onnx_graph.precision import CONVERSIONS
 from edgeprune.vit import export
 from edgeprune.vit.pruned import LastBlock, PrunedViT, Trunk
-from edgeprune.vit.reducers import REDUCERS, reducer_named
+from edgeprune.vit.reducers import reducer_named
 
 CUT = (17, 9, 9)  # the tiny model of 17 tokens, cut in block 1
 

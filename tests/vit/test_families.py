@@ -11,10 +11,11 @@ import torch
 from support.models import KINDS, shake
 from torch import Tensor
 
+from edgeprune.defaults import REDUCERS
 from edgeprune.errors import ModelError
 from edgeprune.vit.families import family_named, family_of
 from edgeprune.vit.pruned import PrunedViT, Trunk, random_kept
-from edgeprune.vit.reducers import REDUCERS, reducer_named
+from edgeprune.vit.reducers import reducer_named
 
 REAL: dict[str, tuple[int, int, dict[str, Any]]] = {  # prefix, tokens, options
     "vit_tiny_patch16_224": (1, 197, {}),

@@ -10,8 +10,9 @@ import torch
 from numpy.typing import NDArray
 from support.attention import BODY, PREFIXES, WIDTH, attended, sizes_of
 
+from edgeprune.defaults import METHODS, REDUCERS
 from edgeprune.errors import InputError
-from edgeprune.vit.reducers import REDUCERS, methods, reducer_named
+from edgeprune.vit.reducers import reducer_named
 from edgeprune.vit.tokens import Attended
 
 KEEPS = (1, 2, 7, BODY - 1)  # beyond the prefix; the unpruned count never reaches a reducer
@@ -210,6 +211,6 @@ def test_evit_stays_exact_where_hardly_any_attention_is_left() -> None:
 
 def test_names() -> None:
     assert reducer_named("none") is None
-    assert {*REFERENCES, "fold", "tome", "none"} == set(methods())
+    assert {*REFERENCES, "fold", "tome", "none"} == set(METHODS)
     with pytest.raises(InputError, match=r"unknown method 'best': choose from topk, .*none"):
         reducer_named("best")

@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 from support.attention import BODY, PREFIXES, attended, sizes_of
 
+from edgeprune.defaults import REDUCERS
 from edgeprune.records import Schedule
 from edgeprune.vit.pruned import PrunedViT
-from edgeprune.vit.reducers import REDUCERS, reducer_named
+from edgeprune.vit.reducers import reducer_named
 from edgeprune.vit.token_groups import Watched, groups_of, samples_of, shares, small
 
 MERGING = ("fold", "tome")  # they alone know sizes and throw nothing away

@@ -4,34 +4,24 @@ from __future__ import annotations
 
 import importlib
 
+from edgeprune.defaults import METHODS
 from edgeprune.errors import InputError
 from edgeprune.vit.tokens import Reducer
-
-REDUCERS = {
-    "topk": "edgeprune.vit.reducers.topk:topk",
-    "evit": "edgeprune.vit.reducers.evit:evit",
-    "pomt": "edgeprune.vit.reducers.pomt:pomt",
-    "tome": "edgeprune.vit.reducers.tome:tome",
-    "fold": "edgeprune.vit.reducers.fold:fold",
-}
-
-
-def methods() -> tuple[str, ...]:
-    """All values of --method."""
-    return (*REDUCERS, "none")
 
 
 def check_method(method: str) -> None:
     """Raise InputError for an unknown method; imports none."""
-    if method not in methods():
-        raise InputError(f"unknown method {method!r}: choose from {', '.join(methods())}")
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}: choose from {', '.join(METHODS)}")
 
 
 def reducer_named(method: str) -> Reducer | None:
-    """The reducer of a method; None for `none`, which removes no tokens. Raises InputError."""
+    """The reducer of a method: the function of its name in the module of its name; None for `none`.
+
+    Raises InputError.
+    """
     check_method(method)
     if method == "none":
         return None
-    module, _, name = REDUCERS[method].partition(":")
-    reducer: Reducer = getattr(importlib.import_module(module), name)
+    reducer: Reducer = getattr(importlib.import_module(f"edgeprune.vit.reducers.{method}"), method)
     return reducer
