@@ -87,7 +87,7 @@ def test_figures_are_those_of_the_records() -> None:
     for figure in ("8.000", "12.000", "1.500 (1.400 to 1.600)", "82.80", "81.90", "95.25", "0.0310", "17, 12, 6, 6"):
         assert figure in text
     assert "2, chosen: predicted 8.1, measured 8 ms (+1.2 %)" in text
-    assert "650 pictures" in text and "4 schedules evaluated" in text
+    assert "650 images" in text and "4 schedules evaluated" in text
 
 
 def test_simulated_latency_says_so() -> None:
@@ -103,6 +103,8 @@ def test_what_is_unknown_is_left_out_or_said() -> None:
     bare = msgspec.structs.replace(given["report"], **figures)
     text = Tags(page_html(**given | {"report": bare, "staircase": None, "trace": BuildTrace()})).text
     assert text.startswith("\n") and "8.00 ms, 81.9 % top-1" in text and "None" not in text
+    for unknown in ("speed-up (95 % interval)", "agreement, %", "KL, nats"):
+        assert re.search(rf"{re.escape(unknown)}\s*–\s*–", text), unknown
     for missing in ("This bundle has no staircase", "There was no search", "There is no prediction"):
         assert missing in text
     assert "goal:" not in text and "Every measured token count" not in text
@@ -129,8 +131,8 @@ def test_patches_without_a_token_are_dimmed_and_explained() -> None:
     ("held_out", "words"),
     [
         (True, "650 images not used to choose the schedule"),
-        (False, "all 650 images, some also used to choose the schedule"),
-        (None, "650 pictures"),
+        (False, "all 650 images, some also used to choose the schedule: pass more --images for unbiased figures"),
+        (None, "650 images"),
     ],
 )
 def test_says_whether_the_schedule_was_chosen_on_the_pictures(held_out: bool | None, words: str) -> None:

@@ -212,5 +212,5 @@ def test_evit_stays_exact_where_hardly_any_attention_is_left() -> None:
 def test_names() -> None:
     assert reducer_named("none") is None
     assert {*REFERENCES, "fold", "tome", "none"} == set(METHODS)
-    with pytest.raises(InputError, match=r"unknown method 'best': choose from topk, .*none"):
+    with pytest.raises(InputError, match=r"unknown method 'best': choose from fold, .*none"):
         reducer_named("best")
