@@ -7,13 +7,13 @@ PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-c
 # Compiled modules are kept: without them every test that starts a Python compiles PyTorch's 2,000 files.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test lint fuzz docs lowest picture clean
+.PHONY: demo test lint fuzz aarch64 docs lowest picture clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/run.stamp
 	$(BIN)/edgeprune build --device cpu
 
-test: lint $(VENV)/debian.stamp
+test: lint $(VENV)/debian.stamp $(VENV)/aarch64.stamp
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/dev.stamp
@@ -25,6 +25,10 @@ lint: $(VENV)/dev.stamp
 # The slow tests: twenty times as many damaged files, builds killed at random moments, all stored simulated builds.
 fuzz: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -m slow
+
+# The tests of the device half on an emulated aarch64 processor, alone.
+aarch64: $(VENV)/dev.stamp $(VENV)/debian.stamp $(VENV)/aarch64.stamp
+	$(BIN)/python -m pytest -n 0 tests/aarch64
 
 docs: $(VENV)/docs.stamp
 	$(BIN)/mkdocs build --strict
@@ -65,6 +69,11 @@ $(VENV)/debian.stamp: $(VENV)/run.stamp
 	  apt-get install -y -qq --no-install-recommends chromium openssh-server >/dev/null \
 	  || echo "chromium and openssh-server could not be installed: the tests that need them are skipped"; \
 	else echo "not root, or no apt-get: tests that need chromium or sshd are skipped where those are missing"; fi
+	touch $@
+
+# An aarch64 Python under QEMU for the tests of the device half. Where it cannot be had they are skipped by name.
+$(VENV)/aarch64.stamp: tests/aarch64/setup.sh constraints.txt $(VENV)/run.stamp
+	tests/aarch64/setup.sh $(VENV)/aarch64 $(BIN)/python
 	touch $@
 
 # The picture of the README: the page of a build of the embedded model on simulated latencies, so that it can be repeated.

@@ -1,0 +1,33 @@
+"""Runs commands of edgeprune one after another in this process, because an emulated Python starts slowly.
+
+Reads a JSON list of argument lists from stdin; writes one JSON object per command, [exit code, stdout, stderr].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import sys
+from unittest import mock
+
+from edgeprune.cli import main
+from edgeprune.latency import timing
+
+timing.WARMUP_S = 1.0  # latencies under emulation say nothing, so they need not be stable
+
+
+def run(argv: list[str]) -> tuple[int, str, str]:
+    """One command: exit code, stdout and stderr."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    arguments = mock.patch.object(sys, "argv", ["edgeprune", *argv])
+    with arguments, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+    return code, out.getvalue(), err.getvalue()
+
+
+for arguments in json.load(sys.stdin):
+    print(json.dumps(run(arguments)), flush=True)
