@@ -4,7 +4,8 @@
 # FOLDER gets root/ (QEMU and Debian's Python for arm64, unpacked), site/ (wheels for aarch64) and the program `python`.
 # Everything stays in FOLDER: nothing is installed on this machine, and no root is needed, only apt-get with a
 # distribution that has arm64 packages at the same address. PYTHON has pip and msgspec.
-# Where something cannot be downloaded, FOLDER/missing says what, the tests are skipped, and the exit code is 0.
+# Where something cannot be downloaded, FOLDER/missing says what, the tests are skipped, and the exit code is 0;
+# pins that have no wheel for aarch64 are an error.
 set -eu
 folder=$(mkdir -p "$1" && cd "$1" && pwd)
 python=$2
@@ -51,11 +52,16 @@ print(*msgspec.toml.decode(open(sys.argv[1], "rb").read())["project"]["dependenc
   "$checkout/pyproject.toml" >"$folder/requirements.txt"
 grep -v ^onnxruntime "$checkout/constraints.txt" >"$folder/constraints.txt"
 version=$(readlink "$folder/root/usr/bin/python3")
+case $version in python3.1[0-3]) ;; *) missing "edgeprune does not support $version, which this distribution has" ;; esac
 "$python" -m pip install --quiet --no-compile --disable-pip-version-check --target "$folder/site" --only-binary=:all: \
   --implementation cp --python-version "${version#python}" \
   --platform manylinux_2_28_aarch64 --platform manylinux_2_27_aarch64 --platform manylinux_2_17_aarch64 \
   --platform manylinux2014_aarch64 -c "$folder/constraints.txt" -r "$folder/requirements.txt" "onnxruntime==$ORT" \
-  2>"$state/log" || missing "pip cannot download wheels for aarch64 (see $state/log)"
+  2>"$state/log" || {
+  cat "$state/log"
+  grep -qE 'NewConnectionError|Retrying \(|Connect(ion)?Error|Timeout|name resolution' "$state/log" || exit 1
+  missing "pip reaches no package registry"
+}
 rm -rf "$state"
 
 cat >"$folder/python.tmp" <<PROGRAM
