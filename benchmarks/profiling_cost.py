@@ -25,7 +25,8 @@ from edgeprune.latency.staircase import DENSE, FIXED, SampleKey, treads
 from edgeprune.latency.timing import WARMUP
 from edgeprune.records import Setup, Staircase, Vit
 from edgeprune.runtimes.inference import Open
-from edgeprune.runtimes.simulated import latency_ms, matmuls_of_trunk
+from edgeprune.runtimes.kernel_times import latency_ms
+from edgeprune.runtimes.simulated import operations_of_trunk
 from edgeprune.scheduling.goals import Goal
 from edgeprune.scheduling.paper import paper_schedule
 
@@ -184,7 +185,7 @@ def simulated(device: str, vit: Vit, precision: str, batch: int) -> Source:
         device=device, machine=record.title, runtime="simulated", runtime_version="", precision=precision,
         batch=batch, noiseless=True,
     )  # fmt: skip
-    trunk = {n: [latency_ms(matmuls_of_trunk(vit, n, batch), record, precision)] for n in all_counts(vit)}
+    trunk = {n: [latency_ms(operations_of_trunk(vit, n, batch), record, precision)] for n in all_counts(vit)}
     return Source(vit, setup, trunk, {FIXED: [0.1], DENSE: [trunk[vit.tokens][0] + 0.1]})
 
 

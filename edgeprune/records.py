@@ -31,13 +31,12 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 
 class Simulation(Record, frozen=True, kw_only=True):
-    """Constants of the tail-effect model of a device (runtimes/simulated.py has the formula)."""
+    """Constants of the tail-effect model of a device (runtimes/kernel_times.py has the formula)."""
 
     clock_mhz: float
-    fma_per_clock_per_sm: dict[str, int]  # by precision: fp32, fp16, int8
+    fma_per_clock_per_sm: dict[str, int]  # by precision: fp32, tf32 (only for comparisons), fp16, int8
     bandwidth_gb_per_s: float
-    launch_us: float
-    tile: tuple[int, int] = (128, 64)  # rows, columns of one thread block's output
+    launch_us: float  # of each kernel, in a CUDA graph
 
 
 class TrtOptions(Record, frozen=True, kw_only=True):

@@ -50,7 +50,8 @@ from edgeprune.records import (
     Staircase,
     Trial,
 )
-from edgeprune.runtimes.simulated import latency_ms, matmuls_of_ends
+from edgeprune.runtimes.kernel_times import latency_ms
+from edgeprune.runtimes.simulated import operations_of_ends
 from edgeprune.runtimes.target import target_for
 from edgeprune.scheduling.goals import Goal
 from edgeprune.scheduling.paper import paper_schedule
@@ -262,7 +263,9 @@ def test_mutated_devices_and_hosts(some: Amount, tmp_path: Path) -> None:
         device = parse(data, "device.toml")
         if device.simulation is not None:
             vit = vit_of("vit_digits")
-            assert latency_ms(matmuls_of_ends(vit, 1), device, next(iter(device.simulation.fma_per_clock_per_sm))) > 0
+            assert (
+                latency_ms(operations_of_ends(vit, 1), device, next(iter(device.simulation.fma_per_clock_per_sm))) > 0
+            )
 
     worked = count = 0
     for name in devices.names():

@@ -22,7 +22,7 @@ from edgeprune.devices.power import locked_clocks
 from edgeprune.devices.sensors import Meter, PeakMemory, rails_w, total_w
 from edgeprune.errors import EngineError, InputError
 from edgeprune.latency.timing import WARMUP, interleave
-from edgeprune.onnx_graph.matmuls import flops_of_onnx
+from edgeprune.onnx_graph.operations import flops_of_onnx
 from edgeprune.records import Latency, Manifest, Progress, Setup, silent
 from edgeprune.runtimes import OnDevice, Session
 from edgeprune.runtimes.inference import Open

@@ -57,13 +57,14 @@ def _problem(device: Device) -> str | None:
     """The first field with an unusable value, and why; None where all are good."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", device.name):
         return "$.name: use lower-case letters, digits, - and _"
+    if device.compute_capability is not None and not re.fullmatch(r"\d{1,3}\.\d", device.compute_capability):
+        return "$.compute_capability: major and minor version, for example 8.7"
     figures: dict[str, float | None] = {"sm_count": device.sm_count, "memory_gib": device.memory_gib}
     if (model := device.simulation) is not None:
         if device.sm_count is None:
             return "$.sm_count: a simulation needs it"
         figures |= {f"simulation.{k}": getattr(model, k) for k in SIMULATION_FIGURES}
         figures |= {f"simulation.fma_per_clock_per_sm.{k}": v for k, v in model.fma_per_clock_per_sm.items()}
-        figures |= {f"simulation.tile[{i}]": v for i, v in enumerate(model.tile)}
     if problem := _trt_problem(device.trt):
         return problem
     for field, value in figures.items():

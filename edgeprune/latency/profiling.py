@@ -66,17 +66,17 @@ def staircase_of_folder(target: Target, trunk: Path, methods: Sequence[str], exh
 
 def simulated_staircase(target: Target, vit: Vit, exhaustive: bool = False) -> Staircase:
     """The staircase of a simulated device from the shape of a model alone: no torch, no ONNX file."""
-    from edgeprune.runtimes.simulated import SimulatedMatmuls, matmuls_of_ends, matmuls_of_trunk
+    from edgeprune.runtimes.simulated import SimulatedKernels, operations_of_ends, operations_of_trunk
 
     device, setup = target.device, target.setup
-    ends, batch = matmuls_of_ends(vit, setup.batch), setup.batch
+    ends, batch = operations_of_ends(vit, setup.batch), setup.batch
 
-    def opens(matmuls: Any) -> Open:
-        return lambda: SimulatedMatmuls(matmuls, device, setup.precision)
+    def opens(operations: Any) -> Open:
+        return lambda: SimulatedKernels(operations, device, setup.precision)
 
-    others = {FIXED: opens(ends), DENSE: opens(ends + matmuls_of_trunk(vit, vit.tokens, batch))}
+    others = {FIXED: opens(ends), DENSE: opens(ends + operations_of_trunk(vit, vit.tokens, batch))}
     staircase, _ = probe(
-        vit, setup, lambda n: opens(matmuls_of_trunk(vit, n, batch)), others, 1, exhaustive,
+        vit, setup, lambda n: opens(operations_of_trunk(vit, n, batch)), others, 1, exhaustive,
         progress=target.progress,
     )  # fmt: skip
     return staircase

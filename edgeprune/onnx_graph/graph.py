@@ -10,6 +10,7 @@ import hashlib
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 import onnx
 import onnx.helper
@@ -203,11 +204,21 @@ def static_or_raise(model: onnx.ModelProto) -> None:
             raise ExportError(f"{name} has the dynamic shape ({text}): {REPORT}")
 
 
-def attention_forms(model: onnx.ModelProto) -> list[bool]:
-    """For each softmax over attention scores, in order: is it in the form that TensorRT fuses?
+class AttentionNodes(NamedTuple):
+    """The nodes of one attention, and whether they have the form that TensorRT fuses."""
 
-    Mul (scale) -> MatMul -> [Add bias] -> Softmax -> MatMul, without another consumer of any value in between.
-    Source: NVIDIA TensorRT developer guide, "Multi-head attention fusion".
+    scores: onnx.NodeProto  # MatMul
+    bias: onnx.NodeProto | None  # Add
+    softmax: onnx.NodeProto
+    out: onnx.NodeProto | None  # MatMul with the values
+    fusable: bool
+
+
+def attentions(model: onnx.ModelProto) -> list[AttentionNodes]:
+    """The attention around each softmax over attention scores, in order.
+
+    TensorRT fuses Mul (scale) -> MatMul -> [Add bias] -> Softmax -> MatMul, without another consumer of any value in
+    between. Source: NVIDIA TensorRT developer guide, "Multi-head attention fusion".
     """
     producer = {output: node for node in model.graph.node for output in node.output}
     uses = Counter(name for node in model.graph.node for name in node.input)
@@ -216,19 +227,24 @@ def attention_forms(model: onnx.ModelProto) -> list[bool]:
     for node in model.graph.node:
         for name in node.input:
             consumers.setdefault(name, []).append(node)
-    forms = []
+    found = []
     for node in model.graph.node:
         if node.op_type != "Softmax":
             continue
-        scores = producer.get(node.input[0])
+        scores, bias = producer.get(node.input[0]), None
         links = [node.input[0], node.output[0]]
         if scores is not None and scores.op_type == "Add":  # log of token sizes
-            scores = next((producer[i] for i in scores.input if i in producer), None)
+            bias, scores = scores, next((producer[i] for i in scores.input if i in producer), None)
         if scores is None or scores.op_type != "MatMul":
             continue
         links.append(scores.output[0])
         scaled = any(producer.get(i) is not None and producer[i].op_type == "Mul" for i in scores.input)
-        after = consumers.get(node.output[0], [])
+        out = next((n for n in consumers.get(node.output[0], [])[:1] if n.op_type == "MatMul"), None)
         single_use = all(uses[name] == 1 for name in links)
-        forms.append(scaled and single_use and bool(after) and after[0].op_type == "MatMul")
-    return forms
+        found.append(AttentionNodes(scores, bias, node, out, scaled and single_use and out is not None))
+    return found
+
+
+def attention_forms(model: onnx.ModelProto) -> list[bool]:
+    """For each softmax over attention scores, in order: is it in the form that TensorRT fuses?"""
+    return [found.fusable for found in attentions(model)]

@@ -4,85 +4,55 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
-from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune import devices
-from edgeprune.errors import DeviceError, EngineError, MissingError
+from edgeprune.errors import EngineError, MissingError
 from edgeprune.io import replacing, sha256_file
-from edgeprune.onnx_graph.matmuls import Matmul, matmuls_of_onnx
-from edgeprune.records import Device, Engine, Progress, Setup, Simulation, Vit, silent
+from edgeprune.onnx_graph.operations import Attention, Elementwise, Matmul, Operation, operations_of_onnx
+from edgeprune.records import Device, Engine, Progress, Setup, Vit, silent
+from edgeprune.runtimes.kernel_times import latency_ms, model_of
 from edgeprune.version import __version__
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from typing_extensions import Self
 
-SLICE = 64  # inner elements per step of a thread block's main loop
-BYTES = {"fp32": 4, "fp16": 2, "int8": 1}
 
-
-def matmuls_of_trunk(vit: Vit, tokens: int, batch: int) -> list[Matmul]:
-    """The matrix products of all blocks of `vit` at a constant `tokens` (prefix included)."""
+def operations_of_trunk(vit: Vit, tokens: int, batch: int) -> list[Operation]:
+    """The kernels of all blocks of `vit` at a constant `tokens` (prefix included): those of its exported trunk."""
     rows, inside, gated = batch * tokens, vit.heads * vit.head_dim, vit.mlp_matrices - 1
+    norm = Elementwise(rows, 4 * vit.width)  # reads two summands, writes their sum and its norm
     block = [
-        Matmul(rows, 3 * inside, vit.width, weight=True),
-        Matmul(tokens, tokens, vit.head_dim, batch * vit.heads),
-        Matmul(tokens, vit.head_dim, tokens, batch * vit.heads),
-        Matmul(rows, vit.width, inside, weight=True),
-        Matmul(rows, gated * vit.mlp_width, vit.width, weight=True),
-        Matmul(rows, vit.width, vit.mlp_width, weight=True),
+        Matmul(rows, 3 * inside, vit.width, linear=True),
+        Attention(tokens, tokens, vit.head_dim, batch * vit.heads),
+        Matmul(rows, vit.width, inside, linear=True),
+        norm,
+        Matmul(rows, gated * vit.mlp_width, vit.width, linear=True),
+        Matmul(rows, vit.width, vit.mlp_width, linear=True),
     ]
-    return block * vit.depth
+    inner = [*block, norm] * (vit.depth - 1)
+    return [Elementwise(rows, 2 * vit.width), *inner, *block, Elementwise(rows, 3 * vit.width)]
 
 
-def matmuls_of_ends(vit: Vit, batch: int) -> list[Matmul]:
-    """The matrix products outside the blocks: patch embedding and head."""
+def operations_of_ends(vit: Vit, batch: int) -> list[Operation]:
+    """The kernels outside the blocks: patch embedding with positions, last norm and head."""
     patches = (vit.image_px // vit.patch_px) ** 2
     return [
-        Matmul(batch * patches, vit.width, 3 * vit.patch_px**2, weight=True),
-        Matmul(batch, vit.classes, vit.width, weight=True),
+        Matmul(batch * patches, vit.width, 3 * vit.patch_px**2),
+        Elementwise(batch * vit.tokens, 2 * vit.width),
+        Elementwise(batch * vit.tokens, 2 * vit.width),
+        Matmul(batch, vit.classes, vit.width),
     ]
-
-
-def latency_ms(matmuls: Iterable[Matmul], device: Device, precision: str) -> float:
-    """Time of the matrix products one after another, in ms, by the formula of SimulatedRuntime.
-
-    Raises DeviceError for a device without a simulation or a precision it has no rate for.
-    """
-    model, sm_count = _model(device, precision)
-    rates = model.fma_per_clock_per_sm
-    rows, cols = model.tile
-    total_us = 0.0
-    for matmul in matmuls:
-        kind = "fp16" if precision == "int8" and not matmul.weight and "fp16" in rates else precision
-        tiles = ceil(matmul.rows / rows) * ceil(matmul.cols / cols) * matmul.count
-        steps = ceil(tiles / sm_count) * rows * cols * ceil(matmul.inner / SLICE) * SLICE
-        math_us = steps / (rates[kind] * model.clock_mhz)
-        read = matmul.inner * matmul.cols * matmul.count * BYTES[kind] if matmul.weight else 0
-        total_us += model.launch_us + max(math_us, read / (model.bandwidth_gb_per_s * 1e3))
-    return total_us / 1e3
-
-
-def _model(device: Device, precision: str) -> tuple[Simulation, int]:
-    """Constants and SM count of a device. Raises DeviceError where there are none."""
-    if device.simulation is None or device.sm_count is None:
-        known = [name for name in devices.names() if devices.load_device(name).simulation]
-        raise DeviceError(f"device {device.name} has no simulation: use --simulate with {', '.join(known)}")
-    known = [kind for kind in BYTES if kind in device.simulation.fma_per_clock_per_sm]
-    if precision not in known:
-        raise DeviceError(f"device {device.name} has no rate for {precision!r}: choose {', '.join(known)}")
-    return device.simulation, device.sm_count
 
 
 class _Timed:
     """Base of the sessions below: the latency is computed once, there is nothing to free."""
 
-    def __init__(self, matmuls: Iterable[Matmul], device: Device, precision: str) -> None:
-        self._ms = latency_ms(matmuls, device, precision)
+    def __init__(self, operations: Iterable[Operation], device: Device, precision: str) -> None:
+        self._ms = latency_ms(operations, device, precision)
 
     def time_ms(self) -> float:
         """Simulated latency of one inference, ms; the same each time."""
@@ -95,14 +65,14 @@ class _Timed:
         pass
 
 
-class SimulatedMatmuls(_Timed):
-    """A list of matrix products timed like a session, without torch or an ONNX file.
+class SimulatedKernels(_Timed):
+    """A list of kernels timed like a session, without torch or an ONNX file.
 
     Raises DeviceError as latency_ms does.
     """
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Raises EngineError: a list of matrix products has no weights to compute with."""
+        """Raises EngineError: a list of kernels has no weights to compute with."""
         raise EngineError("a simulated trunk cannot infer: open an exported ONNX file")
 
 
@@ -110,7 +80,7 @@ class SimulatedSession(_Timed):
     """Simulated latency, real outputs: `infer` runs the ONNX on this CPU."""
 
     def __init__(self, path: Path, device: Device, precision: str) -> None:
-        super().__init__(matmuls_of_onnx(path), device, precision)
+        super().__init__(operations_of_onnx(path), device, precision)
         self.path = path
         self._ort: Any = None
 
@@ -142,25 +112,11 @@ def _onnx_runtime(path: Path) -> Any:
 
 
 class SimulatedRuntime:
-    """The tail-effect model of a device, used instead of its runtime.
+    """The tail-effect model of a device (runtimes/kernel_times.py), used instead of its runtime.
 
-    Every matrix product is cut into output tiles of `tile` rows × columns, for each item of its batch and
-    each head; each tile is one thread block, and blocks fill the SMs in waves. The last wave costs as much
-    as a full one, so latency over token counts is a staircase:
-
-        tiles     = ceil(rows / tile_rows) · ceil(cols / tile_cols) · count
-        waves     = ceil(tiles / sm_count)
-        math_us   = waves · tile_rows · tile_cols · K / (fma_per_clock_per_sm · clock_mhz)
-        time_us   = launch_us + max(math_us, weight bytes / bandwidth)
-
-    K is the inner dimension rounded up to whole steps of SLICE, the granularity of a block's main loop.
-    Linear layers count the batch as rows. Elementwise operators, normalisations and softmax are taken as
-    fused into the matrix products and cost nothing; top-k, argmax, one-hot and gathers by computed indices cost one
-    launch. At int8 products of two activations run at the fp16 rate: only linear layers are quantised.
-
-    It models no caches, no choice of tile per matrix and no overlap: it is good for where the steps are, not for
-    absolute times. Sources: NVIDIA, "Matrix Multiplication Background User's Guide", Dimension Quantization
-    Effects (tile and wave quantization); arXiv 2407.05941 on the GPU tail effect behind token pruning.
+    The kernels of an ONNX file are taken one after another, fused as onnx_graph/operations.py says. The ONNX file is
+    always fp32; the precision is applied here. It is good for where the steps of a staircase are, and within about
+    a quarter of published latencies (docs/benchmarks.md, "Simulated against published latencies").
     """
 
     suffix, parity = ".onnx", 1e-4
@@ -170,7 +126,7 @@ class SimulatedRuntime:
 
     def setup(self, device: Device, precision: str, batch: int) -> Setup:
         """The setup of simulated latencies. Raises DeviceError as latency_ms does."""
-        _model(device, precision)
+        model_of(device, precision)
         return Setup(
             device=device.name,
             machine=f"{device.title} (simulated)",
@@ -183,7 +139,7 @@ class SimulatedRuntime:
 
     def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> Engine:
         """Check that the model covers the ONNX file and copy it to `out`. Raises EngineError, OutputError."""
-        matmuls_of_onnx(onnx)
+        operations_of_onnx(onnx)
         with replacing(out) as temporary:
             shutil.copyfile(onnx, temporary)
         digest, size = sha256_file(out), out.stat().st_size

@@ -12,7 +12,7 @@ from onnx import TensorProto, numpy_helper
 
 from edgeprune.benchmark.peak import CHAIN, gemm_onnx, largest_useful
 from edgeprune.devices import load_device
-from edgeprune.onnx_graph.matmuls import flops_of_onnx
+from edgeprune.onnx_graph.operations import flops_of_onnx
 from edgeprune.records import Setup
 from edgeprune.runtimes import runtime_for
 

@@ -11,7 +11,7 @@ import pytest
 from edgeprune import devices
 from edgeprune.errors import DeviceError, RecordError
 
-BUNDLED = ("agx-orin", "cpu", "cuda", "jetson-thor", "jetson-tx2", "orin-nano", "orin-nx")
+BUNDLED = ("agx-orin", "cpu", "cuda", "h100", "jetson-thor", "jetson-tx2", "orin-nano", "orin-nx")
 MINE = """
 name = "mine"
 title = "My board"
@@ -53,8 +53,9 @@ def test_bundled_device_loads_under_its_own_name(name: str) -> None:
     if name in ("cpu", "cuda"):
         assert device.simulation is None and not device.machine
     else:
-        assert device.simulation is not None and device.machine and device.power_query == "nvpmodel -q"
-        assert {"fp32", "fp16", "int8"} == set(device.simulation.fma_per_clock_per_sm)
+        assert device.simulation is not None and device.machine
+        assert device.power_query == (None if name == "h100" else "nvpmodel -q")
+        assert {"fp32", "fp16", "int8"} == set(device.simulation.fma_per_clock_per_sm) - {"tf32"}
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,7 @@ def test_bundled_device_loads_under_its_own_name(name: str) -> None:
         ("agx-orin", 2048, 170 / 2),
         ("jetson-thor", 2560, 1035 / 2),
         ("jetson-tx2", 256, None),
+        ("h100", 16896, 1979),
     ],
 )
 def test_figures_give_the_published_peaks(name: str, cores: int, dense_tops: float | None) -> None:
@@ -90,7 +92,7 @@ def test_own_file(tmp_path: Path) -> None:
     path.write_text(MINE)
     device = devices.load_device(str(path))
     assert (device.name, device.sm_count) == ("mine", 4)
-    assert device.simulation is not None and device.simulation.tile == (128, 64)
+    assert device.simulation is not None and device.simulation.launch_us == 5
 
 
 @pytest.mark.parametrize(
@@ -104,7 +106,9 @@ def test_own_file(tmp_path: Path) -> None:
         ('"mine"', '"../mine"', r"\$\.name"),
         ("clock_mhz = 1000", "clock_mhz = nan", r"\$\.simulation\.clock_mhz is not above 0"),
         ("fp16 = 1024", "fp16 = -1", r"\$\.simulation\.fma_per_clock_per_sm\.fp16"),
-        ("launch_us = 5", "launch_us = 5\ntile = [64, 0]", r"\$\.simulation\.tile\[1\]"),
+        ("launch_us = 5", "launch_us = 0", r"\$\.simulation\.launch_us is not above 0"),
+        ("launch_us = 5", "launch_us = 5\ntile = [64, 64]", "tile"),
+        ("sm_count = 4", 'sm_count = 4\ncompute_capability = "ampere"', r"\$\.compute_capability"),
         ("sm_count = 4", "sm_count = ", "line 5"),
         ("sm_count = 4", "sm_count = " + "9" * 5000, "not a valid device file"),
         ("sm_count = 4", "sm_count = 0x" + "f" * 5000, "not a valid device file"),
@@ -163,6 +167,7 @@ def test_device_elsewhere_is_refused_with_the_name_of_this_machine(machine: Path
         ("orin-nx", "NVIDIA Jetson Orin NX Engineering Reference Developer Kit"),
         ("agx-orin", "NVIDIA Jetson AGX Orin Developer Kit"),
         ("jetson-thor", "NVIDIA Jetson AGX Thor Developer Kit"),
+        ("h100", "Example CPU, NVIDIA H100 80GB HBM3"),
     ],
 )
 def test_a_board_is_one_device_only(machine: Path, name: str, model: str) -> None:

@@ -15,18 +15,21 @@ from onnx import TensorProto, helper, numpy_helper
 from edgeprune.devices import load_device
 from edgeprune.errors import DeviceError, EngineError, MissingError, OutputError
 from edgeprune.io import sha256_file
-from edgeprune.onnx_graph.matmuls import LAUNCH, Matmul, matmuls_of_onnx
+from edgeprune.onnx_graph.operations import (
+    Attention,
+    Elementwise,
+    Matmul,
+    Operation,
+    flops_of_onnx,
+    operations_of_onnx,
+)
 from edgeprune.records import Device, Setup, Vit
 from edgeprune.runtimes import runtime_for
-from edgeprune.runtimes.simulated import (
-    SimulatedMatmuls,
-    SimulatedRuntime,
-    latency_ms,
-    matmuls_of_ends,
-    matmuls_of_trunk,
-)
+from edgeprune.runtimes.kernel_times import latency_ms
+from edgeprune.runtimes.simulated import SimulatedKernels, SimulatedRuntime, operations_of_ends, operations_of_trunk
 
-NANO = load_device("orin-nano")  # 8 SM, 1020 MHz, 1024 fp16 and 128 fp32 FMA, 102 GB/s, tile 64 × 64, 5 µs
+NANO = load_device("orin-nano")  # 8 SM, 1020 MHz, 2048, 1024 and 128 FMA at int8, fp16 and fp32, 102 GB/s, 2 µs
+SMALLEST = Elementwise(1, 1)
 
 
 def vit(width: int = 192, heads: int = 3, mlp_width: int = 768, depth: int = 12, matrices: int = 2) -> Vit:
@@ -56,7 +59,7 @@ def curve(device: Device, model: Vit, precision: str = "fp16", batch: int = 1) -
 
 
 def trunk_ms(device: Device, model: Vit, tokens: int, precision: str, batch: int) -> float:
-    return SimulatedMatmuls(matmuls_of_trunk(model, tokens, batch), device, precision).time_ms()
+    return SimulatedKernels(operations_of_trunk(model, tokens, batch), device, precision).time_ms()
 
 
 def treads(points: dict[int, float]) -> list[int]:
@@ -64,44 +67,74 @@ def treads(points: dict[int, float]) -> list[int]:
     return [n for n in points if n + 1 not in points or points[n + 1] > points[n]]
 
 
-def test_one_product_by_hand() -> None:
-    def time_us(product: Matmul, precision: str = "fp16") -> float:
-        return latency_ms([product], NANO, precision) * 1e3
+def test_kernels_by_hand() -> None:
+    """Times in µs beyond the launch; memory passes 102000 · 0.8 = 81600 bytes per µs."""
 
-    def launch_and(us: float) -> object:
-        return pytest.approx(5 + us, rel=1e-6)
+    def time_us(operation: Operation, precision: str = "fp16") -> float:
+        return latency_ms([operation], NANO, precision) * 1e3 - 2
 
-    # qkv of ViT-Tiny: ceil(197/64) * ceil(576/64) = 4 * 9 = 36 tiles, ceil(36/8) = 5 waves,
-    # 5 * 64 * 64 * 192 = 3932160 FMA per SM at 1024 * 1020 per µs: 3.764706 µs;
-    # weights 192 * 576 * 2 bytes = 221184 at 102000 per µs: 2.168471 µs, hidden behind the maths
-    qkv = Matmul(197, 576, 192, weight=True)
-    assert time_us(qkv) == launch_and(3.764706)
-    # one row: 9 tiles, 2 waves, 1.505882 µs of maths: the weights' 2.168471 µs decide, if there are any
-    assert time_us(Matmul(1, 576, 192, weight=True)) == launch_and(2.168471)
-    assert time_us(Matmul(1, 576, 192)) == launch_and(1.505882)
-    # weights · V of 3 heads: 4 * 1 * 3 = 12 tiles, 2 waves, inner 197 in slices of 64 is 256: 2.007843 µs
-    attended = Matmul(197, 64, 197, 3)
-    assert time_us(attended) == launch_and(2.007843)
-    # at int8 the same, since only linear layers are quantised; at fp32 8 times the maths
-    assert time_us(attended, "int8") == launch_and(2.007843)
-    assert time_us(attended, "fp32") == launch_and(16.062745)
-    assert time_us(qkv, "int8") == launch_and(1.882353)
-    assert time_us(LAUNCH) == launch_and(0)
-    assert latency_ms([qkv, LAUNCH], NANO, "fp16") == pytest.approx(13.764706e-3, rel=1e-6)
+    def near(us: float) -> object:
+        return pytest.approx(us, rel=1e-6)
+
+    # limited by arithmetic: 32 · 64 tiles of 256 × 128 in 256 waves, 8192 steps of 256 · 128 / 1024 + 384 · 2 / 64
+    # = 44 clocks each: 92274688 clocks; 128 × 128 would take 512 waves of 24 clocks per step
+    square = Matmul(8192, 8192, 8192, linear=True)
+    assert time_us(square) == near(256 * 8192 * 44 / 1020)
+    assert time_us(square, "int8") == near(256 * 8192 * 22 / 1020)
+    assert time_us(square, "fp32") == near(256 * 8192 * 280 / 1020)
+    # only linear layers of blocks are INT8
+    assert time_us(Matmul(8192, 8192, 8192), "int8") == near(256 * 8192 * 44 / 1020)
+    # limited by memory: one row is a tile of 32 rows, which reads 32 · 192 + 192 · 576 and writes 32 · 576 values
+    assert time_us(Matmul(1, 576, 192)) == near((32 * (192 + 576) + 192 * 576) * 2 / 81600)
+    # few tiles and a long sum: split in 2, 64 × 64 / 32 / 64 = 2 tiles of 4096 · 5 clocks run on 4 SMs in one wave,
+    # less than what memory takes; then the two sums of 64 · 64 fp32 values are written and read with another launch
+    memory_us = (64 * (8192 + 64) + 8192 * 64) * 2 / 81600
+    assert time_us(Matmul(64, 64, 8192)) == near(memory_us + 2 + 2 * 2 * 64 * 64 * 4 / 81600)
+    # 197 queries and keys are 4 tiles and 256 keys; 3 heads: 12 tiles, 2 waves. A wave: 2 · 64 · 256 · 64 / 1024 FMA,
+    # 64 · 256 / 16 exponentials, and loads of 2 · (64 + 256) · 64 values of 2 bytes at 64 per clock
+    attention = Attention(197, 197, 64, 3)
+    assert time_us(attention) == near(2 * (2048 + 1024 + 1280) / 1020)
+    assert time_us(attention, "int8") == time_us(attention)
+    parts = (Matmul(197, 197, 64, 3), Elementwise(591, 394), Matmul(197, 64, 197, 3))
+    assert latency_ms([attention], NANO, "fp32") == near(latency_ms(parts, NANO, "fp32"))
+    # 197 rows are 4 waves of 8 on each of 8 SMs
+    assert time_us(Elementwise(197, 768)) == near(256 * 768 * 2 / 81600)
+    assert latency_ms([attention, SMALLEST], NANO, "fp16") == near((2 * 2 + 2 * 4352 / 1020 + 128 / 81600) / 1e3)
+
+
+def test_attention_is_fused_where_tensorrt_has_kernels_for_it() -> None:
+    attention = Attention(197, 197, 64, 3)
+    tx2, own = load_device("jetson-tx2"), msgspec.structs.replace(NANO, compute_capability=None)
+    assert latency_ms([attention], tx2, "fp16") == latency_ms(attention.parts(), tx2, "fp16")
+    assert latency_ms([attention], own, "fp16") == latency_ms([attention], NANO, "fp16")
 
 
 def test_trunk_by_hand() -> None:
-    assert matmuls_of_trunk(vit(depth=1), 100, batch=2) == [
-        Matmul(200, 576, 192, 1, True),
-        Matmul(100, 100, 64, 6, False),
-        Matmul(100, 64, 100, 6, False),
-        Matmul(200, 192, 192, 1, True),
-        Matmul(200, 768, 192, 1, True),
-        Matmul(200, 192, 768, 1, True),
+    assert operations_of_trunk(vit(depth=2), 100, batch=2) == [
+        Elementwise(200, 2 * 192),
+        Matmul(200, 576, 192, linear=True),
+        Attention(100, 100, 64, 6),
+        Matmul(200, 192, 192, linear=True),
+        Elementwise(200, 4 * 192),
+        Matmul(200, 768, 192, linear=True),
+        Matmul(200, 192, 768, linear=True),
+        Elementwise(200, 4 * 192),
+        Matmul(200, 576, 192, linear=True),
+        Attention(100, 100, 64, 6),
+        Matmul(200, 192, 192, linear=True),
+        Elementwise(200, 4 * 192),
+        Matmul(200, 768, 192, linear=True),
+        Matmul(200, 192, 768, linear=True),
+        Elementwise(200, 3 * 192),
     ]
-    assert matmuls_of_trunk(vit(depth=2, matrices=3), 100, 2)[4] == Matmul(200, 1536, 192, 1, True)
-    assert len(matmuls_of_trunk(vit(depth=7), 100, 2)) == 42
-    assert matmuls_of_ends(vit(), 2) == [Matmul(392, 192, 768, 1, True), Matmul(2, 1000, 192, 1, True)]
+    assert operations_of_trunk(vit(depth=2, matrices=3), 100, 2)[5] == Matmul(200, 1536, 192, linear=True)
+    assert len(operations_of_trunk(vit(depth=7), 100, 2)) == 7 * 7 + 1
+    assert operations_of_ends(vit(), 2) == [
+        Matmul(392, 192, 768),
+        Elementwise(394, 2 * 192),
+        Elementwise(394, 2 * 192),
+        Matmul(2, 1000, 192),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -142,16 +175,16 @@ def test_same_figures_same_latency() -> None:
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
 def test_device_without_simulation_names_those_with_one(name: str) -> None:
     device = load_device(name)
-    known = "agx-orin, jetson-thor, jetson-tx2, orin-nano, orin-nx"
+    known = "agx-orin, h100, jetson-thor, jetson-tx2, orin-nano, orin-nx"
     with pytest.raises(DeviceError, match=f"device {name} has no simulation.*{known}"):
-        latency_ms([LAUNCH], device, "fp16")
+        latency_ms([SMALLEST], device, "fp16")
     with pytest.raises(DeviceError, match=known):
         runtime_for(device, simulate=True).setup(device, "fp16", 1)
 
 
 def test_unknown_precision() -> None:
-    with pytest.raises(DeviceError, match="no rate for 'fp8': choose fp32, fp16, int8"):
-        latency_ms([LAUNCH], NANO, "fp8")
+    with pytest.raises(DeviceError, match="no rate for 'fp8': choose fp32, tf32, fp16, int8"):
+        latency_ms([SMALLEST], NANO, "fp8")
 
 
 def weight(name: str, *shape: int) -> onnx.TensorProto:
@@ -172,12 +205,13 @@ def write(path: Path, nodes: list[onnx.NodeProto], shape: list[int | str], weigh
 
 
 def trunk_onnx(path: Path, model: Vit, tokens: int | str, batch: int) -> Path:
-    """Blocks of MatMuls, reshapes and transposes only, shapes as in `model`."""
+    """Blocks without biases, shapes as in `model`."""
     x, wide = "x", model.heads * model.head_dim
     nodes: list[onnx.NodeProto] = []
     integers: dict[str, Any] = {"split": [0, 0, 3, model.heads, model.head_dim], "join": [0, 0, wide]}
     integers |= {f"index{i}": i for i in range(3)}
     weights = [numpy_helper.from_array(np.array(value), name) for name, value in integers.items()]
+    weights += [weight("scale"), weight("gain", model.width)]
 
     def add(kind: str, inputs: list[str], **attributes: Any) -> str:
         nodes.append(helper.make_node(kind, inputs, [f"t{len(nodes)}"], **attributes))
@@ -187,14 +221,17 @@ def trunk_onnx(path: Path, model: Vit, tokens: int | str, batch: int) -> Path:
         sizes = {"qkv": (model.width, 3 * wide), "proj": (wide, model.width)}
         sizes |= {"fc1": (model.width, model.mlp_width), "fc2": (model.mlp_width, model.width)}
         weights += [weight(f"{name}{block}", *size) for name, size in sizes.items()]
-        qkv = add("Reshape", [add("MatMul", [x, f"qkv{block}"]), "split"])
+        y = add("LayerNormalization", [x, "gain"])
+        qkv = add("Reshape", [add("MatMul", [y, f"qkv{block}"]), "split"])
         parts = [add("Gather", [qkv, f"index{i}"], axis=2) for i in range(3)]  # slices: no launch
         q, v = (add("Transpose", [part], perm=[0, 2, 1, 3]) for part in (parts[0], parts[2]))
+        q = add("Mul", [q, "scale"])
         scores = add("MatMul", [q, add("Transpose", [parts[1]], perm=[0, 2, 3, 1])])
         out = add("MatMul", [add("Softmax", [scores], axis=-1), v])
         out = add("Reshape", [add("Transpose", [out], perm=[0, 2, 1, 3]), "join"])
         x = add("Add", [x, add("MatMul", [out, f"proj{block}"])])
-        x = add("Add", [x, add("MatMul", [add("Relu", [add("MatMul", [x, f"fc1{block}"])]), f"fc2{block}"])])
+        y = add("LayerNormalization", [x, "gain"])
+        x = add("Add", [x, add("MatMul", [add("Relu", [add("MatMul", [y, f"fc1{block}"])]), f"fc2{block}"])])
     return write(path, nodes, [batch, tokens, model.width], weights)
 
 
@@ -202,7 +239,7 @@ def test_walk_of_a_trunk_equals_the_formula(tmp_path: Path) -> None:
     model = vit(width=32, heads=4, mlp_width=64, depth=2)
     for tokens, batch in ((70, 1), (33, 3)):
         path = trunk_onnx(tmp_path / "trunk.onnx", model, tokens, batch)
-        assert matmuls_of_onnx(path) == matmuls_of_trunk(model, tokens, batch)
+        assert operations_of_onnx(path) == operations_of_trunk(model, tokens, batch)
 
 
 def test_walk_counts_conv_gemm_quantised_weights_and_launches(tmp_path: Path) -> None:
@@ -223,20 +260,63 @@ def test_walk_counts_conv_gemm_quantised_weights_and_launches(tmp_path: Path) ->
     integers = {"rows": [12, 6], "two": [2], "zero": 0}
     weights += [numpy_helper.from_array(np.array(value), name) for name, value in integers.items()]
     path = write(tmp_path / "mixed.onnx", nodes, [2, 3, 8, 12], weights)
-    assert matmuls_of_onnx(path) == [
-        Matmul(12, 6, 48, 1, True),
-        Matmul(12, 2, 18, 3, True),
-        Matmul(12, 5, 6, 1, True),
-        Matmul(5, 7, 12, 1, True),
-        LAUNCH,
-        LAUNCH,
+    assert operations_of_onnx(path) == [
+        Matmul(12, 6, 48, 1),
+        Matmul(12, 2, 18, 3),
+        Matmul(12, 5, 6, linear=True),
+        Matmul(5, 7, 12),
+        Elementwise(5, 7 + 2 + 2),  # TopK reads a row of 7, writes 2 values and 2 indices
+        Elementwise(5, 2 + 2 + 2),  # GatherElements reads as many values as indices, and writes them
     ]
+    assert flops_of_onnx(path) == 2 * (12 * 6 * 48 + 3 * 12 * 2 * 18 + 12 * 5 * 6 + 5 * 7 * 12)
+
+
+def test_elementwise_work_is_part_of_a_matmul_or_one_kernel(tmp_path: Path) -> None:
+    node = helper.make_node
+    nodes = [
+        node("MatMul", ["x", "w"], ["a"]),
+        node("Add", ["a", "bias"], ["b"]),  # these three only follow the matmul
+        node("Erf", ["b"], ["c"]),
+        node("Mul", ["b", "c"], ["d"]),
+        node("MatMul", ["d", "w"], ["e"]),
+        node("Add", ["e", "x"], ["f"]),  # these three are one kernel that reads e and x and writes f and g
+        node("LayerNormalization", ["f", "bias"], ["norm"]),
+        node("Mul", ["norm", "bias"], ["g"]),
+        node("MatMul", ["g", "w"], ["h"]),
+        node("Softmax", ["h"], ["i"]),  # a kernel, as it needs whole rows
+        node("MatMul", ["i", "w"], ["j"]),
+        node("Add", ["f", "j"], ["k"]),
+    ]
+    path = write(tmp_path / "fused.onnx", nodes, [2, 3, 4], [weight("w", 4, 4), weight("bias", 4)])
+    matmul = Matmul(6, 4, 4, linear=True)
+    assert operations_of_onnx(path) == [
+        *(matmul, matmul, Elementwise(6, 16)),
+        *(matmul, Elementwise(6, 8)),
+        *(matmul, Elementwise(6, 12)),
+    ]
+
+
+def test_attention_whose_weights_are_read_elsewhere_is_three_kernels(tmp_path: Path) -> None:
+    node = helper.make_node
+    nodes = [
+        node("Mul", ["x", "scale"], ["q"]),
+        node("Transpose", ["x"], ["k"], perm=[0, 2, 1]),
+        node("MatMul", ["q", "k"], ["scores"]),
+        node("Softmax", ["scores"], ["weights"]),
+        node("MatMul", ["weights", "x"], ["out"]),
+    ]
+    path = write(tmp_path / "fused.onnx", nodes, [2, 3, 4], [weight("scale")])
+    assert operations_of_onnx(path) == [Elementwise(6, 8), Attention(3, 3, 4, 2)]
+    assert flops_of_onnx(path) == 2 * 2 * 2 * 3 * 3 * 4
+    nodes += [node("ReduceMax", ["weights"], ["most"], axes=[1], keepdims=0), node("Add", ["most", "one"], ["y"])]
+    path = write(tmp_path / "read.onnx", nodes, [2, 3, 4], [weight("scale"), weight("one")])
+    assert operations_of_onnx(path)[:3] == [Elementwise(6, 8), Matmul(3, 3, 4, 2), Elementwise(6, 7)]
 
 
 def test_dynamic_shape_is_refused_by_the_tensors_name(tmp_path: Path) -> None:
     path = trunk_onnx(tmp_path / "trunk.onnx", vit(32, 4, 64, 1), "tokens", 1)
     with pytest.raises(EngineError, match=r"tensor 'x' has no static shape \[1, tokens, 32\]"):
-        matmuls_of_onnx(path)
+        operations_of_onnx(path)
     with pytest.raises(EngineError, match="'x'"):
         SimulatedRuntime(NANO).compile(path, fp32(), tmp_path / "out.engine")
     assert not (tmp_path / "out.engine").exists()
@@ -246,19 +326,19 @@ def test_what_the_model_cannot_cost_is_refused(tmp_path: Path) -> None:
     nodes = [helper.make_node("Einsum", ["x", "w"], ["y"], equation="ij,jk->ik")]
     path = write(tmp_path / "einsum.onnx", nodes, [2, 3], [weight("w", 3, 4)])
     with pytest.raises(EngineError, match="Einsum"):
-        matmuls_of_onnx(path)
+        operations_of_onnx(path)
     nodes = [helper.make_node("FusedMatMul", ["x", "w"], ["y"], domain="com.microsoft")]
     path = write(tmp_path / "fused.onnx", nodes, [2, 3], [weight("w", 3, 4)])
     with pytest.raises(EngineError, match="FusedMatMul"):
-        matmuls_of_onnx(path)
+        operations_of_onnx(path)
     nodes = [helper.make_node("Gather", ["x"], ["y"])]
     with pytest.raises(EngineError, match=r"half\.onnx: cannot be read as ONNX"):
-        matmuls_of_onnx(write(tmp_path / "half.onnx", nodes, [2, 3], []))
+        operations_of_onnx(write(tmp_path / "half.onnx", nodes, [2, 3], []))
     path.write_bytes(b"no ONNX at all")
     with pytest.raises(EngineError, match="cannot be read as ONNX"):
-        matmuls_of_onnx(path)
+        operations_of_onnx(path)
     with pytest.raises(EngineError, match="cannot be read as ONNX"):
-        matmuls_of_onnx(tmp_path / "absent.onnx")
+        operations_of_onnx(tmp_path / "absent.onnx")
 
 
 def fp32(batch: int = 1) -> Setup:

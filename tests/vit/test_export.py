@@ -20,10 +20,14 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 
 from edgeprune.defaults import REDUCERS
+from edgeprune.devices import load_device
 from edgeprune.errors import InputError
 from edgeprune.onnx_graph import graph
 from edgeprune.onnx_graph.graph import attention_forms, fix_tokens, load_graph
+from edgeprune.onnx_graph.operations import Elementwise, operations_of_onnx
 from edgeprune.onnx_graph.precision import CONVERSIONS
+from edgeprune.runtimes.kernel_times import latency_ms
+from edgeprune.runtimes.simulated import operations_of_ends, operations_of_trunk
 from edgeprune.vit import export
 from edgeprune.vit.pruned import LastBlock, PrunedViT, Trunk
 from edgeprune.vit.reducers import reducer_named
@@ -154,6 +158,25 @@ def test_fixed_trunk(tokens: int, trunk: tuple[Path, Trunk]) -> None:
     x = torch.randn(2, tokens, 48, generator=torch.Generator().manual_seed(tokens))
     with torch.inference_mode():
         np.testing.assert_allclose(run(fixed, x.numpy()), module(x).numpy(), atol=1e-5, rtol=1e-5)
+
+
+def test_simulated_kernels_of_an_exported_trunk_are_those_of_its_shape(
+    trunk: tuple[Path, Trunk], tiny: Callable[..., Any]
+) -> None:
+    fixed = trunk[0].with_name("trunk-9.onnx")
+    fix_tokens(trunk[0], 9, fixed)
+    assert operations_of_onnx(fixed) == operations_of_trunk(tiny("cls").vit, 9, 2)
+
+
+def test_simulated_kernels_of_an_exported_model_are_nearly_those_of_its_shape(
+    exported: Export, tiny: Callable[..., Any]
+) -> None:
+    shape, device = tiny("cls").vit, load_device("orin-nano")
+    whole = operations_of_onnx(exported("none", 1, (17, 17, 17))[0])
+    formula = operations_of_ends(shape, 1) + operations_of_trunk(shape, 17, 1)
+    heavy = [[o for o in part if not isinstance(o, Elementwise)] for part in (whole, formula)]
+    assert heavy[0] == [heavy[1][0], *heavy[1][2:], heavy[1][1]]
+    assert latency_ms(whole, device, "fp16") == pytest.approx(latency_ms(formula, device, "fp16"), rel=0.1)
 
 
 def test_trunk_above_the_limit_is_the_same(
