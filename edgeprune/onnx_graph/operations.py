@@ -36,13 +36,14 @@ Shape = tuple[int | str, ...]  # a dimension without a number has its name or "?
 
 @dataclass(frozen=True)
 class Matmul:
-    """`count` independent matmuls (rows × inner) · (inner × cols), with the elementwise work that only follows them."""
+    """`count` independent matmuls (rows × inner) · (inner × cols) and the elementwise work that only follows them."""
 
     rows: int
     cols: int
     inner: int
     count: int = 1  # for example batch · heads
     linear: bool = False  # a linear layer of a block, which INT8 quantises
+    quantises: bool = False  # its input comes from a matmul or attention: at INT8, another kernel quantises it
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class _Stage:
     reads: dict[str, int] = field(default_factory=dict)  # values by tensor, from other stages
     writes: dict[str, int] = field(default_factory=dict)  # values by tensor, for later kernels
     reduces: bool = False  # a norm or a softmax is in it
-    kernels: list[Operation] = field(default_factory=list)
+    kernels: list[Any] = field(default_factory=list)  # nodes
 
 
 class _Walk:
@@ -122,7 +123,7 @@ class _Walk:
         self.origin: dict[str, str] = {}  # of a view: the tensor whose values it has
         self.elementwise: dict[str, int] = {}  # by tensor that an elementwise operator makes: its stage
         self.by_matmul: set[str] = set()  # tensors that matmuls make
-        fused = [a for a in found if a.fusable]
+        fused = [a for a in found if a.fusable and not self._with_weights(a)]
         self.inside = {n.output[0] for a in fused for n in (a.scores, a.bias, a.softmax) if n is not None}
         self.fused = {a.out.output[0]: a.scores for a in fused if a.out is not None}
 
@@ -133,7 +134,10 @@ class _Walk:
         for value in self.graph.output:
             self._use(value.name, None)
         stages = (self.stages[number] for number in sorted(self.stages))
-        return [operation for stage in stages for operation in (*self._elementwise(stage), *stage.kernels)]
+        return [o for stage in stages for o in (*self._elementwise(stage), *map(self._kernel, stage.kernels))]
+
+    def _with_weights(self, found: AttentionNodes) -> bool:
+        return any(name in self.constants for n in (found.scores, found.out) if n is not None for name in n.input)
 
     def _add(self, node: Any) -> None:
         kind, inputs = node.op_type, [name for name in node.input if name not in self.constants]
@@ -149,7 +153,7 @@ class _Walk:
         for name in node.output:
             self.stage[name] = number + own
         if own:
-            self.stages.setdefault(number, _Stage()).kernels.append(self._kernel(node))
+            self.stages.setdefault(number, _Stage()).kernels.append(node)
             self.by_matmul.update(node.output if kind in MATMULS else ())
         if kernel or inside:
             for name in inputs:
@@ -179,11 +183,13 @@ class _Walk:
 
     def _elementwise(self, stage: _Stage) -> Iterable[Operation]:
         """The elementwise kernel of a stage; none where it has no such work, or where it only follows one matmul."""
-        part_of_matmul = not stage.reduces and len(stage.reads) == 1 and self.by_matmul.issuperset(stage.reads)
-        if stage.reads and not part_of_matmul:
+        if stage.reads and not self._is_part_of_matmul(stage):
             largest = max(stage.writes or stage.reads, key=lambda name: self._values(name))
             rows = max(prod(_static(largest, self.shapes)[:-1]), 1)
             yield Elementwise(rows, ceil((sum(stage.reads.values()) + sum(stage.writes.values())) / rows))
+
+    def _is_part_of_matmul(self, stage: _Stage) -> bool:
+        return not stage.reduces and len(stage.reads) == 1 and self.by_matmul.issuperset(stage.reads)
 
     def _kernel(self, node: Any) -> Operation:
         out = _static(node.output[0], self.shapes)
@@ -192,7 +198,10 @@ class _Walk:
             return Attention(out[-2], keys, dim, prod(out[:-2]))
         if node.op_type in MATMULS:
             left, right = (_static(name, self.shapes) for name in node.input[:2])
-            return _matmul(node, left, right, out, node.input[1] in self.constants)
+            origin = self._origin(node.input[0])
+            made = self.elementwise.get(origin)
+            alone = self.stage[origin] > 0 if made is None else self._is_part_of_matmul(self.stages[made])
+            return _matmul(node, left, right, out, node.input[1] in self.constants, alone)
         made = sum(self._values(name) for name in node.output if name)
         read = (self._values(name) for name in node.input if name not in self.constants)
         gathers = node.op_type.startswith("Gather")  # reads no more than it writes
@@ -226,7 +235,7 @@ def _static(name: str, shapes: dict[str, Shape]) -> Fixed:
     return fixed
 
 
-def _matmul(node: Any, left: Fixed, right: Fixed, out: Fixed, weight: bool) -> Matmul:
+def _matmul(node: Any, left: Fixed, right: Fixed, out: Fixed, weight: bool, quantises: bool) -> Matmul:
     """One MatMul, Gemm or Conv node as a Matmul, from the shapes of its first two inputs and its output."""
     if node.op_type == "Conv":  # (B, C, *in) and (M, C / group, *kernel) give (B, M, *out)
         groups = next((a.i for a in node.attribute if a.name == "group"), 1)
@@ -236,6 +245,6 @@ def _matmul(node: Any, left: Fixed, right: Fixed, out: Fixed, weight: bool) -> M
         return Matmul(out[0], out[1], left[0 if turned else 1])
     left, right = (1, *left) if len(left) == 1 else left, (*right, 1) if len(right) == 1 else right
     if len(right) == 2:  # a linear layer: the batch is more rows
-        return Matmul(prod(left[:-1]), right[1], left[-1], linear=weight)
+        return Matmul(prod(left[:-1]), right[1], left[-1], linear=weight, quantises=weight and quantises)
     count = prod(np.broadcast_shapes(left[:-2], right[:-2]))
     return Matmul(left[-2], right[-1], left[-1], count)

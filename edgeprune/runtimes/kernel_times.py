@@ -6,18 +6,22 @@ of TILES and SPLITS:
 
     tiles      = ceil(rows / tile_rows) · ceil(cols / tile_cols) · count
     waves      = ceil(tiles · split / sm_count)
-    clocks     = waves · K · (tile_rows · tile_cols / fma_per_clock + (tile_rows + tile_cols) · bytes / LOAD)
+    step       = tile_rows · tile_cols / (fma_per_clock · ISSUED) + (tile_rows + tile_cols) · bytes / LOAD
+    clocks     = waves · (K · step + WAVE)
     compute_us = clocks / clock_mhz
     memory_us  = bytes of both operands and the output / (bandwidth · REACHED)
     time_us    = launch_us + max(compute_us, memory_us), and for split > 1 launch_us + the partial sums' memory_us
 
 K is the inner dimension over `split`, in whole steps of SLICE. Rows are counted in whole tiles for memory, too.
 Fused attention has one tile per QUERIES queries and head, which passes over all keys, with one exponential for each
-pair of query and key. An elementwise kernel takes launch_us plus its memory_us, with rows in whole waves of ROWS per
-SM. There are no caches, no overlap of kernels and no limit by power.
+pair of query and key. An elementwise kernel takes launch_us plus its memory_us, with rows in whole groups of ROWS.
+There are no caches, no overlap of kernels and no limit by power.
+
+ISSUED, WAVE and REACHED were fitted to four published latencies, all else is from public figures. Other published
+latencies, most of them within 25 %: docs/benchmarks.md, "Simulated against published latencies".
 
 Sources: NVIDIA, "Matrix Multiplication Background User's Guide" (tiles, waves, split-K); arXiv 2407.05941 on the tail
-effect behind token pruning. docs/benchmarks.md compares predictions with published latencies.
+effect behind token pruning.
 """
 
 from __future__ import annotations
@@ -38,10 +42,10 @@ SLICE = 32  # inner elements per step of a block's main loop
 LOAD = 64  # bytes per clock from the L2 cache to one SM ("NVIDIA A100 Tensor Core GPU Architecture" whitepaper)
 EXPONENTIALS = 16  # per clock and SM ("CUDA C++ Programming Guide", arithmetic throughput of special functions)
 QUERIES = 64  # of one tile of fused attention; keys are taken in steps of this number, too
-ROWS = 8  # rows that one SM handles at once in an elementwise kernel: one warp per row
-REACHED = (
-    0.8  # of the data sheet's bandwidth: 80 of 102.4 GB/s read on an Orin Nano (onnxsim, docs/jetson-orin-nano-…)
-)
+WAVE = 1500  # clocks per wave before the main loop and after it
+ISSUED = 0.85  # of the peak rate that a main loop reaches
+ROWS = 64  # of an elementwise kernel, in whole groups: smaller steps would be below the noise of any measurement
+REACHED = 0.7  # of the data sheet's bandwidth
 FUSES_FROM = (7, 5)  # oldest compute capability with TensorRT's fused attention kernels
 
 
@@ -90,11 +94,14 @@ class _Gpu:
         """Time of one kernel, µs."""
         launch = self.model.launch_us
         if isinstance(operation, Elementwise):
-            at_once = self.sm_count * ROWS
-            rows = ceil(operation.rows / at_once) * at_once
+            rows = ceil(operation.rows / ROWS) * ROWS
             return launch + self._memory_us(rows * operation.values * BYTES[self.other])
         if isinstance(operation, Matmul):
-            return launch + self._matmul_us(operation, self.linear if operation.linear else self.other)
+            kind = self.linear if operation.linear else self.other
+            quantise_us = 0.0
+            if kind == "int8" and operation.quantises:  # reads the values of the other precision, writes INT8
+                quantise_us = self.time_us(Elementwise(operation.rows, ceil(1.5 * operation.inner)))
+            return launch + quantise_us + self._matmul_us(operation, kind)
         if self.fuses:
             return launch + self._attention_us(operation)
         return sum(map(self.time_us, operation.parts()))
@@ -104,14 +111,14 @@ class _Gpu:
         best = float("inf")
         for tile_rows, tile_cols in TILES:
             down, across = ceil(matmul.rows / tile_rows), ceil(matmul.cols / tile_cols)
-            clocks = tile_rows * tile_cols / rate + (tile_rows + tile_cols) * size / LOAD
+            clocks = tile_rows * tile_cols / (rate * ISSUED) + (tile_rows + tile_cols) * size / LOAD
             values = down * tile_rows * (matmul.inner + matmul.cols) + matmul.inner * matmul.cols
             memory_us = self._memory_us(values * matmul.count * size)
             sums_us = self._memory_us(2 * 4 * down * tile_rows * matmul.cols * matmul.count)  # fp32, write and read
             for split in SPLITS:
                 waves = ceil(down * across * matmul.count * split / self.sm_count)
                 inner = ceil(matmul.inner / (split * SLICE)) * SLICE
-                time_us = max(waves * inner * clocks / self.model.clock_mhz, memory_us)
+                time_us = max(waves * (inner * clocks + WAVE) / self.model.clock_mhz, memory_us)
                 best = min(best, time_us + (self.model.launch_us + split * sums_us if split > 1 else 0.0))
         return best
 
@@ -120,10 +127,10 @@ class _Gpu:
         keys = ceil(attention.keys / QUERIES) * QUERIES
         down = ceil(attention.queries / QUERIES)
         waves = ceil(down * attention.count / self.sm_count)
-        clocks = 2 * QUERIES * keys * attention.dim / rate + QUERIES * keys / EXPONENTIALS
+        clocks = 2 * QUERIES * keys * attention.dim / (rate * ISSUED) + QUERIES * keys / EXPONENTIALS
         clocks += 2 * (QUERIES + keys) * attention.dim * size / LOAD
         values = 2 * (down * QUERIES + keys) * attention.dim * attention.count
-        return max(waves * clocks / self.model.clock_mhz, self._memory_us(values * size))
+        return max(waves * (clocks + WAVE) / self.model.clock_mhz, self._memory_us(values * size))
 
     def _memory_us(self, size_bytes: float) -> float:
         return size_bytes / (self.model.bandwidth_gb_per_s * 1e3 * REACHED)

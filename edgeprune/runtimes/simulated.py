@@ -28,10 +28,10 @@ def operations_of_trunk(vit: Vit, tokens: int, batch: int) -> list[Operation]:
     block = [
         Matmul(rows, 3 * inside, vit.width, linear=True),
         Attention(tokens, tokens, vit.head_dim, batch * vit.heads),
-        Matmul(rows, vit.width, inside, linear=True),
+        Matmul(rows, vit.width, inside, linear=True, quantises=True),
         norm,
         Matmul(rows, gated * vit.mlp_width, vit.width, linear=True),
-        Matmul(rows, vit.width, vit.mlp_width, linear=True),
+        Matmul(rows, vit.width, vit.mlp_width, linear=True, quantises=True),
     ]
     inner = [*block, norm] * (vit.depth - 1)
     return [Elementwise(rows, 2 * vit.width), *inner, *block, Elementwise(rows, 3 * vit.width)]

@@ -35,14 +35,17 @@ def test_matrix_product_computes_what_it_says(fp16: bool, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
-def test_measured_peak_of_a_simulated_board_is_nearly_its_data_sheet(precision: str, tmp_path: Path) -> None:
+def test_measured_peak_of_a_simulated_board_is_what_its_largest_tile_reaches(precision: str, tmp_path: Path) -> None:
     device = load_device("orin-nano")
     runtime = runtime_for(device, simulate=True)
     found = largest_useful(runtime, runtime.setup(device, precision, 1), tmp_path)
     assert device.simulation is not None and device.sm_count is not None
     model = device.simulation
     sheet = 2 * model.fma_per_clock_per_sm[precision] * model.clock_mhz * device.sm_count / 1e3
-    assert 0.9 < 1e3 * found.gflop / found.searched_ms / sheet <= 1
+    # a step of 256 × 128 outputs at 85 % of the rate, and loads of 384 values at 64 bytes per clock
+    rate, size = model.fma_per_clock_per_sm[precision], {"fp32": 4, "fp16": 2, "int8": 1}[precision]
+    reached = 32768 / rate / (32768 / rate / 0.85 + 384 * size / 64)
+    assert 0.75 * reached < 1e3 * found.gflop / found.searched_ms / sheet <= reached
 
 
 def test_size_of_the_matrix_product_doubles_while_that_gains(tmp_path: Path) -> None:
