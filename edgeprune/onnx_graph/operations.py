@@ -200,7 +200,7 @@ class _Walk:
             left, right = (_static(name, self.shapes) for name in node.input[:2])
             origin = self._origin(node.input[0])
             made = self.elementwise.get(origin)
-            alone = self.stage[origin] > 0 if made is None else self._is_part_of_matmul(self.stages[made])
+            alone = self.stage.get(origin, 0) > 0 if made is None else self._is_part_of_matmul(self.stages[made])
             return _matmul(node, left, right, out, node.input[1] in self.constants, alone)
         made = sum(self._values(name) for name in node.output if name)
         read = (self._values(name) for name in node.input if name not in self.constants)

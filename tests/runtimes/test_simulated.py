@@ -257,8 +257,9 @@ def test_walk_counts_conv_gemm_quantised_weights_and_launches(tmp_path: Path) ->
         node("TopK", ["g", "two"], ["best", "index"]),
         node("GatherElements", ["g", "index"], ["picked"], axis=1),
         node("Gather", ["picked", "zero"], ["column"], axis=1),
+        node("MatMul", ["lower", "picked"], ["sums"]),
     ]
-    weights = [weight("kernel", 6, 3, 4, 4), weight("grouped", 6, 2, 3, 3), weight("gemm", 7, 12)]
+    weights = [weight("kernel", 6, 3, 4, 4), weight("grouped", 6, 2, 3, 3), weight("gemm", 7, 12), weight("lower", 3, 5)]
     weights += [numpy_helper.from_array(np.ones((6, 5), np.int8), "int8"), weight("scale")]
     integers = {"rows": [12, 6], "two": [2], "zero": 0}
     weights += [numpy_helper.from_array(np.array(value), name) for name, value in integers.items()]
@@ -270,8 +271,9 @@ def test_walk_counts_conv_gemm_quantised_weights_and_launches(tmp_path: Path) ->
         Matmul(5, 7, 12),
         Elementwise(5, 7 + 2 + 2),  # TopK reads a row of 7, writes 2 values and 2 indices
         Elementwise(5, 2 + 2 + 2),  # GatherElements reads as many values as indices, and writes them
+        Matmul(3, 2, 5),
     ]
-    assert flops_of_onnx(path) == 2 * (12 * 6 * 48 + 3 * 12 * 2 * 18 + 12 * 5 * 6 + 5 * 7 * 12)
+    assert flops_of_onnx(path) == 2 * (12 * 6 * 48 + 3 * 12 * 2 * 18 + 12 * 5 * 6 + 5 * 7 * 12 + 3 * 2 * 5)
 
 
 def test_elementwise_work_is_part_of_a_matmul_or_one_kernel(tmp_path: Path) -> None:
