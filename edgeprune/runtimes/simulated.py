@@ -25,7 +25,7 @@ def operations_of_trunk(vit: Vit, tokens: int, batch: int) -> list[Operation]:
     """The kernels of all blocks of `vit` at a constant `tokens` (prefix included): those of its exported trunk."""
     rows, inside, gated = batch * tokens, vit.heads * vit.head_dim, vit.mlp_matrices - 1
     norm = Elementwise(rows, 4 * vit.width)  # reads two summands, writes their sum and its norm
-    block = [
+    block: list[Operation] = [
         Matmul(rows, 3 * inside, vit.width, linear=True),
         Attention(tokens, tokens, vit.head_dim, batch * vit.heads),
         Matmul(rows, vit.width, inside, linear=True, quantises=True),
@@ -33,7 +33,7 @@ def operations_of_trunk(vit: Vit, tokens: int, batch: int) -> list[Operation]:
         Matmul(rows, gated * vit.mlp_width, vit.width, linear=True),
         Matmul(rows, vit.width, vit.mlp_width, linear=True, quantises=True),
     ]
-    inner = [*block, norm] * (vit.depth - 1)
+    inner: list[Operation] = [*block, norm] * (vit.depth - 1)
     return [Elementwise(rows, 2 * vit.width), *inner, *block, Elementwise(rows, 3 * vit.width)]
 
 

@@ -259,7 +259,8 @@ def test_walk_counts_conv_gemm_quantised_weights_and_launches(tmp_path: Path) ->
         node("Gather", ["picked", "zero"], ["column"], axis=1),
         node("MatMul", ["lower", "picked"], ["sums"]),
     ]
-    weights = [weight("kernel", 6, 3, 4, 4), weight("grouped", 6, 2, 3, 3), weight("gemm", 7, 12), weight("lower", 3, 5)]
+    weights = [weight("kernel", 6, 3, 4, 4), weight("grouped", 6, 2, 3, 3), weight("gemm", 7, 12)]
+    weights.append(weight("lower", 3, 5))
     weights += [numpy_helper.from_array(np.ones((6, 5), np.int8), "int8"), weight("scale")]
     integers = {"rows": [12, 6], "two": [2], "zero": 0}
     weights += [numpy_helper.from_array(np.array(value), name) for name, value in integers.items()]
