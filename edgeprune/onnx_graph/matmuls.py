@@ -34,6 +34,19 @@ class Matmul:
 
 
 LAUNCH = Matmul(rows=1, cols=1, inner=0)
+SMALLEST = 16  # rows and columns of a linear layer's weight matrix
+
+
+def linear_layers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """MatMul nodes with a weight matrix, in order: the linear layers of the blocks."""
+    shapes = {t.name: tuple(t.dims) for t in model.graph.initializer}
+    found = []
+    for node in model.graph.node:
+        if node.op_type == "MatMul":
+            shape = shapes.get(node.input[1], ())
+            if len(shape) == 2 and min(shape) >= SMALLEST:
+                found.append(node)
+    return found
 
 
 def flops_of_onnx(path: Path) -> int:

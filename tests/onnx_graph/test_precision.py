@@ -17,7 +17,8 @@ from onnx import TensorProto, numpy_helper, shape_inference
 
 from edgeprune.defaults import REDUCERS
 from edgeprune.onnx_graph import graph, precision
-from edgeprune.onnx_graph.graph import attention_forms, fix_tokens, precision_of, static_or_raise
+from edgeprune.onnx_graph.attention_fusion import attention_forms
+from edgeprune.onnx_graph.graph import fix_tokens, static_or_raise
 from edgeprune.vit import export
 from edgeprune.vit.pruned import PrunedViT, Trunk
 from edgeprune.vit.reducers import reducer_named

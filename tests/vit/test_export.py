@@ -22,7 +22,8 @@ from onnx import numpy_helper
 from edgeprune.defaults import REDUCERS
 from edgeprune.errors import InputError
 from edgeprune.onnx_graph import graph
-from edgeprune.onnx_graph.graph import attention_forms, fix_tokens, load_graph
+from edgeprune.onnx_graph.attention_fusion import attention_forms
+from edgeprune.onnx_graph.graph import fix_tokens, load_graph
 from edgeprune.onnx_graph.precision import CONVERSIONS
 from edgeprune.vit import export
 from edgeprune.vit.pruned import LastBlock, PrunedViT, Trunk
