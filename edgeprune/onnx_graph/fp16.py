@@ -13,24 +13,16 @@ from onnx import TensorProto
 from edgeprune.onnx_graph.graph import infer
 from edgeprune.onnx_graph.matmuls import linear_layers
 
+REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2"}
 # In fp32 wherever they are: norms can overflow (TRT#2564), and the scores of a cut decide which tokens are kept.
-ISLAND_OPS = {"LayerNormalization", "ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2", "TopK", "ArgMax", "Log"}
-# In fp32 because their type is an attribute, or (Q/DQ in opset 17) because the standard has no fp16 form.
+ISLAND_OPS = REDUCTIONS | {"LayerNormalization", "TopK", "ArgMax", "Log"}
+# In fp32 because their type is an attribute or, as that of Q/DQ in opset 17, fp32 by the standard.
 FP32_OPS = {"Constant", "ConstantOfShape", "Range", "CumSum", "QuantizeLinear", "DequantizeLinear"}
-# These compute nothing: in fp32 only between two nodes that are.
-MOVING_OPS = {
-    "Reshape",
-    "Transpose",
-    "Squeeze",
-    "Unsqueeze",
-    "Slice",
-    "Split",
-    "Gather",
-    "Concat",
-    "Expand",
-    "Identity",
-}
-ELEMENTWISE = {"Add", "Sub", "Mul", "Div", "Clip", "Max", "Min", "Sqrt", "Softmax"}
+# These compute nothing: in fp32 where their input is and a result of theirs is taken in fp32.
+SHAPING_OPS = {"Reshape", "Transpose", "Squeeze", "Unsqueeze"}
+MOVING_OPS = SHAPING_OPS | {"Slice", "Split", "Gather", "Concat", "Expand", "Identity"}
+# Within a cut.
+COMPUTING = REDUCTIONS | {"Add", "Sub", "Mul", "Div", "Clip", "Max", "Min", "Softmax", "MatMul", "TopK", "ArgMax"}
 LARGEST = float(np.finfo(np.float16).max)
 SUFFIX = {TensorProto.FLOAT: "_fp32", TensorProto.FLOAT16: "_fp16"}
 
@@ -48,8 +40,8 @@ def fp16(model: onnx.ModelProto, in_fp32: Collection[str] | None = None) -> onnx
     infer(out)  # the types of all values
     graph = out.graph
     values = {v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}
-    real = {name for name, value in values.items() if value.type.tensor_type.elem_type == TensorProto.FLOAT}
     weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    real = {n for n, v in values.items() if v.type.tensor_type.elem_type == TensorProto.FLOAT and n not in weights}
     kinds = _kinds(graph, islands(model) if in_fp32 is None else in_fp32, real)
     held = {value.name: TensorProto.FLOAT for value in graph.input if value.name in real}  # type of each value
     made: dict[tuple[str, int], str] = {}  # its name in another type
@@ -84,6 +76,7 @@ def fp16(model: onnx.ModelProto, in_fp32: Collection[str] | None = None) -> onnx
     left = [tensor for tensor in (*graph.initializer, *halves) if tensor.name in used]
     del graph.initializer[:]
     graph.initializer.extend(left)
+    del graph.value_info[:]  # the types of before
     infer(out)
     return out
 
@@ -95,24 +88,20 @@ def _half(tensor: TensorProto, name: str) -> TensorProto:
     return onnx.numpy_helper.from_array(kept.astype(np.float16), name)
 
 
-def _kinds(graph: onnx.GraphProto, in_fp32: Collection[str], real: Collection[str]) -> list[int]:
+def _kinds(graph: onnx.GraphProto, in_fp32: Collection[str], real: set[str]) -> list[int]:
     """The floating-point type of each node: that of all its floating-point inputs and outputs."""
     nodes = list(graph.node)
     wide = [n.name in in_fp32 or n.op_type in ISLAND_OPS or n.op_type in FP32_OPS for n in nodes]
-    readers: dict[str, list[int]] = {value.name: [-1] for value in graph.output}  # -1: not a node
+    wanted = {value.name for value in graph.output}  # values that something takes in fp32
+    for node, each in zip(reversed(nodes), reversed(wide), strict=True):
+        if each or (node.op_type in MOVING_OPS and wanted.intersection(node.output)):
+            wanted.update(node.input)
+    made = {value.name for value in graph.input}  # values that are fp32
     for index, node in enumerate(nodes):
-        for name in node.input:
-            readers.setdefault(name, []).append(index)
-    asked = [False] * len(nodes)  # does every reader of the result want fp32?
-    for index in reversed(range(len(nodes))):
-        if nodes[index].op_type in MOVING_OPS:
-            after = [reader for name in nodes[index].output for reader in readers.get(name, [])]
-            asked[index] = bool(after) and all(reader >= 0 and (wide[reader] or asked[reader]) for reader in after)
-    in_fp32_made = {value.name for value in graph.input}
-    for index, node in enumerate(nodes):
-        wide[index] = wide[index] or (asked[index] and any(n in real and n in in_fp32_made for n in node.input))
+        if node.op_type in MOVING_OPS and wanted.intersection(node.output):
+            wide[index] = made.issuperset(real.intersection(node.input))
         if wide[index]:
-            in_fp32_made.update(node.output)
+            made.update(node.output)
     return [TensorProto.FLOAT if each else TensorProto.FLOAT16 for each in wide]
 
 
@@ -149,17 +138,16 @@ def islands(model: onnx.ModelProto) -> set[str]:
                 todo += ahead(node) if node.op_type != last else []
         return found
 
-    computing = (ELEMENTWISE | ISLAND_OPS | {"MatMul"}) - {"LayerNormalization"}
     choices = [node for node in nodes if node.op_type in ("TopK", "ArgMax")]
-    softmax = [node for node in nodes if node.op_type == "Softmax"]
-    everything = computing | MOVING_OPS
-    decided = closure(choices, computing | {"Reshape", "Squeeze", "Transpose", "Unsqueeze"}, "Softmax", before)
-    decided |= closure(choices, everything, "Softmax", before) & closure(softmax, everything, "TopK", after)
+    decided = closure(choices, COMPUTING | SHAPING_OPS, "Softmax", before)
+    moved = [n for node in nodes if node.name in decided for n in before(node) if n.op_type in MOVING_OPS]
+    decided |= closure(moved, MOVING_OPS | REDUCTIONS | {"Div", "Softmax"}, "Softmax", before)  # not into the stream
     # EViT weighs tokens by their scores.
-    weighing = [n for c in choices for n in used[c.input[0]] if n.op_type not in ("TopK", "ArgMax")]
-    weighed = closure(weighing, everything - {"Concat", "MatMul"}, "TopK", after)
+    weighing = [n for choice in choices for n in used[choice.input[0]] if n.op_type not in ("TopK", "ArgMax")]
+    weighed = closure(weighing, (COMPUTING | MOVING_OPS) - {"Concat", "MatMul"}, "TopK", after)
     one_hot = [node for node in nodes if node.op_type == "Equal"]
     folded = closure(one_hot, {"Equal", "Cast", "Transpose", "MatMul", "Mul", "Add", "Div"}, "Div", after)
     folded |= {n.name for node in nodes if node.name in folded for n in before(node) if n.op_type == "Mul"}
     sums = [other for node in nodes if node.op_type == "ReduceSum" for other in after(node)]
-    return decided | weighed | folded | closure(sums, {"Sub", "Div"}, "Div", after)
+    found = decided | weighed | folded | closure(sums, {"Sub", "Div"}, "Div", after)
+    return {node.name for node in nodes if node.name in found and node.op_type not in MOVING_OPS}

@@ -38,7 +38,8 @@ def export_model(
 ) -> Path:
     """Write a pruned model or, without a schedule, the unpruned one, with metadata that describes it; returns `out`.
 
-    `pictures` are for INT8 calibration. `tensorrt`: INT8 in the form that TensorRT reads, and TensorRT's limits. Raises InputError, ExportError, OutputError.
+    `pictures` are for INT8 calibration. With `tensorrt` INT8 is in the form that TensorRT reads
+    and a cut beyond its limits is an error. Raises InputError, ExportError, OutputError.
     """
     from edgeprune.vit.export import onnx_of_schedule
 

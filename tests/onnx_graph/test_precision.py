@@ -18,7 +18,7 @@ from onnx import TensorProto, numpy_helper, shape_inference
 from edgeprune.defaults import REDUCERS
 from edgeprune.onnx_graph import graph, precision
 from edgeprune.onnx_graph.attention_fusion import attention_forms
-from edgeprune.onnx_graph.graph import fix_tokens, static_or_raise
+from edgeprune.onnx_graph.graph import fix_tokens, onnx_precision_of, static_or_raise
 from edgeprune.vit import export
 from edgeprune.vit.pruned import PrunedViT, Trunk
 from edgeprune.vit.reducers import reducer_named
@@ -118,7 +118,7 @@ def test_profiling_models_have_their_precision(tiny: Callable[..., Any], tmp_pat
         export_profiling_models(found, (), 1, tmp_path / kind, kind)
         for name in ("trunk", "dense", "fixed", "block", "last"):
             graph = onnx.load(tmp_path / kind / f"{name}.onnx", load_external_data=False)
-            assert precision_of(graph) == (kind if name != "fixed" or kind == "fp16" else "fp32"), name
+            assert onnx_precision_of(graph) == (kind if name != "fixed" or kind == "fp16" else "fp32"), name
     target = target_for("cpu", "fp16", work=tmp_path / "work")
     with pytest.raises(InputError, match="holds int8 models, not fp16: pass --precision int8"):
         staircase_of_folder(target, tmp_path / "int8" / "trunk.onnx", ())
