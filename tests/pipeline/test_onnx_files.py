@@ -42,7 +42,7 @@ def test_build_and_export_calibrate_on_the_same_pictures(
 
     for module in (onnx_files, export):
         monkeypatch.setattr(module, "calibrated", calibrated)
-    monkeypatch.setattr(export, "int8", lambda graph, ranges, kept: graph)
+    monkeypatch.setitem(export.QUANTISED, "int8", lambda graph, ranges, kept: graph)
     export.export_model(model, None, 3, tmp_path / "exported.onnx", "int8", files)
     context = context_of(model.vit, tmp_path / "work", batch=3, calib=tmp_path / "calib")
     pictures = Pictures(files, model.preprocessing, context.target, 128)
