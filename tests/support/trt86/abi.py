@@ -20,23 +20,26 @@ class Weights(C.Structure):
 
 # The virtual functions of each class in order, after its two destructors, as "name:RETURN ARGUMENTS" with
 # v void, b bool, i int32, u uint32, f float, d double, s text, p an object or address, D Dims and W Weights by value.
-NETWORK = """addInput:psiD markOutput:vp addConvolution:ppiDWW addFullyConnected:ppiWW addActivation:ppi addPooling:ppiD
-addLRN:ppifff addScale:ppiWWW addSoftMax:pp addConcatenation:ppi addDeconvolution:ppiDWW addElementWise:pppi addUnary:ppi
-addPadding:ppDD addShuffle:pp getNbLayers:i getLayer:pi getNbInputs:i getInput:pi getNbOutputs:i getOutput:pi
-addReduce:ppiub addTopK:ppiiu addGather:pppi addRaggedSoftMax:ppp addMatrixMultiply:ppipi addConstant:pDW addRNNv2:ppiiii
-addIdentity:pp removeTensor:vp unmarkOutput:vp addPluginV2:ppip addSlice:ppDDD setName:vs getName:s addShape:pp
-hasImplicitBatchDimension:b markOutputForShapes:bp unmarkOutputForShapes:bp addParametricReLU:ppp addConvolutionNd:ppiDWW
-addPoolingNd:ppiD addDeconvolutionNd:ppiDWW addScaleNd:ppiWWWi addResize:pp hasExplicitPrecision:b addLoop:p
-addSelect:pppp addFill:pDi addPaddingNd:ppDD setWeightsName:bWs setErrorRecorder:vp getErrorRecorder:p addDequantize:ppp
-addQuantize:ppp addGatherV2:pppi addIfConditional:p addScatter:ppppi addEinsum:ppis addAssertion:pps addOneHot:ppppi
-addNonZero:pp addGridSample:ppp addNMS:pppp addReverseSequence:ppp addNormalization:ppppu addCast:ppi getBuilder:p"""
-TENSOR = """setName:vs getName:s setDimensions:vD getDimensions:D setType:vi getType:i setDynamicRange:bff isNetworkInput:b
-isNetworkOutput:b setBroadcastAcrossBatch:vb getBroadcastAcrossBatch:b getLocation:i setLocation:vi dynamicRangeIsSet:b
-resetDynamicRange:v getDynamicRangeMin:f getDynamicRangeMax:f setAllowedFormats:vu getAllowedFormats:u isShapeTensor:b
-isExecutionTensor:b setDimensionName:vis getDimensionName:si"""
-LAYER = """getType:i setName:vs getName:s getNbInputs:i getInput:pi getNbOutputs:i getOutput:pi setInput:vip setPrecision:vi
-getPrecision:i precisionIsSet:b resetPrecision:v setOutputType:vii getOutputType:ii outputTypeIsSet:bi resetOutputType:vi
-setMetadata:vs getMetadata:s"""
+NETWORK = """
+addInput:psiD markOutput:vp addConvolution:ppiDWW addFullyConnected:ppiWW addActivation:ppi addPooling:ppiD
+addLRN:ppifff addScale:ppiWWW addSoftMax:pp addConcatenation:ppi addDeconvolution:ppiDWW addElementWise:pppi
+addUnary:ppi addPadding:ppDD addShuffle:pp getNbLayers:i getLayer:pi getNbInputs:i getInput:pi getNbOutputs:i
+getOutput:pi addReduce:ppiub addTopK:ppiiu addGather:pppi addRaggedSoftMax:ppp addMatrixMultiply:ppipi
+addConstant:pDW addRNNv2:ppiiii addIdentity:pp removeTensor:vp unmarkOutput:vp addPluginV2:ppip addSlice:ppDDD
+setName:vs getName:s addShape:pp hasImplicitBatchDimension:b markOutputForShapes:bp unmarkOutputForShapes:bp
+addParametricReLU:ppp addConvolutionNd:ppiDWW addPoolingNd:ppiD addDeconvolutionNd:ppiDWW addScaleNd:ppiWWWi
+addResize:pp hasExplicitPrecision:b addLoop:p addSelect:pppp addFill:pDi addPaddingNd:ppDD setWeightsName:bWs
+setErrorRecorder:vp getErrorRecorder:p addDequantize:ppp addQuantize:ppp addGatherV2:pppi addIfConditional:p
+addScatter:ppppi addEinsum:ppis addAssertion:pps addOneHot:ppppi
+"""
+TENSOR = """
+TENSOR =
+"""
+LAYER = """
+getType:i setName:vs getName:s getNbInputs:i getInput:pi getNbOutputs:i getOutput:pi setInput:vip setPrecision:vi
+getPrecision:i precisionIsSet:b resetPrecision:v setOutputType:vii getOutputType:ii outputTypeIsSet:bi
+resetOutputType:vi setMetadata:vs getMetadata:s
+"""
 
 
 def pairs(text: str) -> str:
@@ -49,19 +52,22 @@ def mirrored(text: str) -> str:
     return " ".join(f"get{n}:{t} set{n}:v{t}" for n, t in (word.split(":") for word in text.split()))
 
 
-
 # kind: number in nvinfer1::LayerType, virtual functions of its own class
 LAYERS = {
-    "Convolution": (0, pairs("""KernelSize:D NbOutputMaps:i Stride:D Padding:D NbGroups:i KernelWeights:W BiasWeights:W Dilation:D
-                                PrePadding:D PostPadding:D PaddingMode:i KernelSizeNd:D StrideNd:D PaddingNd:D DilationNd:D""")),
+    "Convolution": (0, pairs("""
+        KernelSize:D NbOutputMaps:i Stride:D Padding:D NbGroups:i KernelWeights:W BiasWeights:W Dilation:D PrePadding:D
+        PostPadding:D PaddingMode:i KernelSizeNd:D StrideNd:D PaddingNd:D DilationNd:D
+    """)),
     "Activation": (2, "setActivationType:vi getActivationType:i setAlpha:vf setBeta:vf getAlpha:f getBeta:f"),
     "Scale": (5, pairs("Mode:i Shift:W Scale:W Power:W") + " getChannelAxis:i setChannelAxis:vi"),
     "SoftMax": (6, pairs("Axes:u")),
     "Concatenation": (8, pairs("Axis:i")),
     "ElementWise": (9, pairs("Operation:i")),
     "Unary": (11, pairs("Operation:i")),
-    "Shuffle": (13, "setFirstTranspose:vp getFirstTranspose:p setReshapeDimensions:vD getReshapeDimensions:D setSecondTranspose:vp "
-                    "getSecondTranspose:p setZeroIsPlaceholder:vb getZeroIsPlaceholder:b"),
+    "Shuffle": (13, """
+        setFirstTranspose:vp getFirstTranspose:p setReshapeDimensions:vD getReshapeDimensions:D setSecondTranspose:vp
+        getSecondTranspose:p setZeroIsPlaceholder:vb getZeroIsPlaceholder:b
+    """),
     "Reduce": (14, pairs("Operation:i ReduceAxes:u KeepDimensions:b")),
     "TopK": (15, pairs("Operation:i K:i ReduceAxes:u")),
     "Gather": (16, pairs("GatherAxis:i NbElementWiseDims:i Mode:i")),
@@ -77,11 +83,10 @@ LAYERS = {
     "OneHot": (41, mirrored("Axis:i")),
     "Normalization": (46, pairs("Epsilon:f Axes:u NbGroups:i ComputePrecision:i")),
     "Cast": (47, pairs("ToType:i")),
-ELEMENTWISE = "SUM PROD MAX MIN SUB DIV POW FLOOR_DIV AND OR XOR EQUAL GREATER LESS".split()
-UNARY = """EXP LOG SQRT RECIP ABS NEG SIN COS TAN SINH COSH ASIN ACOS ATAN ASINH ACOSH ATANH CEIL FLOOR ERF NOT SIGN ROUND
-ISINF""".split()
-REDUCE = "SUM PROD MAX MIN AVG".split()
-
+}  # fmt: skip
+ELEMENTWISE = ["SUM", "PROD", "MAX", "MIN", "SUB", "DIV", "POW", "FLOOR_DIV", "AND", "OR", "XOR", "EQUAL", "GREATER", "LESS"]
+UNARY = ["EXP", "LOG", "SQRT", "RECIP", "ABS", "NEG", "SIN", "COS", "TAN", "SINH", "COSH", "ASIN", "ACOS", "ATAN", "ASINH", "ACOSH", "ATANH", "CEIL", "FLOOR", "ERF", "NOT", "SIGN", "ROUND", "ISINF"]
+REDUCE = ["SUM", "PROD", "MAX", "MIN", "AVG"]
 KINDS = {"v": None, "b": C.c_bool, "i": C.c_int32, "u": C.c_uint32, "f": C.c_float, "d": C.c_double, "s": C.c_char_p,
          "p": C.c_void_p, "D": Dims, "W": Weights}  # fmt: skip
 KEPT: list[object] = []  # whatever C++ points at lives as long as the process
@@ -149,4 +154,3 @@ def as_dims(values) -> Dims:
 
 def as_tuple(dims: Dims) -> tuple[int, ...]:
     return tuple(dims.d[: max(dims.n, 0)])
-

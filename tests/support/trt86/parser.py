@@ -1,6 +1,6 @@
-"""The parser on that network. Run as `python -m support.trt86.parser FOLDER MODEL.onnx`, it prints one JSON object.
+"""The parser on that network. Run as `python -m support.trt86.parser FOLDER MODEL.onnx` it prints one JSON object.
 
-FOLDER is what fetch.py made. A process of its own for each file: the parser may crash on what the network does not know.
+FOLDER is what fetch.py made. A process for each file: the parser may crash on what the network does not know.
 """
 
 from __future__ import annotations

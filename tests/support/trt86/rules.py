@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes as C
 import math
+from typing import TYPE_CHECKING
 
 from support.trt86.abi import (
     BOOL,
@@ -22,10 +23,13 @@ from support.trt86.abi import (
     as_tuple,
 )
 
-# This parser passes INT8 weights on, but libnvinfer 8.2, 8.4.1 and 8.4.3 refused them, in these words (TRT#2163, TRT#2361),
-# and NVIDIA's repository says so up to v9.3.0 (tools/experimental/trt-engine-explorer/examples/pytorch/resnet/README.md:
-# "TensorRT does not support INT8 weights for explicit quantization"). No report of 8.6 was found, either way.
-INT8_WEIGHTS = "invalid weights type of Int8 (8.2 to 8.4 said so; 8.6 is not known to differ): quantise fp32 weights in the graph"
+# This parser passes INT8 weights on, but libnvinfer 8.2, 8.4.1 and 8.4.3 refused them in these words (TRT#2163,
+# TRT#2361), and NVIDIA's repository says so up to v9.3.0 (tools/experimental/trt-engine-explorer/examples/pytorch/resnet).
+# No report of 8.6 was found, either way.
+INT8_WEIGHTS = "invalid weights type of Int8 (said by 8.2 to 8.4): quantise fp32 weights in the graph"
+
+if TYPE_CHECKING:
+    from support.trt86.network import Layer, Tensor
 
 INTEGERS = {
     "SUM": int.__add__, "PROD": int.__mul__, "SUB": int.__sub__, "DIV": lambda x, y: int(x / y), "MAX": max, "MIN": min,
@@ -64,7 +68,7 @@ class Rules:
         self._must(weights in (0, wanted), layer, "kernel weights do not fit")
         space = [
             (size + a + b - d * (k - 1) - 1) // st + 1
-            for size, a, b, d, k, st in zip(dims[2:], before, after, dilation, kernel, stride)
+            for size, a, b, d, k, st in zip(dims[2:], before, after, dilation, kernel, stride, strict=True)
         ]
         return [((dims[0], s["NbOutputMaps"], *space), dtype)]
 
@@ -118,15 +122,15 @@ class Rules:
     def _infer_Concatenation(self, layer, s, *inputs):
         axis, first = s.get("Axis", 0), inputs[0][0]
         for dims, dtype in inputs:
-            rest = len(dims) == len(first) and all(a == b for i, (a, b) in enumerate(zip(dims, first)) if i != axis)
+            rest = len(dims) == len(first) and all(dims[i] == first[i] for i in range(len(first)) if i != axis)
             self._must(rest and dtype == inputs[0][1], layer, f"inputs {[(d, DTYPES[t]) for d, t in inputs]}")
         return [((*first[:axis], sum(d[axis] for d, _ in inputs), *first[axis + 1 :]), inputs[0][1])]
 
     def _broadcast(self, layer, *shapes):
         self._must(len({len(d) for d in shapes}) == 1, layer, f"ranks differ: {shapes}")
-        for sizes in zip(*shapes):
+        for sizes in zip(*shapes, strict=True):
             self._must(len({n for n in sizes if n != 1}) < 2, layer, f"shapes do not broadcast: {shapes}")
-        return tuple(max(sizes) for sizes in zip(*shapes))
+        return tuple(max(sizes) for sizes in zip(*shapes, strict=True))
 
     def _infer_ElementWise(self, layer, s, a, b):
         op = ELEMENTWISE[s["Operation"]]
@@ -171,8 +175,8 @@ class Rules:
         self._must(dtype in (*REAL, INT8, INT32), layer, f"{REDUCE[s['Operation']]} of {DTYPES[dtype]}")
         cut = [bool(s["ReduceAxes"] >> i & 1) for i in range(len(dims))]
         if s["KeepDimensions"]:
-            return [(tuple(1 if c else n for n, c in zip(dims, cut)), dtype)]
-        return [(tuple(n for n, c in zip(dims, cut) if not c), dtype)]
+            return [(tuple(1 if c else n for n, c in zip(dims, cut, strict=True)), dtype)]
+        return [(tuple(n for n, c in zip(dims, cut, strict=True) if not c), dtype)]
 
     def _infer_TopK(self, layer, s, x, *given):
         dims, dtype = x
@@ -214,12 +218,12 @@ class Rules:
         return [(dims, s["Weights"].type)]
 
     def _infer_Slice(self, layer, s, x, *given):
-        for name, tensor in zip(("Start", "Size", "Stride"), layer.inputs[1:]):
+        for name, tensor in zip(("Start", "Size", "Stride"), layer.inputs[1:], strict=False):
             if tensor:
                 s[name] = as_dims(self.values(tensor))
         dims, start, size, stride = x[0], as_tuple(s["Start"]), as_tuple(s["Size"]), as_tuple(s["Stride"])
         self._must(len(dims) == len(start) == len(size) == len(stride), layer, f"{start} {size} {stride} of {dims}")
-        for n, a, m, st in zip(dims, start, size, stride):
+        for n, a, m, st in zip(dims, start, size, stride, strict=True):
             self._must(
                 m == 0 or (0 <= a < n and 0 <= a + (m - 1) * st < n), layer, f"{start} {size} {stride} leaves {dims}"
             )
@@ -258,7 +262,7 @@ class Rules:
 
     def _infer_Normalization(self, layer, s, x, scale, bias):
         for name, other in (("scale", scale), ("bias", bias)):
-            fits = len(other[0]) == len(x[0]) and all(a == b or a == 1 for a, b in zip(other[0], x[0]))
+            fits = len(other[0]) == len(x[0]) and all(a == b or a == 1 for a, b in zip(other[0], x[0], strict=True))
             self._must(fits, layer, f"{name} {other[0]} for {x[0]}")
         self._must(
             x[1] == scale[1] == bias[1] and x[1] in REAL, layer, f"types {[DTYPES[t[1]] for t in (x, scale, bias)]}"
