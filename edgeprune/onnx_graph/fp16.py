@@ -23,8 +23,9 @@ SHAPING_OPS = {"Reshape", "Transpose", "Squeeze", "Unsqueeze"}
 MOVING_OPS = SHAPING_OPS | {"Slice", "Split", "Gather", "Concat", "Expand", "Identity"}
 # Within a cut.
 COMPUTING = REDUCTIONS | {"Add", "Sub", "Mul", "Div", "Clip", "Max", "Min", "Softmax", "MatMul", "TopK", "ArgMax"}
+FP32, FP16 = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
 LARGEST = float(np.finfo(np.float16).max)
-SUFFIX = {TensorProto.FLOAT: "_fp32", TensorProto.FLOAT16: "_fp16"}
+SUFFIX = {FP32: "_fp32", FP16: "_fp16"}
 
 Nodes = list[onnx.NodeProto]
 
@@ -40,16 +41,16 @@ def fp16(model: onnx.ModelProto, in_fp32: Collection[str] | None = None) -> onnx
     infer(out)  # the types of all values
     graph = out.graph
     values = {v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}
-    weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == TensorProto.FLOAT}
-    real = {n for n, v in values.items() if v.type.tensor_type.elem_type == TensorProto.FLOAT and n not in weights}
+    weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == FP32}
+    real = {n for n, v in values.items() if v.type.tensor_type.elem_type == FP32 and n not in weights}
     kinds = _kinds(graph, islands(model) if in_fp32 is None else in_fp32, real)
-    held = {value.name: TensorProto.FLOAT for value in graph.input if value.name in real}  # type of each value
+    held = {value.name: FP32 for value in graph.input if value.name in real}  # type of each value
     made: dict[tuple[str, int], str] = {}  # its name in another type
     nodes: Nodes = []
     halves: list[TensorProto] = []
 
     def typed(name: str, kind: int) -> str:
-        if (name not in weights and name not in held) or held.get(name, TensorProto.FLOAT) == kind:
+        if (name not in weights and name not in held) or held.get(name, FP32) == kind:
             return name
         if (name, kind) not in made:
             made[name, kind] = other = name + SUFFIX[kind]
@@ -65,11 +66,11 @@ def fp16(model: onnx.ModelProto, in_fp32: Collection[str] | None = None) -> onnx
         if node.op_type == "Cast" and node.output[0] in real:
             node.attribute[0].i = kind
         nodes.append(node)
-    ends = [value.name for value in graph.output if held.get(value.name) == TensorProto.FLOAT16]
+    ends = [value.name for value in graph.output if held.get(value.name) == FP16]
     for node in nodes:
         for names in (node.input, node.output):
             names[:] = [name + "_made" if name in ends else name for name in names]
-    nodes += [onnx.helper.make_node("Cast", [end + "_made"], [end], end, to=TensorProto.FLOAT) for end in ends]
+    nodes += [onnx.helper.make_node("Cast", [end + "_made"], [end], end, to=FP32) for end in ends]
     del graph.node[:]
     graph.node.extend(nodes)
     used = {name for node in nodes for name in node.input}
@@ -102,7 +103,7 @@ def _kinds(graph: onnx.GraphProto, in_fp32: Collection[str], real: set[str]) -> 
             wide[index] = made.issuperset(real.intersection(node.input))
         if wide[index]:
             made.update(node.output)
-    return [TensorProto.FLOAT if each else TensorProto.FLOAT16 for each in wide]
+    return [FP32 if each else FP16 for each in wide]
 
 
 def islands(model: onnx.ModelProto) -> set[str]:

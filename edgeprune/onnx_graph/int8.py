@@ -79,7 +79,7 @@ def int8_on_fp16(
     return fp16(int8(model, ranges, kept, fp32_weights=True), islands(model))
 
 
-def _node(kind: str, name: str, entering: str, leaving: str, axis: Mapping[str, int]) -> onnx.NodeProto:
+def _node(kind: str, name: str, entering: str, leaving: str, axis: dict[str, Any]) -> onnx.NodeProto:
     scale, zero = f"{name}_scale", f"{name}_zero"
     return onnx.helper.make_node(kind, [entering, scale, zero], [leaving], f"{name}_{kind}", **axis)
 

@@ -7,9 +7,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnx.utils
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 
 from edgeprune.defaults import METHODS, REDUCERS
 from edgeprune.onnx_graph.precision import CONVERSIONS, onnx_precision
@@ -29,6 +31,11 @@ def every() -> Any:
         for precision in PRECISIONS
     ]
     return pytest.mark.parametrize(("method", "prefix_last", "batch", "precision"), cases)
+
+
+def converted(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
+    """An fp32 graph in a precision of PRECISIONS."""
+    return CONVERSIONS[precision](model) if precision in CONVERSIONS else model
 
 
 def all_at_once(model: Any) -> Any:
@@ -81,6 +88,30 @@ def networks(model: Any, folder: Path) -> Callable[..., onnx.ModelProto]:
         whole, logits = exported(batch)
         name = logits[2 * METHODS.index(method) + (not prefix_last)]
         one = onnx.utils.Extractor(whole).extract_model(["images"], [name])
-        return CONVERSIONS[precision](one) if precision in CONVERSIONS else one
+        return converted(one, precision)
 
     return made
+
+
+def of_node(node: onnx.NodeProto, shape: list[int], leaving: int = TensorProto.FLOAT, **tensors: Any) -> Any:
+    """A graph of one node from x, fp32 of a shape, to y of the same shape."""
+    ends = [helper.make_tensor_value_info(n, kind, shape) for n, kind in (("x", TensorProto.FLOAT), ("y", leaving))]
+    weights = [numpy_helper.from_array(values, name) for name, values in tensors.items()]
+    graph = helper.make_graph([node], "control", ends[:1], ends[1:], weights)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def topk(count: int) -> Any:
+    """A graph that sorts `count` values."""
+    node = helper.make_node("TopK", ["x", "k"], ["y", "places"], "sort")
+    return of_node(node, [1, count], k=np.array([count]))
+
+
+def controls() -> dict[str, tuple[onnx.ModelProto, str]]:
+    """Graphs that must be refused, with a word that the reason must hold."""
+    mixed = helper.make_node("Add", ["x", "half"], ["y"], "mixed")
+    return {
+        "an unknown operator": (of_node(helper.make_node("Nonsense", ["x"], ["y"]), [2, 4]), "Nonsense"),
+        "mixed types": (of_node(mixed, [2, 4], half=np.ones((2, 4), np.float16)), "mixed"),
+        "a TopK above 3840": (topk(3841), "3840"),
+    }

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
-from support.trt_files import BATCHES, PRECISIONS, every
+from onnx import TensorProto
+from support.trt_files import PRECISIONS, controls, converted, every, topk
+
+from edgeprune.errors import ExportError
+from edgeprune.onnx_graph.graph import MOST_SORTED, fix_tokens, save_apart, sorts_or_raise
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has no wheel for this Python or machine")
 
@@ -62,58 +64,40 @@ def test_every_file_is_built(
         assert {out[0][1] for _, kind, out in found["layers"] if kind == "NORMALIZATION"} == {"FLOAT"}
 
 
+@pytest.fixture(scope="module")
+def profiled(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trunk and last block in fp32, with a symbolic token axis, as `export --trunk` writes them."""
+    import torch
+
+    from edgeprune.vit import export
+    from edgeprune.vit.pruned import LastBlock, Trunk
+
+    model, folder, stream = tiny("cls"), tmp_path_factory.mktemp("profiled"), torch.zeros(4, 17, 48)
+    trunk = Trunk(list(model.module.blocks[:2]), model.family)
+    export.trunk_from_module(trunk, stream, folder / "trunk.onnx")
+    export.trunk_from_module(LastBlock(model.module.blocks[2], model.family, 1), stream, folder / "last.onnx")
+    return folder
+
+
 @pytest.mark.parametrize("precision", PRECISIONS)
-def test_profiling_models_are_built(precision: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
-    """Trunk, block, last block, embedding with head, and a cut, fixed to counts as `profile` does it."""
-    from edgeprune.onnx_graph.graph import fix_tokens
-    from edgeprune.vit.profiling_models import export_profiling_models
-
-    export_profiling_models(tiny("cls", 1), ("topk",), BATCHES[-1], tmp_path, precision, tensorrt=True)
-    for name in ("trunk", "block", "last"):
-        for count in (17, 6):
-            fix_tokens(tmp_path / f"{name}.onnx", count, tmp_path / f"{name}-{count}.onnx")
-            found = judge(tmp_path / f"{name}-{count}.onnx")
-            assert found["parsed"] and found["built"], (found["errors"], found["log"])
-            assert found["inputs"][0][2] == (4, count, 48)
-            assert found["outputs"][0][2] == (4, 1 if name == "last" else count, 48)
-    for path in (tmp_path / "fixed.onnx", tmp_path / "dense.onnx", *tmp_path.glob("cut-*.onnx")):
-        found = judge(path)
-        assert found["parsed"] and found["built"], (path, found["errors"], found["log"])
+@pytest.mark.parametrize("name", ["trunk", "last"])
+def test_profiling_models_are_built(name: str, precision: str, profiled: Path, tmp_path: Path) -> None:
+    """At every count they are one file with one dimension changed: at all tokens, and at an odd number of them."""
+    model = converted(onnx.load(profiled / f"{name}.onnx"), precision)
+    save_apart(model, tmp_path / "model.onnx", tmp_path / "model.weights")
+    for count in (17, 6):
+        fix_tokens(tmp_path / "model.onnx", count, tmp_path / f"model-{count}.onnx")
+        found = judge(tmp_path / f"model-{count}.onnx")
+        assert found["parsed"] and found["built"], (found["errors"], found["log"])
+        assert found["inputs"][0][1:] == ("FLOAT", (4, count, 48))
+        assert found["outputs"][0][1:] == ("FLOAT", (4, 1 if name == "last" else count, 48))
 
 
-def of_nodes(nodes: list[onnx.NodeProto], shape: list[int], leaving: int = TensorProto.FLOAT, **tensors: Any) -> Any:
-    """A graph from x, fp32 of a shape, to y."""
-    ends = [
-        helper.make_tensor_value_info("x", TensorProto.FLOAT, shape),
-        helper.make_tensor_value_info("y", leaving, None),
-    ]
-    weights = [numpy_helper.from_array(np.asarray(values), name) for name, values in tensors.items()]
-    graph = helper.make_graph(nodes, "control", ends[:1], ends[1:], weights)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-
-
-def topk(count: int) -> Any:
-    node = helper.make_node("TopK", ["x", "k"], ["values", "y"], "sort")
-    return of_nodes([node], [1, 4096], TensorProto.INT64, k=np.array([count]))
-
-
-CONTROLS = {
-    "unknown operator": (lambda: of_nodes([helper.make_node("Nonsense", ["x"], ["y"])], [2, 4]), "Nonsense"),
-    "mixed types": (
-        lambda: of_nodes(
-            [helper.make_node("Add", ["x", "half"], ["y"], "mixed")], [2, 4], half=np.ones(4, np.float16)
-        ),
-        "mixed",
-    ),
-    "a TopK above 3840": (lambda: topk(3841), "3840"),
-}
-
-
-@pytest.mark.parametrize("control", CONTROLS)
+@pytest.mark.parametrize("control", controls())
 def test_what_is_wrong_is_refused(control: str, tmp_path: Path) -> None:
     """So that being taken means something."""
-    make, reason = CONTROLS[control]
-    onnx.save(make(), tmp_path / "model.onnx")
+    model, reason = controls()[control]
+    onnx.save(model, tmp_path / "model.onnx")
     found = judge(tmp_path / "model.onnx")
     assert not (found["parsed"] and found["built"])
     assert reason in " ".join((*found["errors"], *found["log"])), (found["errors"], found["log"])
@@ -121,9 +105,6 @@ def test_what_is_wrong_is_refused(control: str, tmp_path: Path) -> None:
 
 def test_the_limit_of_topk_is_ours(tmp_path: Path) -> None:
     """What export refuses is what TensorRT refuses, and nothing less."""
-    from edgeprune.errors import ExportError
-    from edgeprune.onnx_graph.graph import MOST_SORTED, sorts_or_raise
-
     accepted(topk(MOST_SORTED), tmp_path / "model.onnx")
     sorts_or_raise(topk(MOST_SORTED))
     with pytest.raises(ExportError, match="a cut sorts 3841 tokens, TensorRT at most 3840: cut later"):

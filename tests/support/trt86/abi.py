@@ -55,8 +55,8 @@ def mirrored(text: str) -> str:
 # kind: number in nvinfer1::LayerType, virtual functions of its own class
 LAYERS = {
     "Convolution": (0, pairs("""
-        KernelSize:D NbOutputMaps:i Stride:D Padding:D NbGroups:i KernelWeights:W BiasWeights:W Dilation:D PrePadding:D
-        PostPadding:D PaddingMode:i KernelSizeNd:D StrideNd:D PaddingNd:D DilationNd:D
+        KernelSize:D NbOutputMaps:i Stride:D Padding:D NbGroups:i KernelWeights:W BiasWeights:W Dilation:D
+        PrePadding:D PostPadding:D PaddingMode:i KernelSizeNd:D StrideNd:D PaddingNd:D DilationNd:D
     """)),
     "Activation": (2, "setActivationType:vi getActivationType:i setAlpha:vf setBeta:vf getAlpha:f getBeta:f"),
     "Scale": (5, pairs("Mode:i Shift:W Scale:W Power:W") + " getChannelAxis:i setChannelAxis:vi"),
@@ -84,9 +84,15 @@ LAYERS = {
     "Normalization": (46, pairs("Epsilon:f Axes:u NbGroups:i ComputePrecision:i")),
     "Cast": (47, pairs("ToType:i")),
 }  # fmt: skip
-ELEMENTWISE = ["SUM", "PROD", "MAX", "MIN", "SUB", "DIV", "POW", "FLOOR_DIV", "AND", "OR", "XOR", "EQUAL", "GREATER", "LESS"]
-UNARY = ["EXP", "LOG", "SQRT", "RECIP", "ABS", "NEG", "SIN", "COS", "TAN", "SINH", "COSH", "ASIN", "ACOS", "ATAN", "ASINH", "ACOSH", "ATANH", "CEIL", "FLOOR", "ERF", "NOT", "SIGN", "ROUND", "ISINF"]
-REDUCE = ["SUM", "PROD", "MAX", "MIN", "AVG"]
+# Operations by their number.
+ELEMENTWISE = (
+    "SUM", "PROD", "MAX", "MIN", "SUB", "DIV", "POW", "FLOOR_DIV", "AND", "OR", "XOR", "EQUAL", "GREATER", "LESS",
+)  # fmt: skip
+UNARY = (
+    "EXP", "LOG", "SQRT", "RECIP", "ABS", "NEG", "SIN", "COS", "TAN", "SINH", "COSH", "ASIN", "ACOS", "ATAN", "ASINH",
+    "ACOSH", "ATANH", "CEIL", "FLOOR", "ERF", "NOT", "SIGN", "ROUND", "ISINF",
+)  # fmt: skip
+REDUCE = ("SUM", "PROD", "MAX", "MIN", "AVG")
 KINDS = {"v": None, "b": C.c_bool, "i": C.c_int32, "u": C.c_uint32, "f": C.c_float, "d": C.c_double, "s": C.c_char_p,
          "p": C.c_void_p, "D": Dims, "W": Weights}  # fmt: skip
 KEPT: list[object] = []  # whatever C++ points at lives as long as the process

@@ -46,8 +46,11 @@ class Adding:
 
     def _addConvolutionNd(self, x, maps, kernel, weights, bias):
         one = as_dims((1,) * kernel.n)
-        return self._add("Convolution", [self._t(x)], NbOutputMaps=maps, KernelSizeNd=kernel, KernelWeights=weights,
-                         BiasWeights=bias, StrideNd=one, DilationNd=one, PaddingNd=as_dims((0,) * kernel.n), NbGroups=1)  # fmt: skip
+        none = as_dims((0,) * kernel.n)
+        return self._add(
+            "Convolution", [self._t(x)], NbOutputMaps=maps, KernelSizeNd=kernel, KernelWeights=weights,
+            BiasWeights=bias, StrideNd=one, DilationNd=one, PaddingNd=none, NbGroups=1,
+        )  # fmt: skip
 
     def _addActivation(self, x, kind):
         return self._add("Activation", [self._t(x)], ActivationType=kind)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes as C
 import sys
+from typing import Any
 
 from support.trt86.abi import (
     FLOAT,
@@ -25,8 +26,12 @@ from support.trt86.abi import (
 from support.trt86.adding import Adding
 from support.trt86.rules import Rules
 
+FIXED = {"isExecutionTensor": True, "getAllowedFormats": 0xFFFFFFFF, "setDynamicRange": True, "getDimensionName": b""}
+
 
 class Tensor:
+    """nvinfer1::ITensor: shape and type are those that its layer gives it."""
+
     def __init__(self, network: Network, layer: Layer | None, index: int, name: str, dims=None, dtype=None) -> None:
         self.network, self.layer, self.index, self.name = network, layer, index, name
         self._dims, self._dtype, self.location = dims, dtype, 0
@@ -42,41 +47,45 @@ class Tensor:
     def dtype(self) -> int:
         return self.layer.outputs()[self.index][1] if self.layer else self._dtype
 
-    def call(self, name: str, args: tuple):
-        if name == "getDimensions":
-            return as_dims(self.dims)
-        if name == "getType":
-            return self.dtype
-        if name == "setName":
-            self.name = args[0].decode()
-        elif name == "getName":
-            return self.name.encode()
-        elif name == "setType":
-            self._dtype = args[0]
-        elif name == "setDimensions":
-            self._dims = as_tuple(args[0])
-        elif name == "isNetworkInput":
-            return self.layer is None
-        elif name == "isNetworkOutput":
-            return self in self.network.outputs
-        elif name == "setLocation":
-            self.location = args[0]
-        elif name == "getLocation":
-            return self.location
-        elif name == "isExecutionTensor":
-            return True
-        elif name == "getAllowedFormats":
-            return 0xFFFFFFFF
-        elif name == "setDynamicRange":
-            return True
-        elif name == "getDimensionName":
-            return b""
-        else:
-            return 0
-        return None
+    def call(self, name: str, args: tuple[Any, ...]) -> Any:
+        """A function of nvinfer1::ITensor by name; what is not here answers 0 and changes nothing."""
+        handler = getattr(self, f"_{name}", None)
+        return handler(*args) if handler else FIXED.get(name, 0)
+
+    def _getDimensions(self) -> Any:
+        return as_dims(self.dims)
+
+    def _getType(self) -> int:
+        return self.dtype
+
+    def _setName(self, name: bytes) -> None:
+        self.name = name.decode()
+
+    def _getName(self) -> bytes:
+        return self.name.encode()
+
+    def _setType(self, dtype: int) -> None:
+        self._dtype = dtype
+
+    def _setDimensions(self, dims: Any) -> None:
+        self._dims = as_tuple(dims)
+
+    def _isNetworkInput(self) -> bool:
+        return self.layer is None
+
+    def _isNetworkOutput(self) -> bool:
+        return self in self.network.outputs
+
+    def _setLocation(self, location: int) -> None:
+        self.location = location
+
+    def _getLocation(self) -> int:
+        return self.location
 
 
 class Layer:
+    """nvinfer1::ILayer and the class of its kind: what was set is kept by name."""
+
     def __init__(self, network: Network, kind: str, inputs: list[Tensor], outputs: int = 1, **settings) -> None:
         self.network, self.kind, self.inputs = network, kind, inputs
         self.settings, self.precision, self.types = settings, None, {}
@@ -94,62 +103,79 @@ class Layer:
             self._inferred = self.network.infer(self)
         return self._inferred
 
-    def call(self, name: str, args: tuple):
-        if name in ("getType", "getName", "getNbInputs", "getInput", "getNbOutputs", "getOutput"):
-            if name == "getType":
-                return LAYERS[self.kind][0] if self.kind in LAYERS else 10
-            if name == "getName":
-                return self.name.encode()
-            if name.startswith("getNb"):
-                return len(self.inputs if name == "getNbInputs" else self.made)
-            things = self.inputs if name == "getInput" else self.made
-            return things[args[0]].address if 0 <= args[0] < len(things) and things[args[0]] else None
-        if name == "setName":
-            self.name = args[0].decode()
-            for tensor in self.made:
-                tensor.name = f"{self.name}_output_{tensor.index}"
-        elif name == "setInput":
-            while len(self.inputs) <= args[0]:
-                self.inputs.append(None)
-            self.inputs[args[0]] = self.network.objects[args[1]]
-        elif name in ("setPrecision", "resetPrecision"):
-            self.precision = args[0] if args else None
-        elif name == "getPrecision":
-            return FLOAT if self.precision is None else self.precision
-        elif name == "precisionIsSet":
-            return self.precision is not None
-        elif name == "setOutputType":
-            self.types[args[0]] = args[1]
-        elif name == "resetOutputType":
-            self.types.pop(args[0], None)
-        elif name == "outputTypeIsSet":
-            return args[0] in self.types
-        elif name == "getOutputType":
-            return self.types.get(args[0], self.outputs()[args[0]][1])
-        elif name == "setMetadata":
-            self.settings["Metadata"] = args[0]
-        elif name == "getMetadata":
-            return self.settings.get("Metadata", b"")
-        elif name.startswith("set") and name.endswith("Transpose"):
-            self.settings[name[3:]] = tuple((C.c_int32 * MAX).from_address(args[0]))
-        elif name.startswith("get") and name.endswith("Transpose"):
-            order = (C.c_int32 * MAX)(*self.settings.get(name[3:], range(MAX)))
+    def call(self, name: str, args: tuple[Any, ...]) -> Any:
+        """A function of nvinfer1::ILayer, or of the layer's own class, by name."""
+        handler = getattr(self, f"_{name}", None)
+        if handler is not None:
+            return handler(*args)
+        key = name[3:] if len(args) == name.startswith("set") else f"{name[3:]}{args[0]}"
+        if name.startswith("set"):
+            order = name.endswith("Transpose")
+            self.settings[key] = tuple((C.c_int32 * MAX).from_address(args[0])) if order else copied(args[-1])
+            self._inferred = None
+            return None
+        if name.endswith("Transpose"):
+            order = (C.c_int32 * MAX)(*self.settings.get(key, range(MAX)))
             KEPT.append(order)
             return C.addressof(order)
-        elif name.startswith("set"):
-            key = name[3:] if len(args) == 1 else f"{name[3:]}{args[0]}"
-            value = args[-1]
-            self.settings[key] = copied(value)
-        elif name.startswith("get"):
-            key = name[3:] if not args else f"{name[3:]}{args[0]}"
-            found = self.settings.get(key)
-            if found is None:  # what no caller has set: an empty struct or zero
-                method = f" {name}:"
-                kind = (" " + LAYERS[self.kind][1]).split(method)[1][0]
-                found = KINDS[kind]() if kind in "DW" else b"" if kind == "s" else 0
-            return found
+        if key in self.settings:
+            return self.settings[key]
+        kind = next(word.partition(":")[2][0] for word in LAYERS[self.kind][1].split() if word.startswith(f"{name}:"))
+        return KINDS[kind]() if kind in "DW" else b"" if kind == "s" else 0  # what no caller has set
+
+    def _getType(self) -> int:
+        return LAYERS[self.kind][0] if self.kind in LAYERS else 10
+
+    def _getName(self) -> bytes:
+        return self.name.encode()
+
+    def _setName(self, name: bytes) -> None:
+        self.name = name.decode()
+        for tensor in self.made:
+            tensor.name = f"{self.name}_output_{tensor.index}"
+
+    def _getNbInputs(self) -> int:
+        return len(self.inputs)
+
+    def _getNbOutputs(self) -> int:
+        return len(self.made)
+
+    def _getInput(self, index: int) -> int | None:
+        return self.inputs[index].address if 0 <= index < len(self.inputs) and self.inputs[index] else None
+
+    def _getOutput(self, index: int) -> int | None:
+        return self.made[index].address if 0 <= index < len(self.made) else None
+
+    def _setInput(self, index: int, tensor: int) -> None:
+        self.inputs += [None] * (index + 1 - len(self.inputs))
+        self.inputs[index] = self.network.objects[tensor]
         self._inferred = None
-        return None
+
+    def _setPrecision(self, dtype: int) -> None:
+        self.precision = dtype
+
+    def _resetPrecision(self) -> None:
+        self.precision = None
+
+    def _getPrecision(self) -> int:
+        return FLOAT if self.precision is None else self.precision
+
+    def _precisionIsSet(self) -> bool:
+        return self.precision is not None
+
+    def _setOutputType(self, index: int, dtype: int) -> None:
+        self.types[index] = dtype
+        self._inferred = None
+
+    def _resetOutputType(self, index: int) -> None:
+        self.types.pop(index, None)
+        self._inferred = None
+
+    def _outputTypeIsSet(self, index: int) -> bool:
+        return index in self.types
+
+    def _getOutputType(self, index: int) -> int:
+        return self.types.get(index, self.outputs()[index][1])
 
 
 class Network(Adding, Rules):

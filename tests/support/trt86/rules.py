@@ -24,7 +24,7 @@ from support.trt86.abi import (
 )
 
 # This parser passes INT8 weights on, but libnvinfer 8.2, 8.4.1 and 8.4.3 refused them in these words (TRT#2163,
-# TRT#2361), and NVIDIA's repository says so up to v9.3.0 (tools/experimental/trt-engine-explorer/examples/pytorch/resnet).
+# TRT#2361), and NVIDIA's repository says so up to v9.3.0 (trt-engine-explorer/examples/pytorch/resnet/README.md).
 # No report of 8.6 was found, either way.
 INT8_WEIGHTS = "invalid weights type of Int8 (said by 8.2 to 8.4): quantise fp32 weights in the graph"
 
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from support.trt86.network import Layer, Tensor
 
 INTEGERS = {
-    "SUM": int.__add__, "PROD": int.__mul__, "SUB": int.__sub__, "DIV": lambda x, y: int(x / y), "MAX": max, "MIN": min,
-    "FLOOR_DIV": int.__floordiv__, "EQUAL": int.__eq__, "LESS": int.__lt__, "GREATER": int.__gt__,
+    "SUM": int.__add__, "PROD": int.__mul__, "SUB": int.__sub__, "DIV": lambda x, y: int(x / y),
+    "MAX": max, "MIN": min, "FLOOR_DIV": int.__floordiv__, "EQUAL": int.__eq__, "LESS": int.__lt__,
+    "GREATER": int.__gt__,
 }  # fmt: skip
 
 
