@@ -30,10 +30,14 @@ setName:vs getName:s addShape:pp hasImplicitBatchDimension:b markOutputForShapes
 addParametricReLU:ppp addConvolutionNd:ppiDWW addPoolingNd:ppiD addDeconvolutionNd:ppiDWW addScaleNd:ppiWWWi
 addResize:pp hasExplicitPrecision:b addLoop:p addSelect:pppp addFill:pDi addPaddingNd:ppDD setWeightsName:bWs
 setErrorRecorder:vp getErrorRecorder:p addDequantize:ppp addQuantize:ppp addGatherV2:pppi addIfConditional:p
-addScatter:ppppi addEinsum:ppis addAssertion:pps addOneHot:ppppi
+addScatter:ppppi addEinsum:ppis addAssertion:pps addOneHot:ppppi addNonZero:pp addGridSample:ppp addNMS:pppp
+addReverseSequence:ppp addNormalization:ppppu addCast:ppi getBuilder:p
 """
 TENSOR = """
-TENSOR =
+setName:vs getName:s setDimensions:vD getDimensions:D setType:vi getType:i setDynamicRange:bff isNetworkInput:b
+isNetworkOutput:b setBroadcastAcrossBatch:vb getBroadcastAcrossBatch:b getLocation:i setLocation:vi
+dynamicRangeIsSet:b resetDynamicRange:v getDynamicRangeMin:f getDynamicRangeMax:f setAllowedFormats:vu
+getAllowedFormats:u isShapeTensor:b isExecutionTensor:b setDimensionName:vis getDimensionName:si
 """
 LAYER = """
 getType:i setName:vs getName:s getNbInputs:i getInput:pi getNbOutputs:i getOutput:pi setInput:vip setPrecision:vi
