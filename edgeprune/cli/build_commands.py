@@ -183,19 +183,25 @@ def export(
     precision: Precision = "fp32",
     batch: Batch = 1,
     images: Images = None,
+    device: Annotated[
+        str, typer.Option(help="device that will run the file: decides the form of INT8, and which cuts are possible")
+    ] = "cpu",
     out: Annotated[Path, typer.Option(help="ONNX file, or folder with --trunk")] = Path("model.onnx"),
     as_json: AsJson = False,
 ) -> None:
     """Export a pruned or unpruned model as ONNX with static shapes."""
     if (schedule is not None) + dense + trunk != 1:
         raise typer.BadParameter("pass exactly one of --schedule FILE, --dense and --trunk")
+    from edgeprune.devices import load_device
     from edgeprune.onnx_graph.graph import weights_of
+    from edgeprune.onnx_graph.precision import onnx_precision
     from edgeprune.pipeline.context import Options, image_set
     from edgeprune.pipeline.export import export_model
     from edgeprune.runtimes.target import check_batch, check_precision
 
     check_batch(batch)
     check_precision(precision)
+    runtime = load_device(device).runtime
     with output.progress() as progress:
         from edgeprune.vit.models import load_model
 
@@ -204,12 +210,13 @@ def export(
             from edgeprune.vit.profiling_models import export_profiling_models
 
             out = out if out != Path("model.onnx") else Path("probes")
-            export_profiling_models(loaded, (method,), batch, out, precision, progress)
+            kind = onnx_precision(precision, runtime)
+            export_profiling_models(loaded, (method,), batch, out, kind, progress, runtime == "trt")
             path = out / "trunk.onnx"
         else:
             pictures = image_set(Options(model=model, images=images))
             progress("exporting ONNX", 0, 1)
-            path = export_model(loaded, schedule, batch, out, precision, pictures, progress)
+            path = export_model(loaded, schedule, batch, out, precision, pictures, progress, runtime == "trt")
             progress("exporting ONNX", 1, 1)
     files = (path, *weights_of(path))
     output.tell(f"onnx: {' '.join(map(str, files))}", as_json)

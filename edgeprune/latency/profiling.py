@@ -41,15 +41,17 @@ def check_profiling_models(folder: Path, vit: Vit | None, batch: int, precision:
             raise InputError(
                 f"{folder} holds models of batch {found}, not {batch}: pass --batch {found} or export again"
             )
-        if (held := graph.precision_of(trunk)) != precision:
-            raise InputError(
-                f"{folder} holds {held} models, not {precision}: pass --precision {held} or export again"
-            )
+        if (holds := graph.onnx_precision_of(trunk)) != precision:
+            held, wanted = (each.partition("-")[0] for each in (holds, precision))
+            if held == wanted:
+                raise InputError(f"{folder} holds {held} models for another runtime: export again with --device")
+            raise InputError(f"{folder} holds {held} models, not {wanted}: pass --precision {held} or export again")
 
 
 def models_folder(target: Target, vit: Vit) -> Path:
     """The folder in the work folder for the profiling models of a model."""
-    return target.work.file("profiling-models", "", vit, target.setup.batch, target.onnx_precision)
+    parts = (vit, target.setup.batch, target.onnx_precision, target.for_tensorrt)
+    return target.work.file("profiling-models", "", *parts)
 
 
 def staircase_of_folder(target: Target, trunk: Path, methods: Sequence[str], exhaustive: bool = False) -> Staircase:

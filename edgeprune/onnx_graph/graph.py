@@ -1,19 +1,17 @@
 """ONNX graphs without torch: load, save, fix to a token count, check.
 
-Requirements on a graph: opset 17 (the newest that TensorRT 8.6 reads), every dimension a number, and attention of
-blocks without a cut in the form that TensorRT fuses (scale before the first matmul, one consumer of the softmax).
+Requirements on a graph: opset 17 (the newest that TensorRT 8.6 reads), every dimension a number.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import onnx
 import onnx.helper
+import onnx.numpy_helper
 from onnx import TensorProto, shape_inference
 from onnx.external_data_helper import ExternalDataInfo
 
@@ -25,6 +23,8 @@ METADATA_KEY = "edgeprune"  # key of the metadata in an ONNX file's metadata
 PROTOBUF_BYTES = 2 << 30  # protobuf's limit
 INLINE_BYTES = 1 << 30  # larger weights are in a separate file next to the ONNX
 OUTSIDE_BYTES = 1024  # tensors from this size on move to that file
+SMALLEST = 16  # rows and columns of a linear layer's weight matrix
+MOST_SORTED = 3840  # tokens in TensorRT's TopK
 ALIGNED_BYTES = 4096  # alignment of tensors in it, so that it can be memory-mapped (onnx/docs/ExternalData.md)
 
 
@@ -149,6 +149,13 @@ def precision_of(model: onnx.ModelProto) -> str:
     return "fp16" if any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer) else "fp32"
 
 
+def onnx_precision_of(model: onnx.ModelProto) -> str:
+    """precision_of, or int8-fp16 where everything that is not INT8 is fp16, as TensorRT needs it."""
+    halves = any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer)
+    precision = precision_of(model)
+    return "int8-fp16" if precision == "int8" and halves else precision
+
+
 def input_shape(model: onnx.ModelProto) -> tuple[int, ...]:
     """Shape of a graph's input, (B, 3, P, P) for a whole model; 0 for a dynamic axis."""
     return tuple(dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim)
@@ -204,47 +211,32 @@ def static_or_raise(model: onnx.ModelProto) -> None:
             raise ExportError(f"{name} has the dynamic shape ({text}): {REPORT}")
 
 
-class AttentionNodes(NamedTuple):
-    """The nodes of one attention, and whether they have the form that TensorRT fuses."""
+def sorts_or_raise(model: onnx.ModelProto) -> None:
+    """Raise ExportError where a cut sorts more tokens than TensorRT can.
 
-    scores: onnx.NodeProto  # MatMul
-    bias: onnx.NodeProto | None  # Add
-    softmax: onnx.NodeProto
-    out: onnx.NodeProto | None  # MatMul with the values
-    fusable: bool
-
-
-def attentions(model: onnx.ModelProto) -> list[AttentionNodes]:
-    """The attention around each softmax over attention scores, in order.
-
-    TensorRT fuses Mul (scale) -> MatMul -> [Add bias] -> Softmax -> MatMul, without another consumer of any value in
-    between. Source: NVIDIA TensorRT developer guide, "Multi-head attention fusion".
+    Its TopK takes at most 3840 (NVIDIA TensorRT operator documentation, TopK), and fold, evit and tome sort all
+    tokens, not only those that they keep. ONNX Runtime has no limit.
     """
-    producer = {output: node for node in model.graph.node for output in node.output}
-    uses = Counter(name for node in model.graph.node for name in node.input)
-    uses.update(value.name for value in model.graph.output)
-    consumers: dict[str, list[onnx.NodeProto]] = {}
-    for node in model.graph.node:
-        for name in node.input:
-            consumers.setdefault(name, []).append(node)
+    counts = {t.name: int(onnx.numpy_helper.to_array(t).max()) for t in model.graph.initializer if _is_count(t)}
+    most = max((counts.get(node.input[1], 0) for node in model.graph.node if node.op_type == "TopK"), default=0)
+    if most > MOST_SORTED:
+        raise ExportError(
+            f"a cut sorts {most} tokens, TensorRT at most {MOST_SORTED}: cut later, use --method topk or pomt, or a "
+            "model with fewer tokens"
+        )
+
+
+def _is_count(tensor: TensorProto) -> bool:
+    return bool(tensor.data_type == TensorProto.INT64 and tuple(tensor.dims) in ((), (1,)))
+
+
+def linear_layers(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """MatMul nodes with a weight matrix, in order: the linear layers of the blocks."""
+    shapes = {t.name: tuple(t.dims) for t in model.graph.initializer}
     found = []
     for node in model.graph.node:
-        if node.op_type != "Softmax":
-            continue
-        scores, bias = producer.get(node.input[0]), None
-        links = [node.input[0], node.output[0]]
-        if scores is not None and scores.op_type == "Add":  # log of token sizes
-            bias, scores = scores, next((producer[i] for i in scores.input if i in producer), None)
-        if scores is None or scores.op_type != "MatMul":
-            continue
-        links.append(scores.output[0])
-        scaled = any(producer.get(i) is not None and producer[i].op_type == "Mul" for i in scores.input)
-        out = next((n for n in consumers.get(node.output[0], [])[:1] if n.op_type == "MatMul"), None)
-        single_use = all(uses[name] == 1 for name in links)
-        found.append(AttentionNodes(scores, bias, node, out, scaled and single_use and out is not None))
+        if node.op_type == "MatMul":
+            shape = shapes.get(node.input[1], ())
+            if len(shape) == 2 and min(shape) >= SMALLEST:
+                found.append(node)
     return found
-
-
-def attention_forms(model: onnx.ModelProto) -> list[bool]:
-    """For each softmax over attention scores, in order: is it in the form that TensorRT fuses?"""
-    return [found.fusable for found in attentions(model)]

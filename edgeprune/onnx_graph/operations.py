@@ -18,7 +18,7 @@ import numpy as np
 import onnx
 
 from edgeprune.errors import EngineError
-from edgeprune.onnx_graph.graph import AttentionNodes, attentions
+from edgeprune.onnx_graph.attention_fusion import AttentionNodes, attentions
 
 MATMULS = ("MatMul", "Gemm", "Conv")
 # Operators that are always kernels of their own, with the input that decides: constant indices make a slice.

@@ -14,7 +14,7 @@ from edgeprune.errors import InputError
 from edgeprune.images import ImageSet, load_images, load_pixels, normalise
 from edgeprune.io import load, load_array
 from edgeprune.onnx_graph import attention_fusion
-from edgeprune.onnx_graph.graph import input_shape, load_graph, metadata_in
+from edgeprune.onnx_graph.graph import input_shape, load_graph, metadata_in, onnx_precision_of, sorts_or_raise
 from edgeprune.pipeline.context import ROUNDS
 from edgeprune.pipeline.evaluate import with_fidelity
 from edgeprune.pipeline.measure import measured_engines, report_of
@@ -61,6 +61,8 @@ def _compiled(target: Target, given: Inputs) -> tuple[Path, Manifest]:
     staircase = load(given.staircase, Staircase) if given.staircase else None
     if staircase is not None and (staircase.setup != setup or staircase.vit != vit):
         raise InputError(f"{given.staircase} is of another model or setup: profile this model on this device")
+    if target.for_tensorrt:
+        check_for_tensorrt(target, given)
     pictures = load_images(given.images) if given.images is not None else None
     fusable = attention_fusion.expected(given.onnx, schedule, setup)
     (measured,) = measured_engines(target, [given.onnx], given.dense, given.rounds)
@@ -71,6 +73,17 @@ def _compiled(target: Target, given: Inputs) -> tuple[Path, Manifest]:
     if bundle is not None:
         example, expected = (load_array(given.onnx.parent / name) for name in GOLDEN)
     return out, bundle_from_onnx(target, out, given.onnx, metadata, report, example, staircase, expected)
+
+
+def check_for_tensorrt(target: Target, given: Inputs) -> None:
+    """Raise InputError or ExportError for files that were exported for ONNX Runtime and that TensorRT cannot take."""
+    for file in filter(None, (given.onnx, given.dense)):
+        graph = load_graph(file)
+        if onnx_precision_of(graph) == "int8":
+            raise InputError(
+                f"{file} holds INT8 for ONNX Runtime: export it again with --device {target.device.name}"
+            )
+        sorts_or_raise(graph)
 
 
 def described(onnx: Path) -> tuple[ModelMetadata, Manifest | None]:

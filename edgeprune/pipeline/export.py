@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 from edgeprune.errors import InputError
 from edgeprune.images import ImageSet, batches, calibration_indices, load_pixels
 from edgeprune.io import load
-from edgeprune.onnx_graph.precision import CONVERSIONS, calibrated, int8
+from edgeprune.onnx_graph.calibration import calibrated
+from edgeprune.onnx_graph.precision import CONVERSIONS, QUANTISED, onnx_precision
 from edgeprune.records import ModelMetadata, Progress, Schedule, silent
 
 if TYPE_CHECKING:
@@ -33,10 +34,12 @@ def export_model(
     precision: str = "fp32",
     pictures: ImageSet | None = None,
     progress: Progress = silent,
+    tensorrt: bool = False,
 ) -> Path:
     """Write a pruned model or, without a schedule, the unpruned one, with metadata that describes it; returns `out`.
 
-    `pictures` are for INT8 calibration. Raises InputError, ExportError, OutputError.
+    `pictures` are for INT8 calibration. With `tensorrt` INT8 is in the form that TensorRT reads
+    and a cut beyond its limits is an error. Raises InputError, ExportError, OutputError.
     """
     from edgeprune.vit.export import onnx_of_schedule
 
@@ -48,14 +51,15 @@ def export_model(
             raise InputError(f"{schedule} was made for another model or other weights: make one for this model")
     if precision == "int8" and pictures is None:
         raise InputError("INT8 needs pictures for calibration: pass --images DIR|CSV")
+    kind = onnx_precision(precision, "trt" if tensorrt else "ort")
     metadata = metadata_of(model, found, pictures.class_names if pictures else None)
 
     def quantised(graph: onnx.ModelProto) -> onnx.ModelProto:
         assert pictures is not None
         pixels = load_pixels([pictures.paths[i] for i in calibration_indices(len(pictures))], how)
         ranges = calibrated(graph, [images for images, _ in batches(pixels, how, batch)], progress)
-        return int8(graph, ranges.ranges, ranges.kept)
+        return QUANTISED[kind](graph, ranges.ranges, ranges.kept)
 
-    convert = quantised if precision == "int8" else CONVERSIONS.get(precision)
-    onnx_of_schedule(model, found.method, found.tokens, found.prefix_last, batch, out, convert, metadata)
+    convert = quantised if kind in QUANTISED else CONVERSIONS.get(kind)
+    onnx_of_schedule(model, found.method, found.tokens, found.prefix_last, batch, out, convert, metadata, tensorrt)
     return out

@@ -10,8 +10,9 @@ import onnx
 from edgeprune.images import batches, calibration_indices
 from edgeprune.io import code_key, key_of, load, save, sha256_file
 from edgeprune.latency.profiling import models_folder
+from edgeprune.onnx_graph.calibration import calibrated
 from edgeprune.onnx_graph.graph import save_graph, static_or_raise
-from edgeprune.onnx_graph.precision import CONVERSIONS, Convert, calibrated, int8
+from edgeprune.onnx_graph.precision import CONVERSIONS, QUANTISED, Convert
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.profile import profiling_models
 from edgeprune.records import Int8Ranges, Schedule
@@ -39,10 +40,14 @@ def _exported(context: Context, method: str, tokens: tuple[int, ...], prefix_las
         from edgeprune.vit.export import onnx_of_schedule
 
         context.progress("exporting ONNX", 0, 1)
-        onnx_of_schedule(context.model, method, tokens, prefix_last, context.options.batch, path)
+        onnx_of_schedule(
+            context.model, method, tokens, prefix_last, context.options.batch, path,
+            tensorrt=context.target.for_tensorrt,
+        )  # fmt: skip
         context.progress("exporting ONNX", 1, 1)
 
-    parts = (context.model.vit, method, tokens, prefix_last, context.options.batch)
+    target = context.target  # a file that was exported for a CPU may be beyond TensorRT's limits
+    parts = (context.model.vit, method, tokens, prefix_last, context.options.batch, target.for_tensorrt)
     return context.target.work.step("model", ".onnx", parts, make)
 
 
@@ -58,10 +63,11 @@ def precise_onnx(context: Context, file: Path) -> Path:
 
     Raises InputError where INT8 has no pictures, MissingError without onnxruntime.
     """
-    if context.target.onnx_precision != "int8":
+    quantise = QUANTISED.get(context.target.onnx_precision)
+    if quantise is None:
         return nominal_onnx(context, file)
     found = int8_ranges(context, file)
-    return _converted(context, file, lambda model: int8(model, found.ranges, found.kept), found)
+    return _converted(context, file, lambda model: quantise(model, found.ranges, found.kept), found)
 
 
 def int8_ranges(context: Context, file: Path) -> Int8Ranges:

@@ -11,6 +11,7 @@ import numpy as np
 
 from edgeprune.images import ImageSet, calibration_indices, drawn, load_pixels
 from edgeprune.io import save_array
+from edgeprune.onnx_graph.precision import QUANTISED
 from edgeprune.records import Preprocessing
 from edgeprune.runtimes.target import Target
 
@@ -61,7 +62,7 @@ class Pictures:
         """
         everything = np.arange(len(self.files))
         seen = self.search if method != "none" else everything[:0]
-        if precision == "int8":
+        if precision in QUANTISED:
             seen = np.union1d(seen, calibration_indices(len(everything)))
         left = np.setdiff1d(everything, seen)
         if len(left) >= LEAST_HELD_OUT or not len(seen):

@@ -41,7 +41,9 @@ def profiling_models(target: Target, model: Model, methods: Sequence[str]) -> Pa
     from edgeprune.vit.profiling_models import export_profiling_models
 
     folder = profiling.models_folder(target, model.vit)
-    export_profiling_models(model, methods, target.setup.batch, folder, target.onnx_precision, target.progress)
+    export_profiling_models(
+        model, methods, target.setup.batch, folder, target.onnx_precision, target.progress, target.for_tensorrt
+    )
     return folder
 
 

@@ -9,6 +9,7 @@ from edgeprune.defaults import WORK
 from edgeprune.devices import check_is_here, load_device
 from edgeprune.errors import InputError
 from edgeprune.io import sha256_file
+from edgeprune.onnx_graph.precision import onnx_precision
 from edgeprune.records import Device, Progress, Setup, silent
 from edgeprune.runtimes import Runtime, runtime_for
 from edgeprune.runtimes.inference import Open
@@ -32,7 +33,12 @@ class Target:
     @property
     def onnx_precision(self) -> str:
         """Precision of the ONNX files: fp32 for a simulation, which applies its precision itself."""
-        return "fp32" if self.setup.simulated else self.setup.precision
+        return "fp32" if self.setup.simulated else onnx_precision(self.setup.precision, self.setup.runtime)
+
+    @property
+    def for_tensorrt(self) -> bool:
+        """Must an ONNX file keep to TensorRT's limits? True for a simulated TensorRT device, too."""
+        return self.setup.runtime == "trt" or (self.setup.simulated and self.device.runtime == "trt")
 
     def engine(self, onnx: Path, *weights: str) -> Path:
         """The file that the runtime opens for an ONNX file: the same file, or the engine compiled from it.

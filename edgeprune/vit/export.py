@@ -16,7 +16,7 @@ from onnx.external_data_helper import load_external_data_for_model
 from edgeprune.errors import REPORT, ExportError
 from edgeprune.io import writable
 from edgeprune.onnx_graph import graph
-from edgeprune.onnx_graph.graph import attach, infer, save_apart, save_graph, static_or_raise
+from edgeprune.onnx_graph.graph import attach, infer, save_apart, save_graph, sorts_or_raise, static_or_raise
 from edgeprune.onnx_graph.passes import canonical_gelu, lower_opset, strip_traces
 from edgeprune.onnx_graph.precision import Convert
 from edgeprune.records import ModelMetadata
@@ -34,13 +34,17 @@ def onnx_from_module(
     names: tuple[str, str] = ("images", "logits"),
     convert: Convert | None = None,
     metadata: ModelMetadata | None = None,
+    tensorrt: bool = False,
 ) -> None:
     """Export `module` at the static shape of `example`, `convert` the graph and attach `metadata`.
 
-    `names` are those of the input and the output. Raises ExportError, OutputError.
+    `names` are those of the input and the output. Raises ExportError, with `tensorrt` also where a cut is beyond
+    TensorRT's limits, and OutputError.
     """
     with _scratch(path) as folder:
         model = _exported(module, example, names, None, convert, folder)
+        if tensorrt:
+            sorts_or_raise(model)
         if metadata is not None:
             attach(metadata, model)
         static_or_raise(model)
@@ -56,15 +60,16 @@ def onnx_of_schedule(
     path: Path,
     convert: Convert | None = None,
     metadata: ModelMetadata | None = None,
+    tensorrt: bool = False,
 ) -> None:
-    """Export a model with a schedule at a static batch. Raises ExportError, OutputError."""
+    """Export a model with a schedule at a static batch; arguments and errors are those of onnx_from_module."""
     import torch
 
     from edgeprune.vit.fidelity import pruned_module
 
     example = torch.zeros(batch, 3, model.vit.image_px, model.vit.image_px)
     module = pruned_module(model, method, tokens, prefix_last)
-    onnx_from_module(module, example, path, convert=convert, metadata=metadata)
+    onnx_from_module(module, example, path, convert=convert, metadata=metadata, tensorrt=tensorrt)
 
 
 def trunk_from_module(module: nn.Module, example: Tensor, path: Path, convert: Convert | None = None) -> None:

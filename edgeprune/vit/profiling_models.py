@@ -25,12 +25,14 @@ def export_profiling_models(
     folder: Path,
     precision: str = "fp32",
     progress: Progress = silent,
+    tensorrt: bool = False,
 ) -> None:
     """Write trunk, block, fixed and dense ONNX files, and one block with a cut per method and `cut_pairs`.
 
     Existing files are kept. `vit.json` in the same folder describes the model, so that the folder is all that
-    `profile --trunk` needs. INT8 ranges are nominal: latency does not depend on them. Raises InputError where the
-    folder holds files of another model, batch size or precision, ExportError, OutputError.
+    `profile --trunk` needs. `precision` is that of the ONNX files (onnx_precision). INT8 ranges are nominal: latency
+    does not depend on them. Raises InputError where the folder holds files of another model, batch size or
+    precision, ExportError, with `tensorrt` also where a cut is beyond TensorRT's limits, and OutputError.
     """
     vit, module, family = model.vit, model.module, model.family
     blocks: Any = module.blocks
@@ -66,4 +68,5 @@ def export_profiling_models(
             cut = CutBlock(middle, family, vit, leaving, reducer)
             example = stream[:, :1].expand(-1, entering, -1).contiguous()
             name = f"cut-{method}-{entering}-{leaving}.onnx"
-            missing(name, lambda p, c=cut, e=example: export.onnx_from_module(c, e, p, ("x", "y"), convert))  # type: ignore[misc]
+            missing(name, lambda p, c=cut, e=example: export.onnx_from_module(  # type: ignore[misc]
+                c, e, p, ("x", "y"), convert, tensorrt=tensorrt))  # fmt: skip

@@ -148,7 +148,8 @@ def test_inspector_tells_of_attention(precision: str, name: str, targets: dict[s
     metadata = metadata_in(onnx)
     assert metadata is not None
     fusable = expected(onnx, metadata.schedule, target.setup)
-    assert fusable == metadata.schedule.vit.depth - len(metadata.schedule.cuts)
+    uncut = metadata.schedule.vit.depth - len(metadata.schedule.cuts)
+    assert fusable == (0 if precision == "fp32" else uncut)
     with target.opener(onnx)() as session:
         assert isinstance(session, TrtSession)
         fused, memory = session.fused_attention(), session.memory_bytes()

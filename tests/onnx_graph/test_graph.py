@@ -15,9 +15,9 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeprune.errors import ExportError
 from edgeprune.onnx_graph import graph as graphs
+from edgeprune.onnx_graph.attention_fusion import attention_forms
 from edgeprune.onnx_graph.graph import (
     ALIGNED_BYTES,
-    attention_forms,
     copy_graph,
     infer,
     save_graph,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,16 +13,20 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
-from support.builds import few_digits
+from support.builds import call, few_digits
 from support.computed import context_of
 
+from edgeprune.errors import ExportError, InputError
 from edgeprune.images import load_images
+from edgeprune.onnx_graph.graph import onnx_precision_of
 from edgeprune.pipeline import export, onnx_files
 from edgeprune.pipeline.build import build
+from edgeprune.pipeline.compile import Inputs, check_for_tensorrt
 from edgeprune.pipeline.context import Options
 from edgeprune.pipeline.measure import Measured
 from edgeprune.pipeline.pictures import Pictures
-from edgeprune.records import Int8Ranges
+from edgeprune.records import Int8Ranges, Schedule
+from edgeprune.runtimes.target import target_for
 from edgeprune.scheduling.goals import Goal
 
 
@@ -42,7 +47,7 @@ def test_build_and_export_calibrate_on_the_same_pictures(
 
     for module in (onnx_files, export):
         monkeypatch.setattr(module, "calibrated", calibrated)
-    monkeypatch.setattr(export, "int8", lambda graph, ranges, kept: graph)
+    monkeypatch.setitem(export.QUANTISED, "int8", lambda graph, ranges, kept: graph)
     export.export_model(model, None, 3, tmp_path / "exported.onnx", "int8", files)
     context = context_of(model.vit, tmp_path / "work", batch=3, calib=tmp_path / "calib")
     pictures = Pictures(files, model.preprocessing, context.target, 128)
@@ -85,3 +90,54 @@ def test_build_in_int8(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: py
     assert report.held_out and 45 - 8 <= report.images < 45
     trunk = next((tmp_path / "work").glob("profiling-models-*")) / "trunk.onnx"
     assert "QuantizeLinear" in {n.op_type for n in onnx.load(trunk, load_external_data=False).graph.node}
+
+
+def test_export_depends_on_the_device(
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """INT8 for TensorRT is on fp16; the trunk alike. Each refuses the other's file."""
+    files = load_images(few_digits(tmp_path / "digits", 4))
+    ranges = Int8Ranges(way="entropy", ranges=defaultdict(lambda: 8.0), kept=(), kl=0.0)
+    monkeypatch.setattr(export, "calibrated", lambda *_: ranges)
+    for tensorrt, held in ((False, "int8"), (True, "int8-fp16")):
+        path = tmp_path / f"{held}.onnx"
+        export.export_model(tiny("cls", 1), None, 1, path, "int8", files, tensorrt=tensorrt)
+        assert onnx_precision_of(onnx.load(path)) == held
+
+    given: list[Any] = []
+    monkeypatch.setattr(
+        "edgeprune.vit.profiling_models.export_profiling_models", lambda *args: given.append(args[4:])
+    )
+    for device, held, tensorrt in (("cpu", "int8", False), ("orin-nano", "int8-fp16", True)):
+        trunk = tmp_path / device / "trunk.onnx"
+        trunk.parent.mkdir()
+        trunk.write_bytes((tmp_path / f"{held}.onnx").read_bytes())
+        call(capsys, "export", "--trunk", "--precision", "int8", "--device", device, "--out", trunk.parent)
+        assert (given[-1][0], given[-1][2]) == (held, tensorrt)
+
+    target = target_for("orin-nano", "int8", simulate=True, work=tmp_path)
+    with pytest.raises(InputError, match=r"int8\.onnx holds INT8 for ONNX Runtime: .* with --device orin-nano"):
+        check_for_tensorrt(target, Inputs(tmp_path / "int8-fp16.onnx", dense=tmp_path / "int8.onnx"))
+    check_for_tensorrt(target, Inputs(tmp_path / "int8-fp16.onnx"))
+
+
+def test_more_tokens_than_tensorrt_sorts_are_refused_at_export(
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fold sorts all 17 tokens of the tiny model, topk only the 8 that it keeps: a limit of 12 stands for 3840."""
+    monkeypatch.setattr("edgeprune.onnx_graph.graph.MOST_SORTED", 12)
+    model, reason = tiny("cls", 2), "a cut sorts 17 tokens, TensorRT at most 12: cut later, use --method topk"
+    for device, limited in (("orin-nano", True), ("cpu", False)):
+        context = replace(context_of(model.vit, tmp_path / device), model=model)
+        target = target_for(device, simulate=limited, work=tmp_path / device)
+        context = replace(context, target=target)
+        kept = Schedule(vit=model.vit, method="topk", policy="search", tokens=(9, 9))
+        assert onnx_files.pruned_onnx(context, kept).is_file()
+        folded = Schedule(vit=model.vit, method="fold", policy="search", tokens=(9, 9))
+        if limited:
+            with pytest.raises(ExportError, match=reason):
+                onnx_files.pruned_onnx(context, folded)
+        else:
+            onnx_files.pruned_onnx(context, folded)
+            with pytest.raises(ExportError, match=reason):
+                check_for_tensorrt(target, Inputs(onnx_files.pruned_onnx(context, folded)))

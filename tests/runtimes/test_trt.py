@@ -23,6 +23,7 @@ from support.fake_trt import Fake
 from edgeprune.devices import load_device, parse
 from edgeprune.errors import DeviceError, EngineError, MissingError, RecordError
 from edgeprune.onnx_graph import attention_fusion as fusion
+from edgeprune.onnx_graph.fp16 import fp16
 from edgeprune.records import Schedule, Setup, TrtOptions, Vit
 from edgeprune.runtimes import runtime_for
 from edgeprune.runtimes.trt import TensorRT, changed_options, fits
@@ -355,11 +356,14 @@ def test_lost_fusion_is_reported(
     path = tmp_path / "two.onnx"
     onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
     runtime().compile(path, SETUP, tmp_path / "two.engine")
+    halved = tmp_path / "halved.onnx"
+    onnx.save(fp16(onnx.load(path)), halved)
     half_setup = msgspec.structs.replace(SETUP, precision="fp16")
     two = Schedule(vit=make_vit(depth=2), method="none", policy="search", tokens=(197, 197))
-    assert fusion.expected(path, two, half_setup) == 2 and not caplog.text
+    assert fusion.expected(halved, two, half_setup) == 2 and fusion.expected(path, two, SETUP) == 0
+    assert not caplog.text
     three = Schedule(vit=make_vit(depth=3), method="none", policy="search", tokens=(197,) * 3)
-    fusion.expected(path, three, half_setup)
+    fusion.expected(halved, three, half_setup)
     assert "1 of the 3 blocks without a cut" in caplog.text
     with runtime().open(tmp_path / "two.engine", SETUP) as session:
         for precision, warned in (("fp32", False), ("fp16", True)):

@@ -23,7 +23,8 @@ from edgeprune.defaults import REDUCERS
 from edgeprune.devices import load_device
 from edgeprune.errors import InputError
 from edgeprune.onnx_graph import graph
-from edgeprune.onnx_graph.graph import attention_forms, fix_tokens, load_graph
+from edgeprune.onnx_graph.attention_fusion import attention_forms
+from edgeprune.onnx_graph.graph import fix_tokens, load_graph
 from edgeprune.onnx_graph.operations import Elementwise, operations_of_onnx
 from edgeprune.onnx_graph.precision import CONVERSIONS
 from edgeprune.runtimes.kernel_times import latency_ms

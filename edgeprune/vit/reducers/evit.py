@@ -8,7 +8,7 @@ from torch import Tensor
 from edgeprune.vit.reducers.common import best, cls_score, take
 from edgeprune.vit.tokens import Attended
 
-FAINT = 1e-7  # representable in fp16; added so that tokens without attention give a plain mean, not 0 / 0
+FAINT = 1e-7  # in fp32 in every precision; added so that tokens without attention give a plain mean, not 0 / 0
 
 
 def evit(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> tuple[Tensor, Tensor | None]:

@@ -1,0 +1,121 @@
+"""INT8 ranges from pictures: the largest magnitude of each activation, and the layers that INT8 would spoil."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+import onnx.helper
+
+from edgeprune.errors import MissingError
+from edgeprune.onnx_graph.graph import linear_layers, save_graph
+from edgeprune.onnx_graph.int8 import int8
+from edgeprune.records import Int8Ranges, Progress, silent
+from edgeprune.stats import kl_divergence
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+WAYS = ("percentile", "entropy")  # methods of onnxruntime.quantization for the range of an activation
+PERCENTILE, BINS = 99.999, {"percentile": 2048, "entropy": 128}
+SENSITIVE_KL = 0.02  # nats; a layer whose quantisation alone loses more stays in floating point
+
+
+def calibrated(
+    model: onnx.ModelProto, batches: Sequence[NDArray[np.float32]], progress: Progress = silent
+) -> Int8Ranges:
+    """INT8 ranges from calibration pictures, by the method with the lowest KL to the fp32 model.
+
+    `batches` are inputs (batch, 3, P, P). Layers whose quantisation alone loses more than SENSITIVE_KL are left in
+    floating point. Raises MissingError without onnxruntime.
+    """
+    names = sorted({node.input[0] for node in linear_layers(model)})
+    ways = _histograms(model, names, batches, progress)
+    wanted = _outputs(model, batches)
+
+    def loss(ranges: Mapping[str, float], kept: Sequence[str]) -> float:
+        return kl_divergence(wanted, _outputs(int8(model, ranges, kept), batches))
+
+    layers = [node.name for node in linear_layers(model)]
+    best = min(WAYS, key=lambda way: loss(ways[way], ()))
+    kept = []
+    for done, layer in enumerate(layers):
+        progress("INT8: checking layers", done, len(layers))
+        if loss(ways[best], [other for other in layers if other != layer]) > SENSITIVE_KL:
+            kept.append(layer)
+    progress("INT8: checking layers", len(layers), len(layers))
+    lost = {way: loss(ways[way], kept) for way in WAYS}
+    best = min(WAYS, key=lambda way: lost[way])
+    return Int8Ranges(way=best, ranges=ways[best], kept=tuple(kept), kl=lost[best])
+
+
+def _histograms(
+    model: onnx.ModelProto, names: Sequence[str], batches: Sequence[NDArray[np.float32]], progress: Progress
+) -> dict[str, dict[str, float]]:
+    """The range (largest magnitude) of each tensor, by each of the methods in WAYS."""
+    collector = _histogram_collector()
+    watched = onnx.ModelProto()
+    watched.CopyFrom(model)
+    shown = {value.name for value in watched.graph.output}
+    watched.graph.output.extend(
+        onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, None) for n in names if n not in shown
+    )
+    run = _runner(watched)
+    collectors = {
+        way: collector(way, True, BINS[way], 128, PERCENTILE if way == "percentile" else None, "same") for way in WAYS
+    }
+    with _silent():
+        for done, images in enumerate(batches):
+            progress("INT8: collecting ranges, batch", done, len(batches))
+            found = dict(zip(names, run(names, images), strict=True))
+            for each in collectors.values():
+                each.collect({name: [values] for name, values in found.items()})
+        results = {way: each.compute_collection_result() for way, each in collectors.items()}
+    progress("INT8: collecting ranges, batch", len(batches), len(batches))
+    return {
+        way: {name: max(abs(float(values[0])), abs(float(values[1])), 1e-6) for name, values in data.items()}
+        for way, data in results.items()
+    }
+
+
+def _outputs(model: onnx.ModelProto, batches: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
+    run = _runner(model)
+    names = [value.name for value in model.graph.output]
+    return np.concatenate([run(names, images)[0] for images in batches])
+
+
+def _runner(model: onnx.ModelProto) -> Callable[[Sequence[str], NDArray[np.float32]], list[NDArray[np.float32]]]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    with tempfile.TemporaryDirectory() as folder:
+        save_graph(model, Path(folder) / "model.onnx")
+        session = onnxruntime.InferenceSession(
+            os.path.join(folder, "model.onnx"), options, providers=["CPUExecutionProvider"]
+        )
+    name = session.get_inputs()[0].name
+    return lambda outputs, images: session.run(list(outputs), {name: images})
+
+
+def _histogram_collector() -> Any:
+    """onnxruntime's collector of activations. Raises MissingError."""
+    try:
+        from onnxruntime.quantization.calibrate import HistogramCollector
+    except ImportError as error:
+        raise MissingError(f'INT8 needs ONNX Runtime ({error}): pip install "edgeprune[ort]"') from None
+    return HistogramCollector
+
+
+@contextlib.contextmanager
+def _silent() -> Iterator[None]:
+    """Suppress what onnxruntime's quantizer prints; stdout belongs to the command line."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield

@@ -1,0 +1,153 @@
+"""An fp32 graph in fp16 with fp32 islands: norms, reductions, and what decides or sums in a cut."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnx.numpy_helper
+from onnx import TensorProto
+
+from edgeprune.onnx_graph.graph import infer, linear_layers
+
+REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2"}
+# In fp32 wherever they are: norms can overflow (TRT#2564), and the scores of a cut decide which tokens are kept.
+ISLAND_OPS = REDUCTIONS | {"LayerNormalization", "TopK", "ArgMax", "Log"}
+# In fp32 because their type is an attribute or, as that of Q/DQ in opset 17, fp32 by the standard.
+FP32_OPS = {"Constant", "ConstantOfShape", "Range", "CumSum", "QuantizeLinear", "DequantizeLinear"}
+# These compute nothing: in fp32 where their input is and a result of theirs is taken in fp32.
+SHAPING_OPS = {"Reshape", "Transpose", "Squeeze", "Unsqueeze"}
+MOVING_OPS = SHAPING_OPS | {"Slice", "Split", "Gather", "Concat", "Expand", "Identity"}
+# Within a cut.
+COMPUTING = REDUCTIONS | {"Add", "Sub", "Mul", "Div", "Clip", "Max", "Min", "Softmax", "MatMul", "TopK", "ArgMax"}
+FP32, FP16 = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
+LARGEST = float(np.finfo(np.float16).max)
+SUFFIX = {FP32: "_fp32", FP16: "_fp16"}
+
+Nodes = list[onnx.NodeProto]
+
+
+def fp16(model: onnx.ModelProto, in_fp32: Collection[str] | None = None) -> onnx.ModelProto:
+    """Convert to fp16, with fp32 inputs, outputs and islands; softmax of blocks without a cut is fp16 and can fuse.
+
+    `in_fp32` names the nodes that stay in fp32 besides ISLAND_OPS; by default those of cuts (`islands`). A cast
+    stands only where a value passes from one type to the other, so nothing between two fp32 nodes is ever rounded.
+    """
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    infer(out)  # the types of all values
+    graph = out.graph
+    values = {v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}
+    weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == FP32}
+    real = {n for n, v in values.items() if v.type.tensor_type.elem_type == FP32 and n not in weights}
+    kinds = _kinds(graph, islands(model) if in_fp32 is None else in_fp32, real)
+    held = {value.name: FP32 for value in graph.input if value.name in real}  # type of each value
+    made: dict[tuple[str, int], str] = {}  # its name in another type
+    nodes: Nodes = []
+    halves: list[TensorProto] = []
+
+    def typed(name: str, kind: int) -> str:
+        if (name not in weights and name not in held) or held.get(name, FP32) == kind:
+            return name
+        if (name, kind) not in made:
+            made[name, kind] = other = name + SUFFIX[kind]
+            if name in weights:
+                halves.append(_half(weights[name], other))
+            else:
+                nodes.append(onnx.helper.make_node("Cast", [name], [other], other, to=kind))
+        return made[name, kind]
+
+    for node, kind in zip(list(graph.node), kinds, strict=True):
+        node.input[:] = [typed(name, kind) for name in node.input]
+        held.update((name, kind) for name in node.output if name in real)
+        if node.op_type == "Cast" and node.output[0] in real:
+            node.attribute[0].i = kind
+        nodes.append(node)
+    ends = [value.name for value in graph.output if held.get(value.name) == FP16]
+    for node in nodes:
+        for names in (node.input, node.output):
+            names[:] = [name + "_made" if name in ends else name for name in names]
+    nodes += [onnx.helper.make_node("Cast", [end + "_made"], [end], end, to=FP32) for end in ends]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    used = {name for node in nodes for name in node.input}
+    left = [tensor for tensor in (*graph.initializer, *halves) if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(left)
+    del graph.value_info[:]  # the types of before
+    infer(out)
+    return out
+
+
+def _half(tensor: TensorProto, name: str) -> TensorProto:
+    """A weight in fp16; what is beyond its range becomes the largest number."""
+    values = onnx.numpy_helper.to_array(tensor)
+    kept = np.where(np.isfinite(values), np.clip(values, -LARGEST, LARGEST), values)
+    return onnx.numpy_helper.from_array(kept.astype(np.float16), name)
+
+
+def _kinds(graph: onnx.GraphProto, in_fp32: Collection[str], real: set[str]) -> list[int]:
+    """The floating-point type of each node: that of all its floating-point inputs and outputs."""
+    nodes = list(graph.node)
+    wide = [n.name in in_fp32 or n.op_type in ISLAND_OPS or n.op_type in FP32_OPS for n in nodes]
+    wanted = {value.name for value in graph.output}  # values that something takes in fp32
+    for node, each in zip(reversed(nodes), reversed(wide), strict=True):
+        if each or (node.op_type in MOVING_OPS and wanted.intersection(node.output)):
+            wanted.update(node.input)
+    made = {value.name for value in graph.input}  # values that are fp32
+    for index, node in enumerate(nodes):
+        if node.op_type in MOVING_OPS and wanted.intersection(node.output):
+            wide[index] = made.issuperset(real.intersection(node.input))
+        if wide[index]:
+            made.update(node.output)
+    return [FP32 if each else FP16 for each in wide]
+
+
+def islands(model: onnx.ModelProto) -> set[str]:
+    """Names of the nodes of cuts that decide or sum, in an fp32 graph.
+
+    From the softmax to the scores, from the scores to what they weigh, and from a one-hot matrix or a sum of tokens
+    to the tokens that come out.
+    """
+    nodes = model.graph.node
+    made = {output: node for node in nodes for output in node.output}
+    used: dict[str, Nodes] = {}
+    for node in nodes:
+        for name in node.input:
+            used.setdefault(name, []).append(node)
+    layers = {node.name for node in linear_layers(model)}
+
+    def before(node: onnx.NodeProto) -> Nodes:
+        return [made[name] for name in node.input if name in made]
+
+    def after(node: onnx.NodeProto) -> Nodes:
+        return [other for name in node.output for other in used.get(name, [])]
+
+    def closure(
+        start: Iterable[onnx.NodeProto], ops: Collection[str], last: str, ahead: Callable[[onnx.NodeProto], Nodes]
+    ) -> set[str]:
+        """Names of nodes reached from `start` through `ops`, up to and including nodes of type `last`."""
+        found: set[str] = set()
+        todo = list(start)
+        while todo:
+            node = todo.pop()
+            if node.name not in found and node.name not in layers and node.op_type in ops:
+                found.add(node.name)
+                todo += ahead(node) if node.op_type != last else []
+        return found
+
+    choices = [node for node in nodes if node.op_type in ("TopK", "ArgMax")]
+    decided = closure(choices, COMPUTING | SHAPING_OPS, "Softmax", before)
+    moved = [n for node in nodes if node.name in decided for n in before(node) if n.op_type in MOVING_OPS]
+    decided |= closure(moved, MOVING_OPS | REDUCTIONS | {"Div", "Softmax"}, "Softmax", before)  # not into the stream
+    # EViT weighs tokens by their scores.
+    weighing = [n for choice in choices for n in used[choice.input[0]] if n.op_type not in ("TopK", "ArgMax")]
+    weighed = closure(weighing, (COMPUTING | MOVING_OPS) - {"Concat", "MatMul"}, "TopK", after)
+    one_hot = [node for node in nodes if node.op_type == "Equal"]
+    folded = closure(one_hot, {"Equal", "Cast", "Transpose", "MatMul", "Mul", "Add", "Div"}, "Div", after)
+    folded |= {n.name for node in nodes if node.name in folded for n in before(node) if n.op_type == "Mul"}
+    sums = [other for node in nodes if node.op_type == "ReduceSum" for other in after(node)]
+    found = decided | weighed | folded | closure(sums, {"Sub", "Div"}, "Div", after)
+    return {node.name for node in nodes if node.name in found and node.op_type not in MOVING_OPS}

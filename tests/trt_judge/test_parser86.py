@@ -1,0 +1,103 @@
+"""The ONNX parser of TensorRT 8.6.0, JetPack 6.0's line, takes every kind of file, and refuses what it should.
+
+`make trt86` downloads it (819 MB) and runs this; skipped by name elsewhere. It parses, it does not build.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from support.trt86.parser import judge_apart
+from support.trt_files import controls, every
+
+from edgeprune.onnx_graph.graph import onnx_precision_of
+from edgeprune.onnx_graph.int8 import int8
+
+# Of 8.6 on any model of ours, and without effect: shapes and indices are INT64 in ONNX.
+KNOWN = ("generated with INT64 weights", "outside the range of INT32 was clamped")
+
+
+@pytest.fixture(scope="session")
+def parser() -> Path:
+    """The folder that support.trt86.fetch made."""
+    folder = os.environ.get("EDGEPRUNE_TRT86")
+    if not folder:
+        pytest.skip("EDGEPRUNE_TRT86 is not set: `make trt86` downloads TensorRT 8.6's parser, 819 MB")
+    if platform.machine() != "x86_64":
+        pytest.skip("TensorRT 8.6's parser was fetched for x86-64")
+    return Path(folder)
+
+
+def verdict(model: onnx.ModelProto, folder: Path, path: Path) -> dict[str, Any]:
+    """What the parser says; a file that the stand-in network does not know fails."""
+    onnx.save(model, path)
+    found = judge_apart(folder, path)
+    assert not found["no_verdict"], found["no_verdict"]
+    return found
+
+
+@every()
+def test_every_file_is_taken(
+    method: str, prefix_last: bool, batch: int, precision: str,
+    network: Callable[..., onnx.ModelProto], parser: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    """With no rule broken, and the types that the ONNX says: 8.6 is asked for an fp32 island as a cast to FLOAT."""
+    model = network(method, prefix_last, batch, precision)
+    found = verdict(model, parser, tmp_path / "model.onnx")
+    assert found["parsed"] and not found["errors"] and not found["complaints"], (found["errors"], found["complaints"])
+    assert not [text for text in found["warnings"] if not any(known in text for known in KNOWN)]
+    assert [row[1:] for row in found["outputs"]] == [[[batch, 7], "FLOAT"]]
+    wanted, kinds = (
+        Counter(node.op_type for node in model.graph.node),
+        Counter(row["type"] for row in found["layers"]),
+    )
+    assert kinds["SoftMax"] == wanted["Softmax"] and kinds["Normalization"] == wanted["LayerNormalization"]
+    assert kinds["Quantize"] == wanted["QuantizeLinear"] and kinds["Dequantize"] == wanted["DequantizeLinear"]
+    types = {kind: {row["outputs"][0][2] for row in found["layers"] if row["type"] == kind} for kind in kinds}
+    assert types["Normalization"] == {"FLOAT"}
+    if method != "none":
+        assert types["TopK"] == {"FLOAT"}
+    if precision != "fp32":
+        assert "HALF" in types["SoftMax"] and types["Convolution"] == {"HALF"}
+
+
+def test_int8_for_onnx_runtime_is_not_for_8_6(
+    network: Callable[..., onnx.ModelProto], parser: Path, tmp_path: Path
+) -> None:
+    """Its INT8 weights become Constant layers of INT8, which TensorRT 8.x refuses (TRT#2163, #2361)."""
+    model = int8(network("fold", False, 1, "fp32"))
+    assert onnx_precision_of(model) == "int8"
+    found = verdict(model, parser, tmp_path / "model.onnx")
+    assert any("invalid weights type of Int8" in text for text in found["complaints"])
+
+
+def test_scales_in_fp16_are_not_for_8_6(
+    network: Callable[..., onnx.ModelProto], parser: Path, tmp_path: Path
+) -> None:
+    """The other form of INT8 on fp16, opset 19 without casts: the reason why scales are fp32."""
+    model = network("fold", False, 1, "int8-fp16")
+    changed = onnx.ModelProto()
+    changed.CopyFrom(model)
+    changed.opset_import[0].version = 19
+    scales = {n.input[1] for n in changed.graph.node if n.op_type in ("QuantizeLinear", "DequantizeLinear")}
+    for tensor in changed.graph.initializer:
+        if tensor.name in scales:
+            values = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+    found = verdict(changed, parser, tmp_path / "model.onnx")
+    assert not found["parsed"] or any("scale of type HALF" in text for text in found["complaints"])
+
+
+@pytest.mark.parametrize("control", controls())
+def test_what_is_wrong_is_refused(control: str, parser: Path, tmp_path: Path) -> None:
+    """So that being taken means something."""
+    found = verdict(controls()[control][0], parser, tmp_path / "model.onnx")
+    assert found["errors"] or found["complaints"]

@@ -1,0 +1,111 @@
+"""NVIDIA's parser and compiler of the 10 and 11 line take every kind of file, and refuse what they should.
+
+TensorRT-RTX builds on a CPU. Skipped by name where there is no wheel of it: requirements-dev.txt says where.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto
+from support.trt_files import PRECISIONS, controls, converted, every, topk
+
+from edgeprune.errors import ExportError
+from edgeprune.onnx_graph.graph import MOST_SORTED, fix_tokens, save_apart, sorts_or_raise
+
+pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has no wheel for this Python or machine")
+
+from support.trt_rtx import judge
+
+
+def accepted(model: onnx.ModelProto, path: Path) -> dict[str, Any]:
+    """The verdict on a model that has to be taken, built, and warned of in no way but the known one."""
+    onnx.save(model, path)
+    found = judge(path)
+    assert found["parsed"] and found["built"], (found["errors"], found["log"])
+    assert found["plan_bytes"] > 1000
+    assert not [text for text in found["log"] if "ubnormal" in text or "verflow" in text], found["log"]
+    return found
+
+
+@every()
+def test_every_file_is_built(
+    method: str, prefix_last: bool, batch: int, precision: str,
+    network: Callable[..., onnx.ModelProto], tmp_path: Path,
+) -> None:  # fmt: skip
+    """With the types and the shapes that the ONNX says, in the number of layers that it has."""
+    model = network(method, prefix_last, batch, precision)
+    found = accepted(model, tmp_path / "model.onnx")
+    assert [(kind, shape) for _, kind, shape in found["inputs"]] == [("FLOAT", (batch, 3, 16, 16))]
+    assert [(kind, shape) for _, kind, shape in found["outputs"]] == [("FLOAT", (batch, 7))]
+    wanted, kinds = Counter(node.op_type for node in model.graph.node), Counter(row[1] for row in found["layers"])
+    assert kinds["TOPK"] == wanted["TopK"] + wanted["ArgMax"] and kinds["SOFTMAX"] == wanted["Softmax"]
+    assert kinds["NORMALIZATION"] == wanted["LayerNormalization"]
+    assert kinds["QUANTIZE"] == wanted["QuantizeLinear"] and kinds["DEQUANTIZE"] == wanted["DequantizeLinear"]
+    assert (kinds["QUANTIZE"] > 0) is (precision == "int8-fp16")
+    elements = {"FLOAT": TensorProto.FLOAT, "HALF": TensorProto.FLOAT16, "INT8": TensorProto.INT8}
+    values = {v.name: v.type.tensor_type for v in (*model.graph.value_info, *model.graph.output)}
+    compared = 0
+    for _, _, outputs in found["layers"]:
+        for name, kind, shape in outputs:
+            if name in values and kind in elements:
+                assert values[name].elem_type == elements[kind], name
+                assert tuple(dim.dim_value for dim in values[name].shape.dim) == shape, name
+                compared += 1
+    assert compared > 50
+    if precision != "fp32":
+        softmax = [out[0][1] for _, kind, out in found["layers"] if kind == "SOFTMAX"]
+        assert softmax[-1] == "HALF", "the attention of the last block is in fp16, or it would not fuse"
+        assert {out[0][1] for _, kind, out in found["layers"] if kind == "NORMALIZATION"} == {"FLOAT"}
+
+
+@pytest.fixture(scope="module")
+def profiled(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trunk and last block in fp32, with a symbolic token axis, as `export --trunk` writes them."""
+    import torch
+
+    from edgeprune.vit import export
+    from edgeprune.vit.pruned import LastBlock, Trunk
+
+    model, folder, stream = tiny("cls"), tmp_path_factory.mktemp("profiled"), torch.zeros(4, 17, 48)
+    trunk = Trunk(list(model.module.blocks[:2]), model.family)
+    export.trunk_from_module(trunk, stream, folder / "trunk.onnx")
+    export.trunk_from_module(LastBlock(model.module.blocks[2], model.family, 1), stream, folder / "last.onnx")
+    return folder
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("name", ["trunk", "last"])
+def test_profiling_models_are_built(name: str, precision: str, profiled: Path, tmp_path: Path) -> None:
+    """At every count they are one file with one dimension changed: at all tokens, and at an odd number of them."""
+    model = converted(onnx.load(profiled / f"{name}.onnx"), precision)
+    save_apart(model, tmp_path / "model.onnx", tmp_path / "model.weights")
+    for count in (17, 6):
+        fix_tokens(tmp_path / "model.onnx", count, tmp_path / f"model-{count}.onnx")
+        found = judge(tmp_path / f"model-{count}.onnx")
+        assert found["parsed"] and found["built"], (found["errors"], found["log"])
+        assert found["inputs"][0][1:] == ("FLOAT", (4, count, 48))
+        assert found["outputs"][0][1:] == ("FLOAT", (4, 1 if name == "last" else count, 48))
+
+
+@pytest.mark.parametrize("control", controls())
+def test_what_is_wrong_is_refused(control: str, tmp_path: Path) -> None:
+    """So that being taken means something."""
+    model, reason = controls()[control]
+    onnx.save(model, tmp_path / "model.onnx")
+    found = judge(tmp_path / "model.onnx")
+    assert not (found["parsed"] and found["built"])
+    assert reason in " ".join((*found["errors"], *found["log"])), (found["errors"], found["log"])
+
+
+def test_the_limit_of_topk_is_ours(tmp_path: Path) -> None:
+    """What export refuses is what TensorRT refuses, and nothing less."""
+    accepted(topk(MOST_SORTED), tmp_path / "model.onnx")
+    sorts_or_raise(topk(MOST_SORTED))
+    with pytest.raises(ExportError, match="a cut sorts 3841 tokens, TensorRT at most 3840: cut later"):
+        sorts_or_raise(topk(MOST_SORTED + 1))
