@@ -36,7 +36,10 @@ class Error(Exception):
 
 def _call(function: Any, *args: Any) -> Any:
     """The result of a driver function: None, one value or a tuple. Raises Error with its name."""
-    code, *results = function(*args)
+    try:
+        code, *results = function(*args)
+    except RuntimeError as error:  # there is no libcuda, or it is older than the function
+        raise Error(str(error)) from None
     if code != api.CUresult.CUDA_SUCCESS:
         raise Error(f"{function.__name__}: {code.name}")
     return results[0] if len(results) == 1 else tuple(results) or None

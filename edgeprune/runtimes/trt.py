@@ -15,7 +15,7 @@ from edgeprune.devices.power import power_mode
 from edgeprune.errors import DeviceError
 from edgeprune.io import replacing, sha256_file, writable
 from edgeprune.records import Device, Engine, GpuState, Progress, Setup, TrtOptions, silent
-from edgeprune.runtimes import cuda
+from edgeprune.runtimes.cuda import driver, errors_of, gpu
 from edgeprune.runtimes.trt_builder import plan_from_onnx, tensorrt
 from edgeprune.runtimes.trt_log import MIB, logger_of
 from edgeprune.runtimes.trt_session import TrtSession
@@ -45,22 +45,22 @@ class TensorRT:
                 f"device {device.name} needs TensorRT {device.tensorrt}, this is {version}: install "
                 f"{source}, or pass your own .toml device file"
             )
-        gpu, attributes = cuda.gpu(), cuda.driver().device_attribute
-        sm_count = gpu.get_attribute(attributes.MULTIPROCESSOR_COUNT)
+        card, attributes = gpu(), driver().device_attribute
+        sm_count = card.get_attribute(attributes.MULTIPROCESSOR_COUNT)
         if device.sm_count not in (None, sm_count):
             log.warning("%s has %s SMs, this GPU has %d: is it another?", device.name, device.sm_count, sm_count)
         return Setup(
             device=device.name,
-            machine=this_machine(gpu.name()),
+            machine=this_machine(card.name()),
             runtime="trt",
             runtime_version=version,
             precision=precision,
             batch=batch,
             power_mode=power_mode(device),
-            compute_capability="{}.{}".format(*gpu.compute_capability()),
-            gpu=gpu.name(),
+            compute_capability="{}.{}".format(*card.compute_capability()),
+            gpu=card.name(),
             sm_count=sm_count,
-            workspace_mib=workspace_mib(self.options, gpu.total_memory()),
+            workspace_mib=workspace_mib(self.options, card.total_memory()),
             options=changed_options(self.options),
         )
 
@@ -71,7 +71,7 @@ class TensorRT:
         timing = out.parent / f"timing-{slug_of(setup)}.cache"
         workspace = (setup.workspace_mib or self.options.workspace_mib) * MIB
         try:
-            with cuda.errors_of(str(onnx)):
+            with errors_of(str(onnx)):
                 plan = plan_from_onnx(
                     onnx, setup.precision, self.options, workspace, self.free_bytes(), timing, logger, progress
                 )
@@ -96,10 +96,9 @@ class TensorRT:
         A Jetson's GPU uses the system's memory, and what CUDA calls free there leaves out what the kernel can
         reclaim (source: CUDA for Tegra, "Estimating Total Allocatable Device Memory"): MemAvailable counts instead.
         """
-        driver = cuda.driver()
-        shared = cuda.gpu().get_attribute(driver.device_attribute.INTEGRATED)
+        shared = gpu().get_attribute(driver().device_attribute.INTEGRATED)
         available = available_bytes() if shared else None
-        return int(driver.mem_get_info()[0]) if available is None else available
+        return int(driver().mem_get_info()[0]) if available is None else available
 
     def gpu_state(self) -> GpuState | None:
         """Clock, temperature and throttling of the GPU now; None where nothing tells."""

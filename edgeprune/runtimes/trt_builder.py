@@ -114,9 +114,8 @@ def _weak_types(trt: Any, network: Any, config: Any, onnx: Path, precision: str)
                 f"TensorRT {trt.__version__} has no {flag} flag: remove typing = 'weak' from the device file"
             )
         config.set_flag(getattr(trt.BuilderFlag, flag))
-    if hasattr(trt.BuilderFlag, "OBEY_PRECISION_CONSTRAINTS"):
-        count = keep_islands(trt, network, config, computed_in(load_graph(onnx)))
-        log.info("%s: %d layers are fixed to fp32", onnx, count)
+    count = keep_islands(trt, network, config, computed_in(load_graph(onnx)))
+    log.info("%s: %d layers are fixed to fp32", onnx, count)
 
 
 def other_level(options: TrtOptions) -> int:
@@ -214,8 +213,8 @@ def fusion_of(information: str) -> Fusion | None:
     name (TensorRT 8.6 to 11). `Bindings` and `I/O Tensors` are ignored.
     """
     layers = json.loads(information).get("Layers", [])
-    if not any(isinstance(layer, dict) for layer in layers):
+    if not any(isinstance(row, dict) for row in layers):
         return None
     keys = ("TacticName", "LayerType", "Name", "KernelName")
-    texts = [" ".join(str(layer.get(key, "")) for key in keys).lower() for layer in layers if isinstance(layer, dict)]
+    texts = [" ".join(str(row.get(key, "")) for key in keys).lower() for row in layers if isinstance(row, dict)]
     return Fusion(sum("_mha" in text or "fmha" in text for text in texts), len(layers))

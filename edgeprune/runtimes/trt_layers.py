@@ -16,6 +16,8 @@ def keep_islands(trt: Any, network: Any, config: Any, computed: Mapping[str, str
     (source: onnx-tensorrt, ImporterContext::registerTensor; seen with the real 8.6.0 parser). Which layers may be
     given a type is as in trtexec (source: NVIDIA/TensorRT, samples/common/sampleEngines.cpp, setLayerPrecisions).
     """
+    if not hasattr(trt.BuilderFlag, "OBEY_PRECISION_CONSTRAINTS"):  # 11, which keeps types always
+        return 0
     if "fp32" not in computed.values():
         return 0
     floats = (trt.DataType.FLOAT, trt.DataType.HALF)

@@ -31,6 +31,7 @@ from edgeprune.latency.probing import (
     utility_prior,
 )
 from edgeprune.latency.staircase import DENSE, FIXED, SampleKey, Samples, treads, trunk
+from edgeprune.latency.timing import UNLIMITED, Room
 from edgeprune.records import Staircase, Vit
 from edgeprune.runtimes.inference import Open
 from edgeprune.scheduling.goals import Goal, choose
@@ -109,10 +110,10 @@ def test_counts_probed(make_vit: MakeVit) -> None:
         assert coarse_counts(vit)[-1] == all_counts(vit)[-1] == vit.tokens
 
 
-@pytest.mark.parametrize("keep_open", [True, False])
-def test_probing_finds_the_edges_that_the_grid_misses(keep_open: bool, make_vit: MakeVit) -> None:
+@pytest.mark.parametrize("room", [UNLIMITED, Room(total=0, guess=1)])
+def test_probing_finds_the_edges_that_the_grid_misses(room: Room, make_vit: MakeVit) -> None:
     machine = Machine()
-    found, samples = probe(make_vit(), NOISELESS, machine.trunk, machine.others(), 1, keep_open=keep_open)
+    found, samples = probe(make_vit(), NOISELESS, machine.trunk, machine.others(), 1, room=room)
     assert treads(found) == confirmed_edges(found) == (93, 150, 197)
     counts = [p.tokens for p in found.points]
     assert set(coarse_counts(make_vit())) < set(counts) and len(counts) <= SHARE * 178
