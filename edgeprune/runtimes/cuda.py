@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,10 +62,9 @@ def _module() -> Any:
     else:
         return cuda
     try:
-        from edgeprune.runtimes import cuda_python
+        return importlib.import_module("edgeprune.runtimes.cuda_python")
     except ImportError:
         raise MissingError(f"pycuda is missing ({missing}): {INSTALL}") from None
-    return cuda_python
 
 
 def _line(error: Exception) -> str:
