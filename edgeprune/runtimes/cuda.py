@@ -13,8 +13,8 @@ from typing import Any
 from edgeprune.errors import DeviceError, EngineError, MissingError
 
 INSTALL = (
-    "pip install pycuda compiles it and needs nvcc (export PATH=/usr/local/cuda/bin:$PATH); "
-    "where that fails, pip install cuda-bindings of your CUDA's major version"
+    "pip install pycuda, which needs nvcc (export PATH=/usr/local/cuda/bin:$PATH); "
+    "without nvcc, pip install cuda-bindings of your CUDA's major version (JetPack 6: 'cuda-bindings<13')"
 )
 
 

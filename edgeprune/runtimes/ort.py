@@ -13,7 +13,7 @@ import numpy as np
 
 from edgeprune.devices import check_is_here, this_machine
 from edgeprune.devices.memory import available_bytes
-from edgeprune.errors import EngineError, MissingError
+from edgeprune.errors import EngineError, MissingError, install
 from edgeprune.io import sha256_file
 from edgeprune.onnx_graph.graph import copy_graph
 from edgeprune.records import Device, Engine, Progress, Setup, silent
@@ -43,7 +43,7 @@ class OrtRuntime:
         if PROVIDERS[self.kind] not in ort.get_available_providers():
             raise MissingError(
                 f"onnxruntime here has no {PROVIDERS[self.kind]}: "
-                'pip uninstall onnxruntime && pip install "edgeprune[ort-gpu]"'
+                f"pip uninstall onnxruntime, then {install('ort-gpu')}"
             )
         return Setup(
             device=device.name,
@@ -135,7 +135,7 @@ def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingError(f'ONNX Runtime is missing ({error}): pip install "edgeprune[ort]"') from None
+        raise MissingError(f"ONNX Runtime is missing ({error}): {install('ort')}") from None
     return onnxruntime
 
 

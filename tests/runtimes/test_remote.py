@@ -252,7 +252,7 @@ class OnDevice:
 
 
 def test_many_timings_are_one_request(tmp_path: Path) -> None:
-    """Clocks that fell since the last request rise before the first timing that counts; a timing is two inferences."""
+    """Clocks that fell since the last request rise before the first that counts; a timing is two inferences."""
     order: list[str] = []
     worker = Worker(tmp_path, lambda message: None)
     worker.opened = {0: OnDevice("a", order), 1: OnDevice("b", order)}  # type: ignore[dict-item]
