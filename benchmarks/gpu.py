@@ -85,7 +85,7 @@ def latency_rows(targets: dict[str, Target], folder: Path, rounds: int) -> list[
     files = {key: folder / key[0] / f"{key[1]}.onnx" for key in names}
     openers = {" ".join(key): targets[key[0]].opener(file) for key, file in files.items()}
     progress = targets["fp32"].progress
-    samples = interleave(openers, rounds, progress=progress, what="candidates", warmup=200)
+    samples = interleave(openers, rounds, progress=progress, what="candidates", stable=True)
     rows = []
     for precision, name in names:
         mine, metadata = samples[f"{precision} {name}"], metadata_in(files[precision, name])

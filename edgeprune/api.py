@@ -210,16 +210,18 @@ def bench(
     *,
     rounds: int = 60,
     baseline: str | Path | None = None,
+    end_to_end: bool = False,
     progress: Progress = silent,
 ) -> Bench:
     """Time bundles side by side on this machine, in interleaved rounds; ms, bootstrap intervals of 95 %.
 
+    Latencies of a GPU are without the copies to and from it; with `end_to_end` they are wall time with both.
     `baseline` is a stored result of an earlier bench, to which ratios are given. Raises InputError, DeviceError.
     """
     from edgeprune.benchmark.bench import bench_bundles
 
     paths = [bundle.path if isinstance(bundle, Bundle) else Path(bundle) for bundle in bundles]
-    return bench_bundles(paths, rounds, progress, _path(baseline))
+    return bench_bundles(paths, rounds, progress, _path(baseline), end_to_end=end_to_end)
 
 
 def _path(place: str | Path | None) -> Path | None:

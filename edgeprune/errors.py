@@ -22,6 +22,11 @@ from __future__ import annotations
 REPORT = "please report it at https://github.com/edgeprune/edgeprune/issues with the command and its output"
 
 
+def install(extra: str) -> str:
+    """How to add optional packages: edgeprune is on no index, so that pip needs the checkout or the wheel."""
+    return f'pip install ".[{extra}]" in the checkout, or "WHEEL[{extra}]" with the wheel of the release'
+
+
 class EdgepruneError(Exception):
     """Base of all errors; the command line prints the message as one line and exits with 1."""
 

@@ -60,11 +60,12 @@ class Device(Record, frozen=True, kw_only=True):
     compute_capability: str | None = None
     sm_count: int | None = None
     memory_gib: float | None = None
-    tensorrt: str | None = None  # supported versions, for example ">=8.6,<11"
+    tensorrt: str | None = None  # supported versions, for example ">=8.6,<12"
     jetpack: str | None = None
     power_query: str | None = None  # command that prints the power mode
     clocks_query: str | None = None
     machine: tuple[str, ...] = ()  # substrings of /proc/device-tree/model that identify the device
+    gpu: str | None = None  # part of the GPU's name, where docker hides /proc/device-tree/model
     image: str | None = None  # container image for the device half
     simulation: Simulation | None = None
     trt: TrtOptions | None = None
@@ -130,6 +131,9 @@ class Setup(Record, frozen=True, kw_only=True):
     threads: int | None = None
     power_mode: str | None = None
     compute_capability: str | None = None  # of the GPU
+    gpu: str | None = None  # its name as CUDA has it
+    sm_count: int | None = None
+    workspace_mib: int | None = None  # limit of TensorRT's builder, on which tactics depend
     options: str | None = None  # builder options other than the defaults
     noiseless: bool = False  # the runtime computes latencies, so that one measurement is exact
 
@@ -212,6 +216,28 @@ class LastShare(Record, frozen=True, kw_only=True):
     share: float
 
 
+class GpuState(Record, frozen=True, kw_only=True):
+    """What decides a GPU's speed at one moment; None where the machine does not tell."""
+
+    clock_mhz: float | None = None
+    temperature_c: float | None = None
+    throttles: tuple[str, ...] = ()  # what lowers its clocks now
+    events: dict[str, int] = {}  # by cause: how often its clocks were lowered since the machine started
+
+
+class Conditions(Record, frozen=True, kw_only=True):
+    """The GPU before and after one stage of probing."""
+
+    before: GpuState
+    after: GpuState
+
+    @property
+    def throttled(self) -> tuple[str, ...]:
+        """Why clocks were lowered during the stage, or at one of its ends; empty where they were not."""
+        counted = [k for k, n in self.after.events.items() if n > self.before.events.get(k, n)]
+        return tuple(sorted({*counted, *self.before.throttles, *self.after.throttles}))
+
+
 class Staircase(Record, frozen=True, kw_only=True):
     """Measured latency over token counts on one setup; independent of the kind of hardware."""
 
@@ -223,6 +249,7 @@ class Staircase(Record, frozen=True, kw_only=True):
     points: tuple[Point, ...]  # ascending token counts, the unpruned count included
     cuts: dict[str, tuple[CutCost, ...]] = {}  # by method
     last: tuple[LastShare, ...] = ()  # empty where the head reads more than the prefix
+    conditions: tuple[Conditions, ...] = ()  # by stage; empty where the machine does not tell
 
     def __post_init__(self) -> None:
         counts = [p.tokens for p in self.points]
@@ -235,6 +262,11 @@ class Staircase(Record, frozen=True, kw_only=True):
     def probes(self) -> int:
         """Latency measurements taken (samples of all points)."""
         return sum(len(p.latency.samples_ms) for p in self.points)
+
+    @property
+    def throttled(self) -> bool | None:
+        """Were the GPU's clocks lowered while it was measured? None where the machine does not tell."""
+        return any(c.throttled for c in self.conditions) if self.conditions else None
 
 
 class Schedule(Record, frozen=True, kw_only=True):

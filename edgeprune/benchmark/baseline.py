@@ -52,6 +52,7 @@ class Baseline(Record, frozen=True, kw_only=True, forbid_unknown_fields=False):
 
     schema: int
     rows: tuple[StoredRow, ...]
+    end_to_end: bool = False
     peaks: tuple[StoredPeak, ...] = msgspec.field(name="probes", default=())
 
     def peak(self, setup: Setup) -> StoredPeak | None:
@@ -59,13 +60,18 @@ class Baseline(Record, frozen=True, kw_only=True, forbid_unknown_fields=False):
         return next((peak for peak in self.peaks if peak.setup == setup), None)
 
 
-def check_comparable(source: Path, bundles: Sequence[tuple[str, str, Setup]]) -> Baseline:
+def check_comparable(source: Path, bundles: Sequence[tuple[str, str, Setup]], end_to_end: bool = False) -> Baseline:
     """The baseline in a file, comparable with every (bundle, model, setup).
 
     Raises RecordError for a file that is no baseline, InputError naming the bundle, the field, its value in the
     baseline and its value here.
     """
     baseline = load(source, Baseline)
+    if baseline.end_to_end != end_to_end:
+        way = "with" if baseline.end_to_end else "without"
+        raise InputError(
+            f"{source}: was measured {way} --end-to-end: do the same, or store a new baseline with --out"
+        )
     stored = {row.bundle: row for row in baseline.rows}
     for name, model, setup in bundles:
         if name not in stored:
@@ -100,7 +106,7 @@ def with_ratios(bench: Bench, baseline: Baseline) -> Bench:
         if before is not None and before.size == peak.size:
             peak = msgspec.structs.replace(peak, to_baseline=_ratio(peak.latency, before))
         peaks.append(peak)
-    return Bench(rows=rows, peaks=tuple(peaks))
+    return Bench(rows=rows, peaks=tuple(peaks), end_to_end=bench.end_to_end)
 
 
 def _ratio(now: Latency, before: Stored) -> Ratio:

@@ -8,7 +8,8 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import NamedTuple
+from types import TracebackType
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
@@ -21,16 +22,18 @@ from edgeprune.bundles.open import LocalBundle, device_of, open_bundle
 from edgeprune.devices.power import locked_clocks
 from edgeprune.devices.sensors import Meter, PeakMemory, rails_w, total_w
 from edgeprune.errors import EngineError, InputError
-from edgeprune.latency.timing import WARMUP, interleave
+from edgeprune.latency.timing import WARMUP, WARMUP_MS, interleave
 from edgeprune.onnx_graph.operations import flops_of_onnx
 from edgeprune.records import Latency, Manifest, Progress, Setup, silent
-from edgeprune.runtimes import OnDevice, Session
+from edgeprune.runtimes import RUNS_PER_TIMING, CopiesTimed, OnDevice, Session
 from edgeprune.runtimes.inference import Open
 from edgeprune.stats import bootstrap_ratio
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 log = logging.getLogger(__name__)
 
-MOST_WARMUP = 200  # inferences of each bundle; a warning where its latency is not stable by then
 ENERGY_S = 2.0  # at full rate, after a quarter of it for the sensors to follow
 
 
@@ -47,39 +50,47 @@ def bench_bundles(
     progress: Progress = silent,
     baseline: Path | None = None,
     lock_clocks: bool = False,
+    end_to_end: bool = False,
 ) -> Bench:
     """Time bundles in `rounds` interleaved rounds, with a large matrix product for each setup in the same rounds.
 
     With a `baseline` (the JSON of an earlier bench) rows and peaks have their ratio to it, and a warning is logged
-    where the machine itself has changed. A runtime that computes latencies takes one round.
+    where the machine itself has changed. A runtime that computes latencies takes one round. Latencies of a GPU are
+    between CUDA events, without copies; with `end_to_end` they are wall time with both copies.
 
-    Raises InputError for rounds below 1, a bundle that is incomplete or given twice, and a baseline of another setup;
+    Raises InputError for rounds below 1, a bundle that is incomplete or given twice, a baseline of another setup, and
+    `end_to_end` of a simulation, which has no copies;
     DeviceError for a bundle of another device, or whose engine belongs to another machine or version.
     """
     if rounds < 1:
         raise InputError(f"{rounds} rounds measure nothing: use 1 or more")
     manifests = _loaded(bundles)
+    if end_to_end and any(manifest.engine.setup.simulated for manifest in manifests.values()):
+        raise InputError("a simulated device has no copies to time: leave out --end-to-end")
     devices = {path: device_of(path, manifest) for path, manifest in manifests.items()}
     with ExitStack() as stack:
         for device in {device.name: device for device in devices.values()}.values() if lock_clocks else ():
             stack.enter_context(locked_clocks(device))
         candidates = [open_bundle(path, manifest) for path, manifest in manifests.items()]
         named = [(str(c.path), c.manifest.vit.name, c.setup) for c in candidates]
-        stored = check_comparable(baseline, named) if baseline is not None else None
+        stored = check_comparable(baseline, named, end_to_end) if baseline is not None else None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         gemms = _gemms(candidates, folder, stored, progress)
         costs = [_costs(candidate) for candidate in candidates]
-        opened: dict[str, Open] = {str(c.path): c.open_engine for c in candidates}
+        opened: dict[str, Open] = {
+            str(c.path): _with_copies(c.open_engine) if end_to_end else c.open_engine for c in candidates
+        }
         opened |= {_name(gemm): gemm.open for gemm in gemms.values()}
         noiseless = all(candidate.setup.noiseless for candidate in candidates)
-        rounds, warmup = (1, WARMUP) if noiseless else (rounds, MOST_WARMUP)
-        samples = interleave(opened, rounds, progress=progress, what="timing bundles, round", warmup=warmup)
+        rounds, warmup_ms = (1, 0.0) if noiseless else (rounds, WARMUP_MS)
+        what = "timing bundles, round"
+        samples = interleave(opened, rounds, progress=progress, what=what, warmup_ms=warmup_ms, stable=not noiseless)
     peaks = {setup: _peak(gemm, samples[_name(gemm)]) for setup, gemm in gemms.items()}
     rows = [
         _row(candidate, samples, str(bundles[0]), peaks[_peak_setup(candidate)], cost)
         for candidate, cost in zip(candidates, costs, strict=True)
     ]
-    result = Bench(rows=tuple(rows), peaks=tuple(peaks.values()))
+    result = Bench(rows=tuple(rows), peaks=tuple(peaks.values()), end_to_end=end_to_end)
     if stored is None:
         return result
     compared = with_ratios(result, stored)
@@ -137,6 +148,34 @@ def _costs(candidate: LocalBundle) -> Costs:
     return Costs(None if used is None else used / 2**20, energy_mj)
 
 
+class _WithCopies:
+    """A session that is timed from its input in memory of the host to its output there."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+
+    def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        return self._session.infer(images)
+
+    def time_ms(self) -> float:
+        """ONNX Runtime takes and returns arrays of the host, so its own timing has the copies already."""
+        session = self._session
+        return session.end_to_end_ms() if isinstance(session, CopiesTimed) else session.time_ms()
+
+    def __enter__(self) -> _WithCopies:
+        self._session.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session.__exit__(kind, error, trace)
+
+
+def _with_copies(open_: Open) -> Open:
+    return lambda: _WithCopies(open_())
+
+
 def _energy_mj(session: Session, batch: int) -> float | None:
     """Energy of the whole board for one image at full rate, mJ; None where no sensor answers."""
     if total_w(rails_w()) is None:
@@ -153,7 +192,7 @@ def _inferences(session: Session, seconds: float) -> int:
     count, until = 0, time.monotonic() + seconds
     while time.monotonic() < until:
         session.time_ms()
-        count += 1
+        count += RUNS_PER_TIMING
     return count
 
 

@@ -11,7 +11,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeprune.io import write_bytes
-from edgeprune.latency.timing import warm_up
+from edgeprune.latency.timing import times_ms, warm_up
 from edgeprune.onnx_graph.passes import OPSET
 from edgeprune.records import Setup
 from edgeprune.runtimes import Runtime
@@ -21,7 +21,6 @@ CHAIN = 8  # products one after another, so that the casts at both ends hardly c
 SIZES = (256, 512, 1024, 2048, 4096, 8192)
 GAIN = 1.05  # larger sizes are tried while doubling raises the rate by this factor
 LIMIT_MS = 40.0  # of one run, since it is measured in the same rounds as the bundles
-WARMUP = 40
 RUNS = 9
 
 
@@ -65,8 +64,9 @@ def _compiled(runtime: Runtime, setup: Setup, size: int, folder: Path) -> Gemm:
     write_bytes(onnx_file, gemm_onnx(size, fp16).SerializeToString())
     runtime.compile(onnx_file, setup, engine)
     with runtime.open(engine, setup) as session:
-        warm_up(session, WARMUP)
-        times = [session.time_ms() for _ in range(RUNS)]
+        if not setup.noiseless:
+            warm_up(session)
+        times = times_ms([session] * RUNS)
     return Gemm(setup, size, lambda: runtime.open(engine, setup), float(np.median(times)))
 
 

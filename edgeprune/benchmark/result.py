@@ -32,7 +32,10 @@ class BenchRow(Record, frozen=True, kw_only=True):
 
     @property
     def images_per_s(self) -> float:
-        """Images per second at the median latency."""
+        """Images per second with one batch at a time: the batch over its median latency.
+
+        Batches that overlap their copies with inference, or run on several streams, can give more.
+        """
         return 1e3 * self.setup.batch / self.latency.median_ms
 
     @property
@@ -67,3 +70,4 @@ class Bench(Record, frozen=True, kw_only=True):
 
     rows: tuple[BenchRow, ...]
     peaks: tuple[Peak, ...]
+    end_to_end: bool = False  # latencies are wall time with the copies to and from the device

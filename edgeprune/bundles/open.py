@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,11 @@ from edgeprune.io import load
 from edgeprune.records import Device, Manifest, Setup
 from edgeprune.runtimes import Runtime, Session, runtime_for
 
-MUST_MATCH = ("runtime", "runtime_version", "machine", "compute_capability")  # for an engine that was compiled
+log = logging.getLogger(__name__)
+
+# What a compiled engine is bound to; of the rest of the setup a warning is logged where it differs.
+MUST_MATCH = ("runtime", "runtime_version", "compute_capability", "sm_count", "gpu")
+SHOULD_MATCH = ("machine", "power_mode")
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,11 @@ class LocalBundle:
     def open_engine(self) -> Session:
         """Load its engine. Raises EngineError."""
         return self.runtime.open(self.path / self.manifest.engine.path, self.setup)
+
+    def warnings(self) -> list[str]:
+        """Parts of the setup that differ from those of a compiled engine, but on which it runs."""
+        pairs = [(f, getattr(self.manifest.engine.setup, f), getattr(self.setup, f)) for f in SHOULD_MATCH]
+        return [f"{f} {built!r}, here it is {here!r}" for f, built, here in pairs if self.compiled and built != here]
 
     def mismatch(self) -> str | None:
         """The first part of the setup that does not fit the engine, with both values; None where all fit."""
@@ -65,6 +75,8 @@ def open_bundle(path: Path, manifest: Manifest | None = None) -> LocalBundle:
     if (wrong := bundle.mismatch()) is not None:
         advice = compile_again(path, bundle.manifest)
         raise DeviceError(f"{path}: its engine was built for {wrong}: {advice}")
+    for other in bundle.warnings():
+        log.warning("%s: its engine was built with %s: latencies may differ", path, other)
     return bundle
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from edgeprune.bundles.open import open_bundle
 from edgeprune.errors import EngineError
 from edgeprune.images import batches, load_images, read_image
-from edgeprune.latency.timing import WARMUP, latency_of
+from edgeprune.latency.timing import latency_of
 from edgeprune.records import Latency, Progress, Setup, silent
 from edgeprune.stats import log_softmax
 
@@ -70,7 +70,7 @@ def predict(bundle: Path, sources: Sequence[Path], top: int = 5, progress: Progr
                 found = tuple(ClassScore(int(i), manifest.labels[i], float(row[i])) for i in best)
                 rows.append(Prediction(path, found))
         progress("classifying", len(paths), len(paths))
-        latency = latency_of(session, TIMED, WARMUP)
+        latency = latency_of(session, TIMED)
     return Predictions(bundle, manifest.vit.name, opened.setup, tuple(rows), latency)
 
 

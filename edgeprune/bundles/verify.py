@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgeprune.bundles.format import GOLDEN, load_bundle
-from edgeprune.bundles.open import MUST_MATCH, LocalBundle, compile_again, local_bundle
+from edgeprune.bundles.open import MUST_MATCH, SHOULD_MATCH, LocalBundle, compile_again, local_bundle
 from edgeprune.errors import EdgepruneError
 from edgeprune.io import load_array
 from edgeprune.latency.timing import latency_of
@@ -17,7 +17,7 @@ from edgeprune.version import __version__
 
 MIB = 1 << 20
 SIMULATED = "simulated"
-TIMED, WARMUP = 40, 10
+TIMED = 40
 MEMORY_OF_SIZE = 2  # memory of a loaded engine as a multiple of its file: the engine and its working memory
 LEAST_ROUNDS = 5  # below it samples give no interval to compare with
 
@@ -90,8 +90,13 @@ def _setup(bundle: LocalBundle, advice: str) -> Iterator[Check]:
             yield Check(field, "failed", str(wanted), str(now), advice)
         else:
             yield Check(field, "warning", str(wanted), str(now), NOT_COMPARABLE)
-    if built.power_mode != bundle.setup.power_mode:
-        yield Check("power mode", "warning", str(built.power_mode), str(bundle.setup.power_mode), NOT_COMPARABLE)
+    for field in SHOULD_MATCH:
+        wanted, now = getattr(built, field), getattr(bundle.setup, field)
+        name = field.replace("_", " ")
+        if wanted != now:
+            yield Check(name, "warning", str(wanted), str(now), NOT_COMPARABLE)
+        elif field == "machine":
+            yield Check(name, "ok", str(wanted), str(now))
 
 
 def _run(bundle: LocalBundle, advice: str) -> Iterator[Check]:
@@ -107,7 +112,7 @@ def _run(bundle: LocalBundle, advice: str) -> Iterator[Check]:
         what = f"within {manifest.tolerance:g} of the golden output", f"{typical:.2g} from it"
         good = typical <= manifest.tolerance  # NaN is not
         yield Check("output", "ok", *what) if good else Check("output", "failed", *what, advice)
-        latency = latency_of(session, TIMED, WARMUP)
+        latency = latency_of(session, TIMED)
     yield _latency(report.latency, latency, bundle.setup.noiseless)
 
 

@@ -27,6 +27,9 @@ def bench(
     ] = None,
     summary: Annotated[Path | None, typer.Option(help="Markdown for the summary of a CI job")] = None,
     out: Annotated[Path | None, typer.Option(help="write the JSON there, as a baseline for later")] = None,
+    end_to_end: Annotated[
+        bool, typer.Option("--end-to-end", help="wall time with the copies to and from the GPU")
+    ] = False,
     lock_clocks: LockClocks = False,
     as_json: AsJson = False,
 ) -> None:
@@ -42,7 +45,7 @@ def bench(
     from edgeprune.io import write_bytes
 
     with output.progress() as progress:
-        measured = bench_bundles(bundles, rounds, progress, baseline, lock_clocks)
+        measured = bench_bundles(bundles, rounds, progress, baseline, lock_clocks, end_to_end)
     failed = None if fail_slower is None else failure(measured, fail_slower)
     result = bench_row(measured) | {"failed": failed}
     if out is not None:

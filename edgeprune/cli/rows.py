@@ -72,6 +72,7 @@ def profile_row(staircase: Staircase, path: Path) -> dict[str, Any]:
         "precision": staircase.setup.precision,
         "batch": staircase.setup.batch,
         "probes": staircase.probes,
+        "throttled": staircase.throttled,
         "points": points,
         "treads": list(confirmed_edges(staircase)),
         "fixed_ms": staircase.fixed.median_ms,
@@ -107,6 +108,7 @@ def bench_row(bench: Bench) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "edgeprune": __version__,
+        "end_to_end": bench.end_to_end,
         "rows": [_bundle_row(row) for row in bench.rows],
         "probes": [_peak_row(peak) for peak in bench.peaks],
     }

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 TITLE = "bundles, measured interleaved"
+ENDS = ", wall time with the copies to and from the device"
 
 
 def bench_table(bench: Bench) -> Table:
@@ -21,7 +22,7 @@ def bench_table(bench: Bench) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=TITLE)
+    table = Table(title=TITLE + (ENDS if bench.end_to_end else ""))
     head, *lines = _cells(bench)
     for column in head:
         table.add_column(column, justify="left" if column == "bundle" else "right", overflow="fold")
@@ -35,7 +36,7 @@ def bench_markdown(bench: Bench, failed: str | None) -> str:
     fields = [msgspec.structs.asdict(row.setup).items() for row in bench.rows]
     setups = [", ".join(f"{k} {v}" for k, v in known if v is not None and v is not False) for known in fields]
     head, *lines = _cells(bench)
-    text = [f"### {TITLE}", ""]
+    text = [f"### {TITLE}{ENDS if bench.end_to_end else ''}", ""]
     text += [f"- {escaped(setup)}" for setup in dict.fromkeys(setups)]
     text += ["", _line(head), _line("---" if column == "bundle" else "---:" for column in head)]
     text += [_line(map(escaped, line)) for line in lines]

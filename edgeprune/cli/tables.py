@@ -77,7 +77,8 @@ def profile_table(staircase: Staircase) -> Table:
     for point in reversed(staircase.points):
         if point.tokens in ends:
             table.add_row(str(point.tokens), _ms(point.latency), f"{point.latency.median_ms / most:.3f}")
-    table.caption = f"{len(staircase.points)} counts, {staircase.probes} probes"
+    throttled = "; CLOCKS WERE LOWERED WHILE IT WAS MEASURED" if staircase.throttled else ""
+    table.caption = f"{len(staircase.points)} counts, {staircase.probes} probes{throttled}"
     return table
 
 

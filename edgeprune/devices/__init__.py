@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import logging
+import os
 import platform
 import re
 import shlex
@@ -15,11 +18,14 @@ from edgeprune.errors import DeviceError, RecordError
 from edgeprune.io import read_bytes
 from edgeprune.records import Device, TrtOptions
 
+log = logging.getLogger(__name__)
+
 MAX_TOML_BYTES = 64 << 10
 DEVICE_TREE = Path("/proc/device-tree/model")
 CPUINFO = Path("/proc/cpuinfo")
 SIMULATION_FIGURES = ("clock_mhz", "bandwidth_gb_per_s", "launch_us")
-NVIDIA_SMI = "nvidia-smi --query-gpu=name --format=csv,noheader"
+NVIDIA_SMI, LIBCUDA = "nvidia-smi", "libcuda.so.1"
+UNMASKED = "docker run --security-opt systempaths=unconfined"  # shows /proc/device-tree in a container
 
 
 def names() -> tuple[str, ...]:
@@ -85,22 +91,45 @@ def _trt_problem(options: TrtOptions | None) -> str | None:
     return None if 0 < options.workspace_mib <= 1 << 20 else "$.trt.workspace_mib is not above 0 and below 2**20"
 
 
-def this_machine() -> str:
-    """The name of this machine on one line: the board's name, else the CPU and the GPU if there is one."""
+def this_machine(gpu: str | None = None) -> str:
+    """The name of this machine on one line: the board's name, else the CPU and the GPU if there is one.
+
+    `gpu` is the name of the GPU that is used, where the caller knows it.
+    """
     if board := _first_line(DEVICE_TREE):
         return board
     cpu = platform.processor() or platform.machine() or "unknown processor"
     if CPUINFO.is_file():
         named = re.search(r"^model name\s*:\s*(.+)$", CPUINFO.read_text(errors="replace"), re.MULTILINE)
         cpu = named[1].strip() if named else cpu
-    gpu = nvidia_gpu()
+    gpu = gpu or nvidia_gpu()
     return f"{cpu}, {gpu}" if gpu else cpu
 
 
 def nvidia_gpu() -> str | None:
-    """Name of the first NVIDIA GPU, or None where `nvidia-smi` is absent, fails or lists none."""
-    lines = (run(NVIDIA_SMI) or "").splitlines()
-    return lines[0].strip() if lines else None
+    """Name of the GPU that CUDA uses first, or None where neither `nvidia-smi` nor the driver knows one."""
+    lines = (smi("--query-gpu=name --format=csv,noheader") or "").splitlines()
+    return lines[0].strip() if lines else _name_from_driver()
+
+
+def smi(arguments: str) -> str | None:
+    """Output of nvidia-smi for the GPU that CUDA uses first; None where it fails.
+
+    CUDA_VISIBLE_DEVICES takes an index or a UUID, as nvidia-smi does; runtimes.cuda makes both count alike.
+    """
+    first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip()
+    return run(f"{NVIDIA_SMI} -i {shlex.quote(first)} {arguments}")
+
+
+def _name_from_driver() -> str | None:
+    """The name that the CUDA driver gives GPU 0, for containers without nvidia-smi; None where there is no driver."""
+    try:
+        cuda = ctypes.CDLL(LIBCUDA)
+    except OSError:
+        return None
+    name, number = ctypes.create_string_buffer(256), ctypes.c_int()
+    failed = cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(number), 0) or cuda.cuDeviceGetName(name, 256, number)
+    return None if failed else name.value.decode(errors="replace")
 
 
 def run(command: str, timeout_s: float = 20) -> str | None:
@@ -117,8 +146,9 @@ def run(command: str, timeout_s: float = 20) -> str | None:
 def check_is_here(device: Device) -> None:
     """Raise DeviceError unless engines for `device` can be built and timed on this machine.
 
-    A device with `machine` must find one of those strings in this machine's name; one without needs an
-    NVIDIA GPU if it has a range of TensorRT versions (cuda), and nothing otherwise (cpu).
+    A device with `machine` must find one of those strings in this machine's name, or, where docker hides the name of
+    a board, its `gpu` in the name of the GPU. One without needs an NVIDIA GPU if it has a range of TensorRT versions
+    (cuda), and nothing otherwise (cpu).
     """
     plan = "plan with --simulate" if device.simulation else "choose --device cpu"
     if not device.build:
@@ -126,11 +156,22 @@ def check_is_here(device: Device) -> None:
     elsewhere = f"device {device.name} is not this machine"
     if device.machine:
         here = this_machine()
-        if not any(part in here for part in device.machine):
-            raise DeviceError(f"{elsewhere} (this is {here}): run there, or {plan}")
-    elif device.tensorrt is not None and nvidia_gpu() is None:
-        here = f"{this_machine()}; {NVIDIA_SMI.split()[0]} finds no NVIDIA GPU"
-        raise DeviceError(f"{elsewhere} (this is {here}): run there, or {plan}")
+        if any(part in here for part in device.machine):
+            return
+        hidden = not _first_line(DEVICE_TREE) and platform.machine() == "aarch64"
+        if hidden and device.gpu is not None and device.gpu in here:
+            log.warning(
+                "the name of this board cannot be read, its GPU fits %s: in a container, pass it with %s",
+                device.name, UNMASKED,
+            )  # fmt: skip
+            return
+        container = f" (in a container: {UNMASKED})" if hidden else ""
+        raise DeviceError(
+            f"{elsewhere} (this is {here}): run there{container}, name it with --host USER@HOST, or {plan}"
+        )
+    if device.tensorrt is not None and nvidia_gpu() is None:
+        here = f"{this_machine()}; {NVIDIA_SMI} finds no NVIDIA GPU"
+        raise DeviceError(f"{elsewhere} (this is {here}): run there, name it with --host USER@HOST, or {plan}")
 
 
 def _first_line(path: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from edgeprune.devices import load_device, names, power, this_machine
+from edgeprune.errors import install
 from edgeprune.version import __version__
 
 PACKAGES = {
@@ -25,6 +26,7 @@ PACKAGES = {
     "onnxruntime-gpu": "ort-gpu",
     "tensorrt": "trt",
     "pycuda": "trt",
+    "cuda-bindings": "cuda-python",
 }
 CPU = Path("/sys/devices/system/cpu")
 HOT_C = 80.0
@@ -50,7 +52,7 @@ def _software() -> list[Finding]:
         try:
             version = metadata.version(package)
         except metadata.PackageNotFoundError:
-            how = "" if extra == "base" else f': pip install "edgeprune[{extra}]"'
+            how = "" if extra == "base" else f": {install(extra)}"
             found.append(Finding(package, "info", f"not installed{how}"))
             continue
         installed.add(package)

@@ -9,15 +9,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from edgeprune.devices import run
+from edgeprune.devices import run, smi
 from edgeprune.errors import DeviceError
 from edgeprune.records import Device
 
 THERMAL = Path("/sys/class/thermal")
 NV_RELEASE = Path("/etc/nv_tegra_release")
 JETPACK_OF_L4T = {"35": "5", "36": "6", "38": "7"}  # NVIDIA, "Jetson Linux archive"
-SMI_QUERY = "nvidia-smi --query-gpu=pstate,clocks.sm,clocks.mem,power.limit --format=csv,noheader"
-SMI_UNLOCK = "nvidia-smi --reset-gpu-clocks"
+SMI_QUERY = "--query-gpu=pstate,clocks.sm,clocks.mem,power.limit --format=csv,noheader"
 
 
 def power_mode(device: Device) -> str | None:
@@ -26,13 +25,13 @@ def power_mode(device: Device) -> str | None:
         text = run(device.power_query) or ""
         found = re.search(r"NV Power Mode:\s*(\S+)", text)
         return found[1] + (", clocks locked" if locked(device) else "") if found else None
-    limit = run("nvidia-smi --query-gpu=power.limit --format=csv,noheader")
+    limit = smi("--query-gpu=power.limit --format=csv,noheader")
     return f"power limit {limit.splitlines()[0].strip()}" if limit else None
 
 
 def clocks(device: Device) -> str | None:
     """The clocks as the board reports them, on one line; None where it does not."""
-    text = run(device.clocks_query or SMI_QUERY)
+    text = run(device.clocks_query) if device.clocks_query else smi(SMI_QUERY)
     return " | ".join(line.strip() for line in text.splitlines() if line.strip()) if text else None
 
 
@@ -78,18 +77,22 @@ def locked_clocks(device: Device) -> Iterator[None]:
             finally:
                 _run_or_raise(f"jetson_clocks --restore {saved}")
         return
-    top = run("nvidia-smi --query-gpu=clocks.max.sm --format=csv,noheader,nounits")
+    top = smi("--query-gpu=clocks.max.sm --format=csv,noheader,nounits")
     if not top:
         raise DeviceError(
             f"clocks of {device.name} cannot be locked (nvidia-smi gives no maximum): leave out --lock-clocks"
         )
     try:
-        _run_or_raise(f"nvidia-smi --lock-gpu-clocks={int(float(top.splitlines()[0]))}")
+        _check(smi(f"--lock-gpu-clocks={int(float(top.splitlines()[0]))}"), "nvidia-smi --lock-gpu-clocks")
         yield
     finally:
-        _run_or_raise(SMI_UNLOCK)
+        _check(smi("--reset-gpu-clocks"), "nvidia-smi --reset-gpu-clocks")
 
 
 def _run_or_raise(command: str) -> None:
-    if run(command) is None:
+    _check(run(command), command)
+
+
+def _check(output: str | None, command: str) -> None:
+    if output is None:
         raise DeviceError(f"`{command}` failed: run as root (sudo), or leave out --lock-clocks")

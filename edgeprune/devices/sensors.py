@@ -1,4 +1,4 @@
-"""Memory of this process, and power from the INA3221 sensors of a Jetson."""
+"""Memory of this process, and power from the INA3221 and INA238 sensors of a Jetson."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
-INA3221 = Path("/sys/bus/i2c/drivers/ina3221")
+INA3221, INA238 = Path("/sys/bus/i2c/drivers/ina3221"), Path("/sys/bus/i2c/drivers/ina238")
 # Rails that add up to the input power of the module; the first set that is present counts, other rails are fed from
-# these. Source: NVIDIA, "Jetson Orin Nano, Orin NX and AGX Orin Series", Software-Based Power Consumption Modeling.
-TOTALS = (("VDD_IN",), ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"))
+# these. Source: NVIDIA, "Jetson Orin Nano, Orin NX and AGX Orin Series", Software-Based Power Consumption Modeling;
+# for Thor, whose INA238 measures the whole input, NVIDIA's answer in forums.developer.nvidia.com/t/366461.
+INPUT = "VIN"
+TOTALS = ((INPUT,), ("VDD_IN",), ("VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0"))
 PERIOD_S = 0.02
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"  # Linux kernel, "The /proc Filesystem", clear_refs: the peak restarts at what is resident now
@@ -59,9 +61,18 @@ def _status_bytes(field: str) -> int | None:
 def rails_w() -> dict[str, float]:
     """Power by the label of a rail, W; empty where there is no sensor.
 
-    Files: in*_label, in*_input (mV), curr*_input (mA). Source: Linux kernel, "hwmon/ina3221".
+    Files of an INA3221: in*_label, in*_input (mV), curr*_input (mA); of an INA238, which has one channel:
+    power1_input (µW), and a label where the device tree has one. Source: Linux kernel, "hwmon/ina3221" and
+    "hwmon/ina238".
     """
     found = {}
+    for power in INA238.glob("*/hwmon/hwmon*/power1_input"):
+        label = power.with_name("label")
+        try:
+            name = label.read_text().strip() if label.exists() else INPUT
+            found[name] = int(power.read_text()) / 1e6
+        except (OSError, ValueError):
+            continue
     for label in INA3221.glob("*/hwmon/hwmon*/in*_label"):
         current = label.with_name(label.name.replace("in", "curr", 1).replace("label", "input"))
         try:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.latency.staircase import SampleKey, Samples, exceeds, staircase_from_samples, treads, trunk
-from edgeprune.latency.timing import interleave
-from edgeprune.records import Point, Progress, Setup, Staircase, Vit, silent
+from edgeprune.latency.timing import UNLIMITED, WARMUP_MS, Room, interleave
+from edgeprune.records import Conditions, GpuState, Point, Progress, Setup, Staircase, Vit, silent
 from edgeprune.runtimes.inference import Open
 
 log = logging.getLogger(__name__)
@@ -85,9 +85,11 @@ def probe(
     samples: Samples | None = None,
     save: Callable[[Samples], None] = lambda _: None,
     progress: Progress = silent,
-    keep_open: bool = True,
+    room: Room = UNLIMITED,
     prior: UtilityPrior | None = None,
     used: Collection[int] = (),
+    conditions: list[Conditions] | None = None,
+    gpu_state: Callable[[], GpuState | None] = lambda: None,
 ) -> tuple[Staircase, Samples]:
     """Measure a staircase: a coarse grid first, then in stages the counts that can still change a choice.
 
@@ -97,10 +99,11 @@ def probe(
     budget is used. `prior` is the utility for which a schedule will be chosen, if it is known. With `used`, only the
     ends of the treads that contain these counts are located. A count is timed again until it has `rounds` samples,
     or together with a new neighbour; one round is enough where `setup` is noiseless. `samples` of an interrupted run
-    are continued, and `save` gets all samples after each round. Returns the staircase and all samples (ms).
+    are continued, and `save` gets all samples after each round. `conditions` gets what `gpu_state` says before and
+    after each stage, where it says anything. Returns the staircase and all samples (ms).
     Raises EngineError, OutputError.
     """
-    samples = {} if samples is None else samples
+    samples, conditions = {} if samples is None else samples, [] if conditions is None else conditions
     prior = prior or any_utility(vit)
     everything = all_counts(vit)
     limit = int((1 if exhaustive else SHARE_CONFIRMED if used else SHARE) * rounds * len(everything))
@@ -119,12 +122,17 @@ def probe(
         candidates = {key._replace(stage=stage): opens for key, opens in wanted.items()}
         taken = sum(len(v) for key, v in samples.items() if key.kind == "trunk" and key.stage < stage)
         shown = _in_probes(progress, what, taken, len(counts), limit)
-        interleave(candidates, few, samples, save, shown, keep_open, what)
+        state = gpu_state()
+        warmup_ms = 0.0 if setup.noiseless else WARMUP_MS
+        interleave(candidates, few, samples, save, shown, room, what, warmup_ms)
+        if state is not None and (after := gpu_state()) is not None:
+            conditions.append(Conditions(before=state, after=after))
+            save(samples)
         whole = joined(samples)
-        staircase = staircase_from_samples(vit, setup, whole)
+        staircase = staircase_from_samples(vit, setup, whole, conditions)
         requests = edge_requests(staircase, used) if used else probe_requests(staircase, prior, rounds)
-        room = (limit - staircase.probes) // few
-        counts = [] if exhaustive else next_counts(vit, requests, room, setup.noiseless)
+        left = (limit - staircase.probes) // few
+        counts = [] if exhaustive else next_counts(vit, requests, left, setup.noiseless)
         if requests and not counts and not exhaustive:
             log.info("probe budget used; gaps unresolved: %d (--exhaustive measures every count)", len(requests))
         if not counts and any(len(whole[key]) < rounds for key in others):

@@ -13,8 +13,10 @@ from edgeprune.errors import InputError
 from edgeprune.io import encode, load, read_bytes, save, sha256_bytes, write_bytes
 from edgeprune.latency.probing import FEW, probe, unconfirmed
 from edgeprune.latency.staircase import DENSE, FIXED, SampleKey, Samples, block
+from edgeprune.latency.timing import UNLIMITED, Room
 from edgeprune.onnx_graph import graph
-from edgeprune.records import Staircase, Vit
+from edgeprune.records import Conditions, Staircase, Vit
+from edgeprune.runtimes import Observed
 from edgeprune.runtimes.inference import Open
 from edgeprune.runtimes.target import Target
 
@@ -108,11 +110,11 @@ def measured_staircase(
 
     def make(path: Path) -> None:
         folder = models()
-        samples = _stored(partial)
+        samples, conditions = _stored(partial)
         if samples:
             log.info("staircase: resuming, %d samples are already measured", sum(map(len, samples.values())))
         elif base is not None:
-            samples = _stored(target.work.file("probed", ".json", _digest(base)))
+            samples, conditions = _stored(target.work.file("probed", ".json", _digest(base)))
         staircase, samples = probe(
             vit,
             target.setup,
@@ -121,12 +123,15 @@ def measured_staircase(
             rounds,
             exhaustive,
             samples,
-            lambda state: _keep(state, partial),
+            lambda state: _keep(state, conditions, partial),
             target.progress,
-            keep_open=_fits(folder / "trunk.weights", target.runtime.free_bytes()),
+            _room(folder / "trunk.weights", target.runtime.free_bytes()),
             used=confirm,
+            conditions=conditions,
+            gpu_state=target.runtime.gpu_state if isinstance(target.runtime, Observed) else lambda: None,
         )
-        _keep(samples, target.work.file("probed", ".json", _digest(staircase)))
+        _warn_if_throttled(staircase)
+        _keep(samples, conditions, target.work.file("probed", ".json", _digest(staircase)))
         save(staircase, path)
         partial.unlink(missing_ok=True)
 
@@ -161,21 +166,31 @@ def _static(target: Target, vit: Vit, trunk: Path, tokens: int) -> Open:
     return target.opener(static, vit.weights_sha256)
 
 
-def _keep(samples: Samples, path: Path) -> None:
-    write_bytes(path, msgspec.json.encode(list(samples.items())))
+def _warn_if_throttled(staircase: Staircase) -> None:
+    reasons = sorted({reason for stage in staircase.conditions for reason in stage.throttled})
+    if reasons:
+        log.warning(
+            "clocks were lowered while the staircase was measured (%s): cool the device or choose a lower power "
+            "mode, and measure again", ", ".join(reasons),
+        )  # fmt: skip
 
 
-def _stored(path: Path) -> Samples:
-    """Samples of an earlier run; empty where there are none or they cannot be read."""
+def _keep(samples: Samples, conditions: list[Conditions], path: Path) -> None:
+    write_bytes(path, msgspec.json.encode((list(samples.items()), conditions)))
+
+
+def _stored(path: Path) -> tuple[Samples, list[Conditions]]:
+    """Samples and conditions of an earlier run; empty where there are none or they cannot be read."""
     if not path.exists():
-        return {}
+        return {}, []
     try:
-        return dict(msgspec.json.decode(read_bytes(path), type=Pairs))
+        pairs, conditions = msgspec.json.decode(read_bytes(path), type=tuple[Pairs, list[Conditions]])
     except msgspec.DecodeError:
         log.warning("%s cannot be read: measuring again", path)
-        return {}
+        return {}, []
+    return dict(pairs), conditions
 
 
-def _fits(weights: Path, free_bytes: int | None) -> bool:
-    """Do about 40 sessions, each with up to three copies of the weights, fit in half of the free memory?"""
-    return free_bytes is None or weights.stat().st_size * 3 * 40 < free_bytes / 2
+def _room(weights: Path, free_bytes: int | None) -> Room:
+    """Half of the free memory; a session that does not know its size holds up to three copies of the weights."""
+    return UNLIMITED if free_bytes is None else Room(free_bytes / 2, 3 * weights.stat().st_size)

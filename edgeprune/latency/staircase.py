@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from edgeprune.records import CutCost, LastShare, Latency, Point, Setup, Staircase, Vit
+from edgeprune.records import Conditions, CutCost, LastShare, Latency, Point, Setup, Staircase, Vit
 from edgeprune.stats import signed_rank
 
 MANY = 2.6  # z per comparison: with about 30 comparisons a flat curve shows a step in 5 % of all cases
@@ -40,8 +40,10 @@ def block(tokens: int) -> SampleKey:
     return SampleKey("block", (tokens,))
 
 
-def staircase_from_samples(vit: Vit, setup: Setup, samples: Mapping[SampleKey, Sequence[float]]) -> Staircase:
-    """A staircase from samples (ms) that are all of one stage."""
+def staircase_from_samples(
+    vit: Vit, setup: Setup, samples: Mapping[SampleKey, Sequence[float]], conditions: Sequence[Conditions] = ()
+) -> Staircase:
+    """A staircase from samples (ms) that are all of one stage, and the conditions they were measured under."""
     latency = {key: Latency(samples_ms=tuple(v)) for key, v in samples.items() if v}
     counts = sorted(key.tokens[0] for key in latency if key.kind == "trunk")
     return Staircase(
@@ -52,6 +54,7 @@ def staircase_from_samples(vit: Vit, setup: Setup, samples: Mapping[SampleKey, S
         points=tuple(Point(tokens=n, latency=latency[trunk(n)]) for n in counts),
         cuts=_cut_costs(vit, samples),
         last=_last_shares(samples),
+        conditions=tuple(conditions),
     )
 
 

@@ -3,23 +3,36 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from edgeprune.records import Latency, Progress, silent
-from edgeprune.runtimes import Session
+from edgeprune.runtimes import RUNS_PER_TIMING, OnDevice, Session, TimedTogether
 from edgeprune.runtimes.inference import Open
 
 log = logging.getLogger(__name__)
 K = TypeVar("K", bound=Hashable)
-WARMUP = 3
-WINDOW = 10  # inferences per median; two successive medians show whether the latency is stable
+WARMUP = 3  # timings of every session before the first that counts: kernels and weights are loaded in them
+WARMUP_MS = 300.0  # of inferences before the first round: clocks rise with the load, in tens of milliseconds
+WINDOW = 10  # timings per median; two successive medians show whether the latency is stable
 STABLE = 0.02  # relative difference of two such medians below which it is
 WARMUP_S = 10.0  # at most
+AT_ONCE = 64  # timings in one request to another machine
+
+
+class Room(NamedTuple):
+    """Memory for sessions that are open at once, bytes; `guess` is taken for a session that does not know its own."""
+
+    total: float = math.inf
+    guess: int = 0
+
+
+UNLIMITED = Room()
 
 
 def interleave(
@@ -28,71 +41,114 @@ def interleave(
     samples: dict[K, list[float]] | None = None,
     after_round: Callable[[dict[K, list[float]]], None] = lambda _: None,
     progress: Progress = silent,
-    keep_open: bool = True,
+    room: Room = UNLIMITED,
     what: str = "measuring, round",
-    warmup: int = WARMUP,
+    warmup_ms: float = WARMUP_MS,
+    stable: bool = False,
 ) -> dict[K, list[float]]:
     """Time every candidate once in each round, so that drift of the machine hits all alike.
 
-    The order within a round is shuffled (seeded); each timed inference follows an untimed one of the
-    same candidate, so that caches hold what they hold when it runs by itself. Candidates that already
-    have `rounds` values in `samples` are left out, so an interrupted measurement continues where it stopped.
-    `keep_open=False` opens a candidate again for each of its timings, where memory is too small for all.
-    `warmup` is the largest number of inferences before the first round (see warm_up); `what` describes the
-    measurement in the progress. Returns samples in ms by the key of each candidate. Raises EngineError.
+    The order within a round is shuffled (seeded); each timed inference follows an untimed one of the same candidate
+    (see Session.time_ms). Candidates that already have `rounds` values in `samples` are left out, so an interrupted
+    measurement continues where it stopped. Candidates that do not fit into `room` together with those before them
+    are opened again for each of their timings. Before the first round candidates run for `warmup_ms`; with `stable`,
+    each until its latency is stable (see warm_up). On another machine several rounds are one request. `what`
+    describes the measurement in the progress. Returns samples in ms by the key of each candidate. Raises EngineError.
     """
     samples = {} if samples is None else samples
     for name in candidates:
         samples.setdefault(name, [])
     with ExitStack() as stack:
-        sessions: dict[K, Session] = {}
         todo = [name for name in candidates if len(samples[name]) < rounds]
-        if keep_open:
-            for loaded, name in enumerate(todo):
-                progress("loading engines", loaded, len(todo))
-                sessions[name] = stack.enter_context(candidates[name]())
-                if not warm_up(sessions[name], warmup) and warmup > WARMUP:
-                    log.warning("%s: latency is not yet stable after the warm-up; expect wider intervals", name)
+        sessions = _opened(candidates, todo, room, stack, progress)
+        _warm(sessions, warmup_ms, stable)
         done = rounds - max((rounds - len(samples[n]) for n in todo), default=0)
-        for index in range(done, rounds):
-            progress(what, index, rounds)
-            turn = [name for name in todo if len(samples[name]) <= index]
-            order = np.random.default_rng(index).permutation(len(turn))
-            for name in (turn[i] for i in order):
-                samples[name].append(_timed(sessions.get(name), candidates[name]))
+        together = len(sessions) == len(todo) and all(isinstance(s, TimedTogether) for s in sessions.values())
+        step = max(AT_ONCE // max(len(todo), 1), 1) if together else 1
+        for first in range(done, rounds, step):
+            progress(what, first, rounds)
+            order: list[K] = []
+            for index in range(first, min(first + step, rounds)):
+                turn = [name for name in todo if len(samples[name]) <= index]
+                order += [turn[i] for i in np.random.default_rng(index).permutation(len(turn))]
+            for name, ms in zip(order, _timed(order, sessions, candidates, warmup_ms), strict=True):
+                samples[name].append(ms)
             after_round(samples)
         progress(what, rounds, rounds)
     return samples
 
 
-def warm_up(session: Session, most: int) -> bool:
-    """Run inferences until the median of the last WINDOW is within STABLE of that of the WINDOW before.
+def _opened(
+    candidates: Mapping[K, Open], todo: Sequence[K], room: Room, stack: ExitStack, progress: Progress
+) -> dict[K, Session]:
+    """Sessions that stay open: as many as fit into the room, and one more is opened to know what it takes."""
+    sessions: dict[K, Session] = {}
+    taken = 0
+    for loaded, name in enumerate(todo):
+        progress("loading engines", loaded, len(todo))
+        session = candidates[name]().__enter__()
+        taken += session.memory_bytes() if isinstance(session, OnDevice) else room.guess
+        if taken > room.total:
+            session.__exit__(None, None, None)
+            log.info("%d of %d engines stay open: memory is too small for all", len(sessions), len(todo))
+            break
+        sessions[name] = session
+        stack.push(session)
+    return sessions
 
-    Ends at the latest after `most` of them, or after WARMUP_S. Returns whether the latency has become stable.
+
+def _warm(sessions: Mapping[K, Session], least_ms: float, stable: bool) -> None:
+    """Run every session WARMUP times or until it is stable, then all in turn until `least_ms` have been run."""
+    ran_ms = 0.0
+    for name, session in sessions.items():
+        if stable and not warm_up(session):
+            log.warning("%s: latency is not yet stable after the warm-up; expect wider intervals", name)
+        ran_ms += RUNS_PER_TIMING * sum(times_ms([session] * WARMUP))
+    while sessions and ran_ms < least_ms:
+        ran_ms += RUNS_PER_TIMING * sum(times_ms(list(sessions.values())))
+
+
+def warm_up(session: Session, least_ms: float = WARMUP_MS) -> bool:
+    """Run a session until the median of the last WINDOW timings is within STABLE of that of the WINDOW before.
+
+    It runs for at least `least_ms`, because clocks can be steady before they rise, and at most for WARMUP_S. Returns
+    whether the latency has become stable.
     """
     times: list[float] = []
     until = time.monotonic() + WARMUP_S
-    while len(times) < most and (time.monotonic() < until or len(times) < WARMUP):
-        times.append(session.time_ms())
-        if len(times) >= 2 * WINDOW:
+    while not times or time.monotonic() < until:
+        times += times_ms([session] * WINDOW)
+        if len(times) >= 2 * WINDOW and RUNS_PER_TIMING * sum(times) >= least_ms:
             before, now = np.median(times[-2 * WINDOW : -WINDOW]), np.median(times[-WINDOW:])
             if abs(now - before) <= STABLE * before:
                 return True
     return False
 
 
-def _timed(session: Session | None, open_: Open) -> float:
-    if session is not None:
-        session.time_ms()
-        return session.time_ms()
-    with open_() as fresh:
-        for _ in range(WARMUP):
-            fresh.time_ms()
-        return fresh.time_ms()
+def times_ms(order: Sequence[Session]) -> list[float]:
+    """time_ms() of sessions one after the other, ms; in one request where they are on another machine."""
+    if order and isinstance(order[0], TimedTogether):
+        return order[0].times_ms(order)
+    return [session.time_ms() for session in order]
 
 
-def latency_of(session: Session, count: int, warmup: int) -> Latency:
-    """`count` timed inferences of one session by itself, after `warmup` untimed ones."""
-    for _ in range(warmup):
-        session.time_ms()
-    return Latency(samples_ms=tuple(session.time_ms() for _ in range(count)), warmup=warmup)
+def _timed(
+    order: Sequence[K], sessions: Mapping[K, Session], candidates: Mapping[K, Open], warmup_ms: float
+) -> list[float]:
+    if all(name in sessions for name in order):
+        return times_ms([sessions[name] for name in order])
+    found = []
+    for name in order:
+        if name in sessions:
+            found += times_ms([sessions[name]])
+            continue
+        with candidates[name]() as fresh:
+            _warm({name: fresh}, warmup_ms, stable=False)
+            found += times_ms([fresh])
+    return found
+
+
+def latency_of(session: Session, count: int) -> Latency:
+    """`count` timings of one session by itself, after it has run WARMUP times and for WARMUP_MS."""
+    _warm({"": session}, WARMUP_MS, stable=False)
+    return Latency(samples_ms=tuple(times_ms([session] * count)), warmup=WARMUP)

@@ -13,7 +13,7 @@ import numpy as np
 from edgeprune import stats
 from edgeprune.io import read_bytes, sha256_file, write_bytes
 from edgeprune.latency.staircase import predict_ms
-from edgeprune.latency.timing import WARMUP, interleave
+from edgeprune.latency.timing import WARMUP, WARMUP_MS, interleave
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.onnx_files import dense_onnx, nominal_onnx, pruned_onnx
 from edgeprune.records import Candidate, Latency, Report, Schedule, Staircase
@@ -61,7 +61,8 @@ def measured_engines(target: Target, files: Sequence[Path], dense: Path | None, 
 
     def make(path: Path) -> None:
         openers = dict(enumerate(target.opener(file) for file in everything))
-        samples = interleave(openers, rounds, progress=target.progress, what=what)
+        warmup_ms = 0.0 if target.setup.noiseless else WARMUP_MS
+        samples = interleave(openers, rounds, progress=target.progress, what=what, warmup_ms=warmup_ms)
         write_bytes(path, msgspec.json.encode([samples[i] for i in range(len(everything))]))
 
     parts = ([sha256_file(file) for file in everything], dense is not None, target.setup, rounds)

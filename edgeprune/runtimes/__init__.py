@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 
 from edgeprune.errors import DeviceError
-from edgeprune.records import Device, Engine, Progress, Setup, silent
+from edgeprune.records import Device, Engine, GpuState, Progress, Setup, silent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,6 +25,7 @@ RUNTIMES = {
     "trt": "edgeprune.runtimes.trt:TensorRT",
     "simulated": "edgeprune.runtimes.simulated:SimulatedRuntime",
 }
+RUNS_PER_TIMING = 2  # inferences of one time_ms(), the untimed one included
 
 
 class Session(Protocol):
@@ -34,7 +36,10 @@ class Session(Protocol):
         ...
 
     def time_ms(self) -> float:
-        """Latency of one inference on a fixed random input, ms."""
+        """Latency of one inference on a fixed random input, right after an untimed one, ms; without copies.
+
+        An untimed inference comes first so that caches and clocks are as when the engine runs by itself.
+        """
         ...
 
     def __enter__(self) -> Session: ...
@@ -59,6 +64,33 @@ class OnDevice(Protocol):
 
     def memory_bytes(self) -> int:
         """Bytes that the engine takes there: weights, working memory, inputs and outputs."""
+        ...
+
+
+@runtime_checkable
+class CopiesTimed(Protocol):
+    """A session whose inputs and outputs are copied to and from the memory of a device."""
+
+    def end_to_end_ms(self) -> float:
+        """As time_ms, but wall time with both copies."""
+        ...
+
+
+@runtime_checkable
+class TimedTogether(Protocol):
+    """A session on another machine: many timings are one request, so that clocks do not fall while nothing runs."""
+
+    def times_ms(self, order: Sequence[Session]) -> list[float]:
+        """time_ms() of each of these sessions, which are all on that machine, one after the other."""
+        ...
+
+
+@runtime_checkable
+class Observed(Protocol):
+    """A runtime whose GPU tells its clock, temperature and throttling."""
+
+    def gpu_state(self) -> GpuState | None:
+        """The state now; None where nothing tells."""
         ...
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import time
 from pathlib import Path
 from types import TracebackType
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.devices import check_is_here, this_machine
-from edgeprune.errors import EngineError, MissingError
+from edgeprune.devices.memory import available_bytes
+from edgeprune.errors import EngineError, MissingError, install
 from edgeprune.io import sha256_file
 from edgeprune.onnx_graph.graph import copy_graph
 from edgeprune.records import Device, Engine, Progress, Setup, silent
@@ -21,7 +21,6 @@ from edgeprune.records import Device, Engine, Progress, Setup, silent
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-MEMINFO = Path("/proc/meminfo")
 PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
 
 
@@ -44,7 +43,7 @@ class OrtRuntime:
         if PROVIDERS[self.kind] not in ort.get_available_providers():
             raise MissingError(
                 f"onnxruntime here has no {PROVIDERS[self.kind]}: "
-                'pip uninstall onnxruntime && pip install "edgeprune[ort-gpu]"'
+                f"pip uninstall onnxruntime, then {install('ort-gpu')}"
             )
         return Setup(
             device=device.name,
@@ -65,11 +64,7 @@ class OrtRuntime:
 
     def free_bytes(self) -> int | None:
         """Available memory of this machine, bytes (Linux, /proc/meminfo); None where it cannot be read."""
-        try:
-            found = re.search(r"^MemAvailable:\s+(\d+) kB", MEMINFO.read_text(), re.MULTILINE)
-        except OSError:
-            return None
-        return int(found[1]) * 1024 if found else None
+        return available_bytes()
 
     def open(self, path: Path, setup: Setup) -> OrtSession:
         """Load an ONNX file. Raises EngineError with the first line of ONNX Runtime's message."""
@@ -112,8 +107,9 @@ class OrtSession:
         return result
 
     def time_ms(self) -> float:
-        """Wall time of one inference on a fixed random input, ms."""
+        """Wall time of one inference on a fixed random input, after an untimed one, ms."""
         feed = {self._input.name: self._fixed}
+        self._session.run([self._output], feed)
         start = time.perf_counter_ns()
         self._session.run([self._output], feed)
         return (time.perf_counter_ns() - start) / 1e6
@@ -139,7 +135,7 @@ def _onnxruntime() -> Any:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingError(f'ONNX Runtime is missing ({error}): pip install "edgeprune[ort]"') from None
+        raise MissingError(f"ONNX Runtime is missing ({error}): {install('ort')}") from None
     return onnxruntime
 
 

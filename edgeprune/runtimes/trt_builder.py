@@ -1,4 +1,8 @@
-"""ONNX to a TensorRT plan: one code path for 8.6, 10 and 11; the precision is what the ONNX holds."""
+"""ONNX to a TensorRT plan; the precision is what the ONNX holds.
+
+TensorRT 10 and 11 keep its types (strong typing). 8.6 cannot: there flags allow types, and fp32 islands are fixed
+layer by layer (trt_layers.py).
+"""
 
 from __future__ import annotations
 
@@ -10,25 +14,18 @@ from typing import Any, NamedTuple
 
 from edgeprune.errors import EngineError, MissingError
 from edgeprune.io import replacing, writable
+from edgeprune.onnx_graph.graph import load_graph
+from edgeprune.onnx_graph.value_types import computed_in
 from edgeprune.records import Progress, TrtOptions, silent
+from edgeprune.runtimes.trt_layers import keep_islands
+from edgeprune.runtimes.trt_log import MIB, build_failure, is_mha_bug
 
 log = logging.getLogger(__name__)
 
 OLDEST = (8, 6)  # JetPack 6.0; JetPack 5 has 8.5 and Python 3.8
-MIB = 1 << 20
+DEFAULT_LEVEL = 3  # TensorRT's own optimization level
 LEAST_FREE = 256 * MIB  # with less, no ViT can be built
 TYPES = {"fp32": (), "fp16": ("FP16",), "int8": ("FP16", "INT8")}  # what a weakly typed network may use
-
-# Phrases in TensorRT's log, and what they mean to a user; the first match is shown.
-BUILD_FAILURES = (
-    (("out of memory", "outofmemory", "cuda failure: 2", "insufficient memory"), "memory ran out"),
-    (("insufficient workspace",), "the workspace is too small"),
-    (("could not find any implementation", "no implementation"), "there is no kernel for a layer"),
-)
-PLAN_REFUSALS = (
-    (("version tag does not match", "serialization version", "incompatible version"), "another TensorRT version"),
-    (("compute capability", "different gpu", "target gpu", "sm version", "generated for"), "another GPU"),
-)
 
 
 def tensorrt() -> Any:
@@ -38,7 +35,7 @@ def tensorrt() -> Any:
     except ImportError as error:
         raise MissingError(
             f"TensorRT is missing ({error}): on a Jetson it comes with JetPack (python3 -m venv "
-            '--system-site-packages), elsewhere pip install "edgeprune[trt]"'
+            "--system-site-packages), elsewhere pip install tensorrt"
         ) from None
     version = tuple(int(part) for part in trt.__version__.split(".")[:2])
     if version < OLDEST:
@@ -46,66 +43,44 @@ def tensorrt() -> Any:
     return trt
 
 
-def make_logger(trt: Any) -> Any:
-    """A TensorRT logger that keeps its lines as `lines` (severity name, text).
-
-    VERBOSE ones are dropped: a build writes thousands, and those on tactics skipped for lack of memory would look
-    like the reason of a failure.
-    """
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.lines: list[tuple[str, str]] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity.name != "VERBOSE":
-                self.lines.append((severity.name, message))
-
-    return Logger()
-
-
 def plan_from_onnx(
     onnx: Path,
     precision: str,
     options: TrtOptions,
+    workspace: int,
     free_bytes: int,
     timing_cache: Path,
     logger: Any,
     progress: Progress = silent,
 ) -> bytes:
-    """The serialized engine. The workspace is at most half of `free_bytes` of GPU memory; `timing_cache` is updated.
+    """The serialized engine. `workspace` is the builder's limit in bytes; `timing_cache` is updated.
 
     Raises EngineError with the nodes that TensorRT does not support, or with the reason why it could not build.
     """
     trt = tensorrt()
-    if free_bytes < LEAST_FREE:
-        raise EngineError(f"only {free_bytes // MIB} MiB of GPU memory are free: close other programs")
-    workspace = min(options.workspace_mib * MIB, free_bytes // 2)
+    if free_bytes < max(workspace, LEAST_FREE):
+        raise EngineError(
+            f"only {free_bytes // MIB} MiB of GPU memory are free, and the builder may use {workspace // MIB} MiB: "
+            "close other programs, or lower workspace_mib under [trt] of the device file"
+        )
     builder = trt.Builder(logger)
     network = builder.create_network(network_flags(trt, options))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(os.fspath(onnx)):
         raise EngineError(f"{onnx}: TensorRT {trt.__version__} cannot read it: {_parser_errors(parser, onnx)}")
-    config = builder.create_builder_config()
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if options.optimization_level is not None:
-        config.builder_optimization_level = options.optimization_level
-    for flag in TYPES[precision] if not is_strong(trt, options) else ():
-        if not hasattr(trt.BuilderFlag, flag):
-            raise EngineError(
-                f"TensorRT {trt.__version__} has no {flag} flag: remove typing = 'weak' from the device file"
-            )
-        config.set_flag(getattr(trt.BuilderFlag, flag))
-    if precision == "fp32" and hasattr(trt.BuilderFlag, "TF32"):  # TF32 has only 10 bits of mantissa
-        config.clear_flag(trt.BuilderFlag.TF32)
-    _choose_tactics(trt, config, options)
-    _load_timing(config, timing_cache)
+    config = _config(trt, builder, options, workspace, timing_cache)
+    if not is_strong(trt, options):
+        _weak_types(trt, network, config, onnx, precision)
     monitor = make_monitor(trt, progress)
     if hasattr(config, "progress_monitor"):
         config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
+    if plan is None and is_mha_bug(logger):
+        level = other_level(options)
+        log.warning("%s: TensorRT failed in its fusion of attention, building at optimization level %d", onnx, level)
+        logger.lines.append(("WARNING", f"edgeprune: built again at optimization level {level}"))
+        config.builder_optimization_level = level
+        plan = builder.build_serialized_network(network, config)
     if monitor is not None and monitor.interrupted:
         raise KeyboardInterrupt
     if plan is None:
@@ -115,6 +90,38 @@ def plan_from_onnx(
         with writable(timing_cache), replacing(timing_cache) as temporary:
             temporary.write_bytes(bytes(cache.serialize()))
     return bytes(plan)
+
+
+def _config(trt: Any, builder: Any, options: TrtOptions, workspace: int, timing_cache: Path) -> Any:
+    """The builder's configuration. TF32 is always off: it has 10 bits of mantissa, and islands are fp32 for more."""
+    config = builder.create_builder_config()
+    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if options.optimization_level is not None:
+        config.builder_optimization_level = options.optimization_level
+    if hasattr(trt.BuilderFlag, "TF32"):
+        config.clear_flag(trt.BuilderFlag.TF32)
+    _choose_tactics(trt, config, options)
+    _load_timing(config, timing_cache)
+    return config
+
+
+def _weak_types(trt: Any, network: Any, config: Any, onnx: Path, precision: str) -> None:
+    """Allow a weakly typed network the types of its precision, and keep its fp32 islands fp32."""
+    for flag in TYPES[precision]:
+        if not hasattr(trt.BuilderFlag, flag):
+            raise EngineError(
+                f"TensorRT {trt.__version__} has no {flag} flag: remove typing = 'weak' from the device file"
+            )
+        config.set_flag(getattr(trt.BuilderFlag, flag))
+    count = keep_islands(trt, network, config, computed_in(load_graph(onnx)))
+    log.info("%s: %d layers are fixed to fp32", onnx, count)
+
+
+def other_level(options: TrtOptions) -> int:
+    """The optimization level to try where TensorRT fails at the one asked for: one lower, or the default (3)."""
+    asked = DEFAULT_LEVEL if options.optimization_level is None else options.optimization_level
+    return asked - 1 if asked else DEFAULT_LEVEL
 
 
 def is_strong(trt: Any, options: TrtOptions) -> bool:
@@ -182,8 +189,6 @@ def make_monitor(trt: Any, progress: Progress) -> Any:
 
 
 def _parser_errors(parser: Any, onnx: Path) -> str:
-    from edgeprune.onnx_graph.graph import load_graph
-
     nodes = load_graph(onnx).graph.node
     reasons = []
     for index in range(min(parser.num_errors, 3)):
@@ -192,31 +197,6 @@ def _parser_errors(parser: Any, onnx: Path) -> str:
         node = f"node {nodes[place].name} ({nodes[place].op_type}): " if 0 <= place < len(nodes) else ""
         reasons.append(node + error.desc())
     return ("; ".join(reasons) or "no reason given") + ": export it again with this version of edgeprune"
-
-
-def build_failure(logger: Any, workspace: int, free_bytes: int) -> str:
-    """Why a build failed, from its log, and what to do."""
-    errors = [text for severity, text in logger.lines if severity in ("ERROR", "INTERNAL_ERROR")]
-    what = _cause([text for _, text in logger.lines], BUILD_FAILURES)
-    last = errors[-1][:300] if errors else "no reason given"
-    advice = (
-        f"workspace {workspace // MIB} MiB, {free_bytes // MIB} MiB of GPU memory free: close other programs or "
-        "lower workspace_mib under [trt] of the device file"
-    )
-    return f"{what or last}: {advice}" + (f" ({last})" if what else "")
-
-
-def plan_refusal(logger: Any) -> str:
-    """Why a plan was refused, from the log, and what to do."""
-    foreign = _cause([text for _, text in logger.lines], PLAN_REFUSALS)
-    if foreign:
-        return f"it was built for {foreign}: compile the ONNX here"
-    return "it is truncated or not a plan: compile the ONNX again"
-
-
-def _cause(lines: list[str], table: tuple[tuple[tuple[str, ...], str], ...]) -> str | None:
-    text = "\n".join(lines).lower()
-    return next((meaning for signs, meaning in table if any(sign in text for sign in signs)), None)
 
 
 class Fusion(NamedTuple):
@@ -233,8 +213,8 @@ def fusion_of(information: str) -> Fusion | None:
     name (TensorRT 8.6 to 11). `Bindings` and `I/O Tensors` are ignored.
     """
     layers = json.loads(information).get("Layers", [])
-    if not any(isinstance(layer, dict) for layer in layers):
+    if not any(isinstance(row, dict) for row in layers):
         return None
     keys = ("TacticName", "LayerType", "Name", "KernelName")
-    texts = [" ".join(str(layer.get(key, "")) for key in keys).lower() for layer in layers if isinstance(layer, dict)]
+    texts = [" ".join(str(row.get(key, "")) for key in keys).lower() for row in layers if isinstance(row, dict)]
     return Fusion(sum("_mha" in text or "fmha" in text for text in texts), len(layers))

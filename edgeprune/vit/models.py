@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from edgeprune import zoo
-from edgeprune.errors import InputError, MissingError, ModelError, WeightsError
+from edgeprune.errors import InputError, MissingError, ModelError, WeightsError, install
 from edgeprune.io import read_bytes
 from edgeprune.records import CROP_MODES, INTERPOLATIONS, Preprocessing, Vit
 from edgeprune.vit.families import Family, family_of
@@ -91,9 +91,7 @@ def _require_timm() -> None:
         import timm  # noqa: F401
         import torch  # noqa: F401
     except ImportError as error:
-        raise MissingError(
-            f'building a model needs torch and timm ({error}): pip install "edgeprune[export]"'
-        ) from None
+        raise MissingError(f"building a model needs torch and timm ({error}): {install('export')}") from None
 
 
 def _create(name: str, weights: str, state: dict[str, Tensor] | None) -> nn.Module:

@@ -101,7 +101,7 @@ def test_baseline_of_another_setup_is_refused_by_field(field: str, stored: dict[
     path.write_text(json.dumps(stored))
     assert len(check_comparable(path, named(stored)).rows) == 2
     other = json.loads(json.dumps(stored))
-    value: Any = {"batch": 3, "threads": 3, "noiseless": True}.get(field, "other")
+    value: Any = {"batch": 3, "threads": 3, "sm_count": 3, "workspace_mib": 3, "noiseless": True}.get(field, "other")
     other["rows"][1]["setup"][field] = value
     path.write_text(json.dumps(other))
     with pytest.raises(InputError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +20,8 @@ from edgeprune.benchmark import bench
 from edgeprune.benchmark.bench import bench_bundles
 from edgeprune.benchmark.peak import CHAIN
 from edgeprune.benchmark.result import Bench
+from edgeprune.bundles.open import LocalBundle, open_bundle
+from edgeprune.cli.rows import bench_row
 from edgeprune.cli.summary import bench_markdown
 from edgeprune.devices import load_device
 from edgeprune.devices import sensors as resources
@@ -70,16 +73,58 @@ def test_int8_has_no_measured_peak_but_shows_drift(tmp_path: Path) -> None:
     assert peak.setup.precision == "fp32"
 
 
-def test_engine_of_another_version_or_machine_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A compiled engine fits one; ONNX, which is its own engine, fits all (see the fixture's machine and version)."""
+def test_engine_of_another_version_or_gpu_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A compiled engine fits one; a board's name and power mode change its latency alone. ONNX is its own engine."""
     bench_bundles([toy_bundle(tmp_path / "onnx")], 5)
     real = runtime_for(load_device("cpu"))
     here = real.setup(load_device("cpu"), "fp32", 2)
-    for field, wanted in (("runtime", "trt"), ("runtime_version", "8.6"), ("machine", "another")):
+    bound: dict[str, Any] = {"runtime": "trt", "runtime_version": "8.6", "compute_capability": "8.7"}
+    for field, wanted in (bound | {"sm_count": 16, "gpu": "Orin"}).items():
         setup = msgspec.structs.asdict(here) | {field: wanted}
         bundle = toy_bundle(tmp_path / field, engine="model.engine", **setup)
-        with pytest.raises(DeviceError, match=f"built for {field} '{wanted}', here it is"):
-            bench_bundles([bundle], 5)
+        with pytest.raises(DeviceError, match=f"built for {field} {wanted!r}, here it is"):
+            open_bundle(bundle)
+    caplog.clear()
+    for field, wanted in (("machine", "another carrier board"), ("power_mode", "15W")):
+        setup = msgspec.structs.asdict(here) | {field: wanted}
+        open_bundle(toy_bundle(tmp_path / field, engine="model.engine", **setup))
+        assert f"built with {field} '{wanted}', here it is" in caplog.text
+
+
+class Copied:
+    """A session on a device: 1 ms there, 3 ms with both copies."""
+
+    def time_ms(self) -> float:
+        return 1.0
+
+    def end_to_end_ms(self) -> float:
+        return 3.0
+
+    def __enter__(self) -> Copied:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def test_end_to_end_has_the_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ONNX Runtime times on a CPU has no copies to leave out; a baseline without them is refused."""
+    bundle, stored = toy_bundle(tmp_path / "a"), tmp_path / "base.json"
+    assert bench_bundles([bundle], 5, end_to_end=True).end_to_end
+    monkeypatch.setattr(LocalBundle, "open_engine", lambda self: Copied())
+    for end_to_end, ms in ((False, 1.0), (True, 3.0)):
+        found = bench_bundles([bundle], 5, end_to_end=end_to_end)
+        assert set(found.rows[0].latency.samples_ms) == {ms}
+        stored.write_text(json.dumps(bench_row(found)))
+        assert bench_bundles([bundle], 5, baseline=stored, end_to_end=end_to_end).end_to_end is end_to_end
+        with pytest.raises(InputError, match=r"measured with(out)? --end-to-end: do the same"):
+            bench_bundles([bundle], 5, baseline=stored, end_to_end=not end_to_end)
+        assert ("with the copies" in bench_markdown(found, None)) is end_to_end
+    simulated = toy_bundle(tmp_path / "s", device="orin-nano", runtime="simulated", precision="fp16")
+    with pytest.raises(InputError, match="leave out --end-to-end"):
+        bench_bundles([simulated], 5, end_to_end=True)
 
 
 def test_simulated_and_measured_do_not_mix(tmp_path: Path) -> None:
@@ -124,7 +169,7 @@ def test_energy_per_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     class Slow:
         def time_ms(self) -> float:
-            time.sleep(2e-3)
+            time.sleep(2 * 2e-3)  # an untimed inference and a timed one
             calls.append(1)
             return 2.0
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -33,6 +35,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(devices, "DEVICE_TREE", tmp_path / "model")
     monkeypatch.setattr(devices, "CPUINFO", tmp_path / "cpuinfo")
     monkeypatch.setattr(devices, "NVIDIA_SMI", str(tmp_path / "nvidia-smi"))
+    monkeypatch.setattr(devices, "LIBCUDA", str(tmp_path / "libcuda.so.1"))
     return tmp_path / "model"
 
 
@@ -153,7 +156,8 @@ def test_device_elsewhere_is_refused_with_the_name_of_this_machine(machine: Path
     with pytest.raises(DeviceError) as caught:
         devices.check_is_here(devices.load_device("orin-nano"))
     assert str(caught.value) == (
-        "device orin-nano is not this machine (this is Example CPU): run there, or plan with --simulate"
+        "device orin-nano is not this machine (this is Example CPU): run there, name it with --host USER@HOST, or "
+        "plan with --simulate"
     )
     machine.write_bytes(b"NVIDIA Jetson AGX Orin Developer Kit\0")
     with pytest.raises(DeviceError, match="this is NVIDIA Jetson AGX Orin Developer Kit"):
@@ -197,3 +201,54 @@ def test_cuda_needs_a_gpu_that_answers_and_cpu_nothing(machine: Path, monkeypatc
     assert "--simulate" not in str(caught.value)
     has_gpu(monkeypatch, "print('Example GPU')")
     devices.check_is_here(cuda)
+
+
+def test_the_gpu_that_is_asked_is_the_one_that_runs(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a host with several GPUs nvidia-smi lists all, and CUDA uses the first of CUDA_VISIBLE_DEVICES."""
+    has_gpu(monkeypatch, "import sys; print('GPU', sys.argv[sys.argv.index('-i') + 1])")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert devices.nvidia_gpu() == "GPU 0"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-1234,0")
+    assert devices.nvidia_gpu() == "GPU GPU-1234"
+
+
+@pytest.mark.parametrize(("gpu", "name", "here"), [("Orin", "orin-nano", True), ("Orin", "jetson-thor", False)])
+def test_a_board_whose_name_docker_hides_is_known_by_its_gpu(
+    gpu: str, name: str, here: bool, machine: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """/proc/device-tree/model is masked in a container, where nvidia-smi is missing as well."""
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    monkeypatch.setattr(devices, "_name_from_driver", lambda: gpu)
+    device = devices.load_device(name)
+    if here:
+        devices.check_is_here(device)
+        assert "--security-opt systempaths=unconfined" in caplog.text
+    else:
+        with pytest.raises(
+            DeviceError, match=r"\(in a container: docker run --security-opt systempaths=unconfined\)"
+        ):
+            devices.check_is_here(device)
+
+
+def test_the_name_of_a_gpu_from_the_driver_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A libcuda of three functions, built here."""
+    if shutil.which("gcc") is None:
+        pytest.skip("gcc is not installed: no libcuda can be built")
+    source = (
+        "int cuInit(unsigned f) { return f; } int cuDeviceGet(int *d, int n) { *d = n; return 0; }\n"
+        'int cuDeviceGetName(char *s, int n, int d) { const char *t = "Orin"; while ((*s++ = *t++)); return d; }'
+    )
+    command = ["gcc", "-xc", "-", "-shared", "-fPIC", "-o", str(tmp_path / "libcuda.so.1")]
+    subprocess.run(command, input=source, text=True, check=True)
+    monkeypatch.setattr(devices, "NVIDIA_SMI", str(tmp_path / "nvidia-smi"))
+    monkeypatch.setattr(devices, "LIBCUDA", str(tmp_path / "libcuda.so.1"))
+    assert devices.nvidia_gpu() == "Orin"
+    monkeypatch.setattr(devices, "LIBCUDA", str(tmp_path / "none.so"))
+    assert devices.nvidia_gpu() is None
+
+
+@pytest.mark.parametrize("name", ["orin-nano", "orin-nx", "agx-orin"])
+def test_orin_takes_what_jetpack_6_and_7_bring(name: str) -> None:
+    """JetPack 7.2 brings TensorRT 11 to Orin."""
+    device = devices.load_device(name)
+    assert device.tensorrt == ">=8.6,<12" and device.gpu == "Orin"

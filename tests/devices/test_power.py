@@ -66,8 +66,8 @@ def test_clocks_are_locked_and_come_back_even_after_an_interrupt(commands: Calla
 def test_clocks_of_a_card_are_locked_and_come_back(commands: Callable[..., Path]) -> None:
     calls = commands(nvidia_smi='echo "1980"')
     with power.locked_clocks(CUDA):
-        assert calls.read_text().splitlines()[-1] == "nvidia-smi --lock-gpu-clocks=1980"
-    assert calls.read_text().splitlines()[-1] == "nvidia-smi --reset-gpu-clocks"
+        assert calls.read_text().splitlines()[-1] == "nvidia-smi -i 0 --lock-gpu-clocks=1980"
+    assert calls.read_text().splitlines()[-1] == "nvidia-smi -i 0 --reset-gpu-clocks"
 
 
 def test_without_the_right_to_lock_it_says_so(commands: Callable[..., Path]) -> None:

@@ -64,8 +64,26 @@ def test_peak_memory_is_unknown_where_proc_does_not_tell(tmp_path: Path, monkeyp
 )
 def test_power_of_a_board(chips: Any, watts: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resources, "INA3221", tmp_path / "ina3221")
+    monkeypatch.setattr(resources, "INA238", tmp_path / "ina238")
     sensors(tmp_path / "ina3221", chips)
     assert resources.total_w(resources.rails_w()) == (None if watts is None else pytest.approx(watts))
     with resources.Meter() as meter:
         time.sleep(2 * resources.PERIOD_S)
     assert meter.energy_j == (None if watts is None else pytest.approx(watts * meter.seconds))
+
+
+@pytest.mark.parametrize("label", [None, "VIN"])
+def test_power_of_thor_is_what_its_ina238_measures(
+    label: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The rails of its INA3221 are fed from the input that the INA238 sees, and do not add to it."""
+    monkeypatch.setattr(resources, "INA3221", tmp_path / "ina3221")
+    monkeypatch.setattr(resources, "INA238", tmp_path / "ina238")
+    sensors(tmp_path / "ina3221", [{"VDD_GPU": ("900", "20000"), "VIN_SYS_5V0": ("5000", "600")}])
+    assert resources.total_w(resources.rails_w()) is None
+    chip = tmp_path / "ina238" / "2-0044" / "hwmon" / "hwmon4"
+    chip.mkdir(parents=True)
+    (chip / "power1_input").write_text("54321000\n")
+    if label:
+        (chip / "label").write_text(f"{label}\n")
+    assert resources.total_w(resources.rails_w()) == pytest.approx(54.321)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import shutil
@@ -22,9 +23,11 @@ from edgeprune.bundles.format import load_bundle
 from edgeprune.devices import load_device
 from edgeprune.errors import EngineError
 from edgeprune.io import sha256_bytes
+from edgeprune.records import GpuState
+from edgeprune.runtimes import TimedTogether
 from edgeprune.runtimes.remote import protocol
 from edgeprune.runtimes.remote.ssh import Host
-from edgeprune.runtimes.remote.worker import serve
+from edgeprune.runtimes.remote.worker import RAMP_MS, Worker, serve
 from edgeprune.runtimes.target import target_for
 
 pytestmark = pytest.mark.usefixtures("ssh")
@@ -72,6 +75,8 @@ def test_logits_are_those_of_this_machine(
     with here.opener(shared.bundle / "model.onnx")() as a, far.opener(shared.bundle / "model.onnx")() as b:
         np.testing.assert_array_equal(a.infer(images), b.infer(images))
         assert b.time_ms() > 0
+        assert isinstance(b, TimedTogether) and min(b.times_ms([b] * 5)) > 0
+        assert far.runtime.gpu_state() is None, "nothing tells on a CPU"  # type: ignore[attr-defined]
         with pytest.raises(EngineError, match="takes"):
             b.infer(images[:, :1])
         np.testing.assert_array_equal(a.infer(images), b.infer(images))  # an error does not end the connection
@@ -227,3 +232,51 @@ def test_clocks_come_back_however_it_ends(tmp_path: Path, monkeypatch: pytest.Mo
         ["jetson_clocks"],
         ["jetson_clocks", "--restore"],
     ]
+
+
+class OnDevice:
+    """A session of the worker that notes when it is timed."""
+
+    def __init__(self, name: str, order: list[str]) -> None:
+        self.name, self.order = name, order
+
+    def time_ms(self) -> float:
+        self.order.append(self.name)
+        return 10.0
+
+    def memory_bytes(self) -> int:
+        return 123
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def test_many_timings_are_one_request(tmp_path: Path) -> None:
+    """Clocks that fell since the last request rise before the first that counts; a timing is two inferences."""
+    order: list[str] = []
+    worker = Worker(tmp_path, lambda message: None)
+    worker.opened = {0: OnDevice("a", order), 1: OnDevice("b", order)}  # type: ignore[dict-item]
+    answer = worker.answer(protocol.Time((1, 0, 0, 1)))
+    assert answer == protocol.Times((10.0,) * 4)
+    assert order[:-4] == ["b"] * int(RAMP_MS / 20) and order[-4:] == ["b", "a", "a", "b"]
+
+
+def test_the_state_of_the_gpu_and_the_memory_of_a_session_are_told(tmp_path: Path) -> None:
+    state = GpuState(clock_mhz=1020.0, temperature_c=60.0, throttles=("heat, gpu",), events={"heat, gpu": 2})
+
+    class Runtime:
+        def gpu_state(self) -> GpuState:
+            return state
+
+        def open(self, path: Path, setup: object) -> Any:
+            return contextlib.nullcontext(OnDevice("a", []))
+
+    worker = Worker(tmp_path, lambda message: None)
+    worker.runtime, worker.setup = Runtime(), None  # type: ignore[assignment]
+    worker.models.mkdir(), worker.files.mkdir()
+    digest = sha256_bytes(b"x")
+    (worker.files / digest).write_bytes(b"x")
+    assert worker.answer(protocol.State()) == protocol.StateIs(state)
+    assert worker.answer(protocol.Open({"model.engine": digest}, "model.engine")) == protocol.Opened(0, 123)
+    worker.runtime = object()  # type: ignore[assignment]
+    assert worker.answer(protocol.State()) == protocol.StateIs(None)

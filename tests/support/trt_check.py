@@ -34,10 +34,10 @@ def main() -> None:
     ]
     from edgeprune.records import TrtOptions
     from edgeprune.runtimes import trt as runtime
-    from edgeprune.runtimes import trt_builder
+    from edgeprune.runtimes import trt_builder, trt_log, trt_session
 
     assert trt_builder.tensorrt() is trt and runtime.TensorRT.suffix == ".engine"
-    logger = trt_builder.make_logger(trt)  # subclasses TensorRT's own: wrong signatures fail here
+    logger = trt_log.logger_of(trt)  # subclasses TensorRT's own: wrong signatures fail here
     logger.log(trt.ILogger.Severity.WARNING, "text")
     assert logger.lines == [("WARNING", "text")], logger.lines
     monitor = trt_builder.make_monitor(trt, lambda what, done, of: None)
@@ -47,7 +47,7 @@ def main() -> None:
         monitor.phase_finish("phase")
     strong = trt_builder.is_strong(trt, TrtOptions())
     flags = trt_builder.network_flags(trt, TrtOptions())
-    types = sorted(n for n in dir(trt.DataType) if n in runtime.DTYPES)
+    types = sorted(n for n in dir(trt.DataType) if n in trt_session.DTYPES)
     print(json.dumps({"version": trt.__version__, "missing": missing, "strong": strong, "flags": flags,
                       "monitor": monitor is not None, "types": types}))  # fmt: skip
 

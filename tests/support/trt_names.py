@@ -7,12 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from support.paths import ROOT
+
+RUNTIMES = ROOT / "edgeprune/runtimes"
+SOURCES = [RUNTIMES / f"{name}.py" for name in ("trt", "trt_session", "trt_builder", "trt_layers", "trt_log", "cuda")]
+
 # What a TensorRT call returns, where it is another TensorRT object; "" for numbers, bytes and text. A call that
 # is not listed fails the collection, so that no object escapes.
 RETURNS = {
     "Builder.create_network": "INetworkDefinition",
     "Builder.create_builder_config": "IBuilderConfig",
     "Builder.build_serialized_network": "",
+    "INetworkDefinition.get_layer": "ILayer",
+    "ILayer.get_input": "ITensor",
+    "ILayer.get_output": "ITensor",
+    "ILayer.set_output_type": "",
     "IBuilderConfig.create_timing_cache": "ITimingCache",
     "IBuilderConfig.get_timing_cache": "ITimingCache",
     "IBuilderConfig.set_timing_cache": "",
@@ -46,6 +55,8 @@ HOLDS = {
     "parser": "OnnxParser",
     "engine": "ICudaEngine",
     "context": "IExecutionContext",
+    "layer": "ILayer",
+    "end": "ITensor",
     "self._runtime": "Runtime",
     "self._engine": "ICudaEngine",
     "self._context": "IExecutionContext",
@@ -71,6 +82,9 @@ PYCUDA = Library(
         "memcpy_htod_async": "",
         "memcpy_dtoh_async": "",
         "Device.compute_capability": "",
+        "Device.get_attribute": "",
+        "Device.name": "",
+        "Device.total_memory": "",
         "Device.retain_primary_context": "Context",
         "Context.push": "",
         "Stream.synchronize": "",
@@ -79,7 +93,14 @@ PYCUDA = Library(
         "Event.time_since": "",
         "DeviceAllocation.free": "",
     },
-    holds={"cuda": "", "self._cuda": "", "_driver()": "", "_gpu()": "Device", "memory": "DeviceAllocation"},
+    holds={
+        "cuda": "",
+        "self._cuda": "",
+        "driver()": "",
+        "gpu()": "Device",
+        "card": "Device",
+        "memory": "DeviceAllocation",
+    },
 )
 
 

@@ -16,9 +16,8 @@ from typing import Any
 
 import pytest
 from support.paths import ROOT, TESTS
-from support.trt_names import PYCUDA, RETURNS, uses
+from support.trt_names import PYCUDA, RETURNS, SOURCES, uses
 
-SOURCES = [ROOT / "edgeprune/runtimes/trt.py", ROOT / "edgeprune/runtimes/trt_builder.py"]
 MODULE = "tensorrt_bindings"
 BINDINGS = {  # version: distribution
     "8.6.1": "tensorrt_bindings",
@@ -110,7 +109,8 @@ def test_nothing_escapes_the_collection() -> None:
 def test_pycuda_is_used_as_it_was_read() -> None:
     """pycuda has no wheels to check against: a new use must be looked up in its source; tests/gpu asks a real one."""
     names = {use.name for use in uses(SOURCES, PYCUDA)}
-    others = {"Context.pop", "Device", "Error", "Event", "Stream", "Stream.handle"}
+    others = {"Context.pop", "Device", "Error", "Event", "Stream", "Stream.handle", "device_attribute"}
+    others |= {f"device_attribute.{name}" for name in ("INTEGRATED", "MULTIPROCESSOR_COUNT")}
     assert names == {*PYCUDA.returns, *others}
 
 

@@ -6,7 +6,7 @@ from typing import IO, TypeVar
 
 import msgspec
 
-from edgeprune.records import Device, Setup
+from edgeprune.records import Device, GpuState, Setup
 
 MAX_FRAME_BYTES = 512 << 20
 PIECE_BYTES = 4 << 20  # of a file in one frame
@@ -65,9 +65,13 @@ class Open(Message, frozen=True):
 
 
 class Time(Message, frozen=True):
-    """One timed inference, after an untimed one. Answered by Value, in ms."""
+    """Latencies of these sessions, one after the other, each after an untimed inference. Answered by Times."""
 
-    session: int
+    sessions: tuple[int, ...]
+
+
+class State(Message, frozen=True):
+    """What decides the GPU's speed now? Answered by StateIs."""
 
 
 class Infer(Message, frozen=True):
@@ -116,9 +120,22 @@ class Compiled(Message, frozen=True):
 
 
 class Opened(Message, frozen=True):
-    """A session's number."""
+    """A session's number, and the memory of the device that it takes; None is unknown."""
 
     session: int
+    memory_bytes: int | None
+
+
+class Times(Message, frozen=True):
+    """Latencies, ms."""
+
+    ms: tuple[float, ...]
+
+
+class StateIs(Message, frozen=True):
+    """The state of the GPU; None is unknown."""
+
+    state: GpuState | None
 
 
 class Value(Message, frozen=True):
@@ -160,8 +177,10 @@ class Failed(Message, frozen=True):
     text: str
 
 
-Request = Prepare | Missing | Put | Compile | Get | Open | Time | Infer | Fused | Close
-Answer = Ready | Names | Put | Compiled | Opened | Value | Output | Done | Progressed | Logged | Failed
+Request = Prepare | Missing | Put | Compile | Get | Open | Time | State | Infer | Fused | Close
+Answer = (
+    Ready | Names | Put | Compiled | Opened | Value | Times | StateIs | Output | Done | Progressed | Logged | Failed
+)
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(Request)
 _answers = msgspec.msgpack.Decoder(Answer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -14,7 +15,8 @@ from edgeprune import errors
 from edgeprune.errors import EngineError, HostError
 from edgeprune.io import replacing, sha256_file, writable, write_bytes
 from edgeprune.onnx_graph.graph import weights_of
-from edgeprune.records import Device, Engine, Progress, Setup, silent
+from edgeprune.records import Device, Engine, GpuState, Progress, Setup, silent
+from edgeprune.runtimes import Session
 from edgeprune.runtimes.remote import protocol
 from edgeprune.runtimes.remote.ssh import Channel, Host
 from edgeprune.version import __version__
@@ -77,7 +79,13 @@ class RemoteRuntime:
 
     def open(self, path: Path, setup: Setup) -> RemoteSession:
         """Load an engine there. Raises EngineError, HostError."""
-        return RemoteSession(self, self.ask(protocol.Open(self._sent(path), path.name), protocol.Opened))
+        opened = self.ask(protocol.Open(self._sent(path), path.name), protocol.Opened)
+        kind = RemoteSession if opened.memory_bytes is None else RemoteGpuSession
+        return kind(self, opened)
+
+    def gpu_state(self) -> GpuState | None:
+        """Clock, temperature and throttling of the GPU there; None where nothing tells. Raises HostError."""
+        return self.ask(protocol.State(), protocol.StateIs).state
 
     def ask(self, request: protocol.Message, kind: type[M], progress: Progress = silent) -> M:
         """Send a request and wait for its answer, of class `kind`. Raises HostError, or the error on the device."""
@@ -139,7 +147,7 @@ class RemoteSession:
     """An engine that is open on the device."""
 
     def __init__(self, runtime: RemoteRuntime, opened: protocol.Opened) -> None:
-        self._runtime, self._number = runtime, opened.session
+        self._runtime, self._number, self._memory_bytes = runtime, opened.session, opened.memory_bytes
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """(B, classes) fp32 outputs of one batch, fp32. Raises EngineError on a wrong shape, HostError."""
@@ -148,10 +156,14 @@ class RemoteSession:
         return np.frombuffer(output.data, np.float32).reshape(output.shape)
 
     def time_ms(self) -> float:
-        """One inference there after an untimed one, ms."""
-        value = self._runtime.ask(protocol.Time(self._number), protocol.Value).value
-        assert value is not None
-        return value
+        """One inference there after an untimed one, ms. Raises EngineError, HostError."""
+        return self.times_ms([self])[0]
+
+    def times_ms(self, order: Sequence[Session]) -> list[float]:
+        """time_ms() of each of these sessions on the same machine, in one request. Raises EngineError, HostError."""
+        numbers = tuple(session._number for session in order if isinstance(session, RemoteSession))
+        assert len(numbers) == len(order)
+        return list(self._runtime.ask(protocol.Time(numbers), protocol.Times).ms)
 
     def fused_attention(self) -> int | None:
         """Attention layers that run as one fused kernel; None where the engine on the device does not say."""
@@ -166,6 +178,15 @@ class RemoteSession:
     ) -> None:
         if kind is None:  # after an error the connection may be out of step, and ends with the process
             self._runtime.ask(protocol.Close(self._number), protocol.Done)
+
+
+class RemoteGpuSession(RemoteSession):
+    """An engine that is open in the memory of a GPU there."""
+
+    def memory_bytes(self) -> int:
+        """Bytes that the engine takes there."""
+        assert self._memory_bytes is not None
+        return self._memory_bytes
 
 
 @lru_cache(maxsize=256)

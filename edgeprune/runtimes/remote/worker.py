@@ -16,12 +16,14 @@ import numpy as np
 from edgeprune.devices.power import locked_clocks
 from edgeprune.errors import REPORT, EdgepruneError, EngineError, HostError, InputError
 from edgeprune.io import key_of, sha256_file, writable
-from edgeprune.runtimes import Inspected, Runtime, Session, runtime_for
+from edgeprune.runtimes import RUNS_PER_TIMING, Inspected, Observed, OnDevice, Runtime, Session, runtime_for
 from edgeprune.runtimes.remote import protocol
 from edgeprune.version import __version__
 
 if TYPE_CHECKING:
     from edgeprune.records import Setup
+
+RAMP_MS = 100.0  # of inferences before the timed ones of a request
 
 
 class Worker:
@@ -52,10 +54,11 @@ class Worker:
                 return None
             case protocol.Open(files, main):
                 return self._open(files, main)
-            case protocol.Time(number):
-                session = self._session(number)
-                session.time_ms()
-                return protocol.Value(session.time_ms())
+            case protocol.Time(numbers):
+                return self._time(numbers)
+            case protocol.State():
+                runtime: object = self.runtime
+                return protocol.StateIs(runtime.gpu_state() if isinstance(runtime, Observed) else None)
             case protocol.Infer(number, shape, data):
                 output = self._session(number).infer(np.frombuffer(data, np.float32).reshape(shape))
                 return protocol.Output(output.shape, np.ascontiguousarray(output, np.float32).tobytes())
@@ -161,7 +164,15 @@ class Worker:
         session = self.runtime.open(self._placed(files, main), self.setup)
         number = next(self.numbers)
         self.opened[number] = session.__enter__()
-        return protocol.Opened(number)
+        return protocol.Opened(number, session.memory_bytes() if isinstance(session, OnDevice) else None)
+
+    def _time(self, numbers: tuple[int, ...]) -> protocol.Times:
+        """Time sessions in this order, once clocks that fell between two requests have had RAMP_MS to rise."""
+        sessions = [self._session(number) for number in numbers]
+        ran_ms = 0.0
+        while sessions and ran_ms < RAMP_MS:
+            ran_ms += RUNS_PER_TIMING * sessions[0].time_ms()
+        return protocol.Times(tuple(session.time_ms() for session in sessions))
 
     def _session(self, number: int) -> Session:
         if number not in self.opened:

@@ -1,0 +1,71 @@
+"""The CUDA driver: pycuda, or NVIDIA's cuda-python where pycuda is missing. No other module knows which."""
+
+from __future__ import annotations
+
+import atexit
+import importlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
+
+from edgeprune.errors import DeviceError, EngineError, MissingError
+
+INSTALL = (
+    "pip install pycuda, which needs nvcc (export PATH=/usr/local/cuda/bin:$PATH); "
+    "without nvcc, pip install cuda-bindings of your CUDA's major version (JetPack 6: 'cuda-bindings<13')"
+)
+
+
+@lru_cache(maxsize=1)
+def driver() -> Any:
+    """A module with pycuda.driver's names, and the primary context of GPU 0, which TensorRT shares, current.
+
+    GPU 0 is the first of CUDA_VISIBLE_DEVICES, in the order of nvidia-smi, so that names, clocks and temperatures
+    are those of the GPU that is timed. The context is popped at exit: pycuda aborts a process that ends with a
+    context on its stack. Raises MissingError, DeviceError.
+    """
+    os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+    cuda = _module()
+    try:
+        cuda.init()
+        primary = cuda.Device(0).retain_primary_context()
+        primary.push()
+    except cuda.Error as error:
+        raise DeviceError(f"no CUDA device found ({_line(error)}): check the driver with nvidia-smi") from None
+    atexit.register(primary.pop)
+    return cuda
+
+
+def gpu() -> Any:
+    """GPU 0. Raises as driver()."""
+    return driver().Device(0)
+
+
+@contextmanager
+def errors_of(what: str) -> Iterator[None]:
+    """Raise errors of CUDA in the `with` block as an EngineError of one line that begins with `what`."""
+    try:
+        yield
+    except driver().Error as error:
+        text = _line(error)
+        advice = "close other programs" if "memory" in text.lower() else "run it again, and see dmesg if it remains"
+        raise EngineError(f"{what}: CUDA failed ({text}): {advice}") from None
+
+
+def _module() -> Any:
+    try:
+        import pycuda.driver as cuda
+    except ImportError as error:
+        missing = error
+    else:
+        return cuda
+    try:
+        return importlib.import_module("edgeprune.runtimes.cuda_python")
+    except ImportError:
+        raise MissingError(f"pycuda is missing ({missing}): {INSTALL}") from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
