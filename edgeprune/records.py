@@ -238,6 +238,22 @@ class Conditions(Record, frozen=True, kw_only=True):
         return tuple(sorted({*counted, *self.before.throttles, *self.after.throttles}))
 
 
+class DepthCheck(Record, frozen=True, kw_only=True):
+    """The latency of the trunk as a linear function of that of two of its blocks."""
+
+    slope: float
+    offset_ms: float
+    off: float  # largest relative error at token counts that the function was not fitted on
+
+    def __post_init__(self) -> None:
+        if not (self.slope > 0 and self.off >= 0):
+            raise ValueError("a depth check has a slope above 0 and an error that is not below")
+
+    def trunk_ms(self, pair_ms: float) -> float:
+        """The latency of the trunk, ms, from that of two blocks."""
+        return self.slope * pair_ms + self.offset_ms
+
+
 class Staircase(Record, frozen=True, kw_only=True):
     """Measured latency over token counts on one setup; independent of the kind of hardware."""
 
@@ -249,6 +265,7 @@ class Staircase(Record, frozen=True, kw_only=True):
     points: tuple[Point, ...]  # ascending token counts, the unpruned count included
     cuts: dict[str, tuple[CutCost, ...]] = {}  # by method
     last: tuple[LastShare, ...] = ()  # empty where the head reads more than the prefix
+    depth: DepthCheck | None = None  # where two blocks were timed and not the whole trunk
     conditions: tuple[Conditions, ...] = ()  # by stage; empty where the machine does not tell
 
     def __post_init__(self) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from edgeprune.latency.depth import PAIR_BLOCKS
 from edgeprune.latency.probing import confirmed_edges
 from edgeprune.records import SCHEMA, Report, Schedule, Setup, Staircase
 from edgeprune.version import __version__
@@ -77,6 +78,7 @@ def profile_row(staircase: Staircase, path: Path) -> dict[str, Any]:
         "treads": list(confirmed_edges(staircase)),
         "fixed_ms": staircase.fixed.median_ms,
         "dense_ms": staircase.dense.median_ms,
+        "trunk_blocks": PAIR_BLOCKS if staircase.depth else staircase.vit.depth,  # that were timed at each count
         "path": str(path),
     }
 

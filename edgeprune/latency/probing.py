@@ -90,6 +90,7 @@ def probe(
     used: Collection[int] = (),
     conditions: list[Conditions] | None = None,
     gpu_state: Callable[[], GpuState | None] = lambda: None,
+    trunk_ms: Callable[[float], float] | None = None,
 ) -> tuple[Staircase, Samples]:
     """Measure a staircase: a coarse grid first, then in stages the counts that can still change a choice.
 
@@ -100,8 +101,9 @@ def probe(
     ends of the treads that contain these counts are located. A count is timed again until it has `rounds` samples,
     or together with a new neighbour; one round is enough where `setup` is noiseless. `samples` of an interrupted run
     are continued, and `save` gets all samples after each round. `conditions` gets what `gpu_state` says before and
-    after each stage, where it says anything. Returns the staircase and all samples (ms).
-    Raises EngineError, OutputError.
+    after each stage, where it says anything. Where `open_trunk` opens only a part of the trunk, `trunk_ms` gives the
+    latency of the trunk from that of the part. Returns the staircase and all samples (ms) as measured. Raises
+    EngineError, OutputError.
     """
     samples, conditions = {} if samples is None else samples, [] if conditions is None else conditions
     prior = prior or any_utility(vit)
@@ -128,7 +130,7 @@ def probe(
         if state is not None and (after := gpu_state()) is not None:
             conditions.append(Conditions(before=state, after=after))
             save(samples)
-        whole = joined(samples)
+        whole = of_trunk(joined(samples), trunk_ms)
         staircase = staircase_from_samples(vit, setup, whole, conditions)
         requests = edge_requests(staircase, used) if used else probe_requests(staircase, prior, rounds)
         left = (limit - staircase.probes) // few
@@ -151,6 +153,13 @@ def _in_probes(progress: Progress, what: str, taken: int, counts: int, limit: in
         progress(text, done, total)
 
     return shown
+
+
+def of_trunk(samples: Samples, trunk_ms: Callable[[float], float] | None) -> Samples:
+    """Samples in which those of a part of the trunk have become those of the trunk."""
+    if trunk_ms is None:
+        return samples
+    return {key: [trunk_ms(ms) for ms in found] if key.kind == "trunk" else found for key, found in samples.items()}
 
 
 def joined(samples: Samples) -> Samples:

@@ -11,11 +11,12 @@ import msgspec
 
 from edgeprune.errors import InputError
 from edgeprune.io import encode, load, read_bytes, save, sha256_bytes, write_bytes
-from edgeprune.latency.probing import FEW, probe, unconfirmed
+from edgeprune.latency.depth import PAIR, depth_check
+from edgeprune.latency.probing import FEW, all_counts, probe, unconfirmed
 from edgeprune.latency.staircase import DENSE, FIXED, SampleKey, Samples, block
 from edgeprune.latency.timing import UNLIMITED, Room
 from edgeprune.onnx_graph import graph
-from edgeprune.records import Conditions, Staircase, Vit
+from edgeprune.records import Conditions, DepthCheck, Staircase, Vit
 from edgeprune.runtimes import Observed
 from edgeprune.runtimes.inference import Open
 from edgeprune.runtimes.target import Target
@@ -115,27 +116,44 @@ def measured_staircase(
             log.info("staircase: resuming, %d samples are already measured", sum(map(len, samples.values())))
         elif base is not None:
             samples, conditions = _stored(target.work.file("probed", ".json", _digest(base)))
+        room = _room(folder / "trunk.weights", target.runtime.free_bytes())
+        depth, part = _part(target, vit, folder, rounds, room)
         staircase, samples = probe(
             vit,
             target.setup,
-            lambda n: _static(target, vit, folder / "trunk.onnx", n),
+            lambda n: _static(target, vit, part, n),
             _others(target, vit, methods, folder),
             rounds,
             exhaustive,
             samples,
             lambda state: _keep(state, conditions, partial),
             target.progress,
-            _room(folder / "trunk.weights", target.runtime.free_bytes()),
+            room,
             used=confirm,
             conditions=conditions,
             gpu_state=target.runtime.gpu_state if isinstance(target.runtime, Observed) else lambda: None,
+            trunk_ms=depth.trunk_ms if depth else None,
         )
+        staircase = msgspec.structs.replace(staircase, depth=depth)
         _warn_if_throttled(staircase)
         _keep(samples, conditions, target.work.file("probed", ".json", _digest(staircase)))
         save(staircase, path)
         partial.unlink(missing_ok=True)
 
     return load(target.work.step("staircase", ".json", parts, make), Staircase)
+
+
+def _part(target: Target, vit: Vit, folder: Path, rounds: int, room: Room) -> tuple[DepthCheck | None, Path]:
+    """What is timed at every token count: with TensorRT two blocks if they predict the trunk, else the trunk."""
+    trunk, pair = folder / "trunk.onnx", folder / PAIR
+    if target.setup.runtime != "trt" or not pair.is_file():
+        return None, trunk
+    counts = all_counts(vit)
+    depth = depth_check(
+        target, vit, counts, rounds,
+        lambda n: _static(target, vit, trunk, n), lambda n: _static(target, vit, pair, n), room,
+    )  # fmt: skip
+    return depth, pair if depth else trunk
 
 
 def _digest(staircase: Staircase) -> str:

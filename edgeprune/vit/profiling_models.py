@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from edgeprune.io import save
+from edgeprune.latency.depth import LEAST_BLOCKS, PAIR
 from edgeprune.latency.profiling import check_profiling_models, cut_pairs
 from edgeprune.onnx_graph.precision import CONVERSIONS
 from edgeprune.records import Progress, silent
@@ -29,6 +30,8 @@ def export_profiling_models(
 ) -> None:
     """Write trunk, block, fixed and dense ONNX files, and one block with a cut per method and `cut_pairs`.
 
+    With `tensorrt` also two blocks, which can stand for the trunk where all blocks have one shape (latency/depth.py).
+
     Existing files are kept. `vit.json` in the same folder describes the model, so that the folder is all that
     `profile --trunk` needs. `precision` is that of the ONNX files (onnx_precision). INT8 ranges are nominal: latency
     does not depend on them. Raises InputError where the folder holds files of another model, batch size or
@@ -44,7 +47,8 @@ def export_profiling_models(
     dense = PrunedViT(module, family, vit, (vit.tokens,) * vit.depth, None)
     convert = CONVERSIONS.get(precision)
 
-    total = 5 + vit.prefix_pooled + sum(len(cut_pairs(vit)) for reducer in reducers.values() if reducer)
+    paired = tensorrt and vit.depth >= LEAST_BLOCKS and alike(blocks)
+    total = 5 + paired + vit.prefix_pooled + sum(len(cut_pairs(vit)) for reducer in reducers.values() if reducer)
     done = 0
 
     def missing(name: str, write: Callable[[Path], None]) -> None:
@@ -59,6 +63,9 @@ def export_profiling_models(
     missing("fixed.onnx", lambda p: export.onnx_from_module(Fixed(module, family), images, p, convert=convert))
     missing("dense.onnx", lambda p: export.onnx_from_module(dense, images, p, convert=convert))
     missing("block.onnx", lambda p: export.trunk_from_module(Trunk([middle], family), stream, p, convert=convert))
+    if paired:
+        pair = Trunk([blocks[vit.depth // 2 - 1], middle], family)
+        missing(PAIR, lambda p: export.trunk_from_module(pair, stream, p, convert=convert))
     if vit.prefix_pooled:
         last = LastBlock(middle, family, vit.prefix)
         missing("last.onnx", lambda p: export.trunk_from_module(last, stream, p, convert=convert))
@@ -70,3 +77,16 @@ def export_profiling_models(
             name = f"cut-{method}-{entering}-{leaving}.onnx"
             missing(name, lambda p, c=cut, e=example: export.onnx_from_module(  # type: ignore[misc]
                 c, e, p, ("x", "y"), convert, tensorrt=tensorrt))  # fmt: skip
+
+
+def alike(blocks: Sequence[torch.nn.Module]) -> bool:
+    """Do all blocks have the same layers with parameters of the same shapes?"""
+
+    def shape(block: torch.nn.Module) -> list[tuple[str, type, list[tuple[int, ...]]]]:
+        return [
+            (name, type(module), [tuple(p.shape) for p in module.parameters(recurse=False)])
+            for name, module in block.named_modules()
+            if list(module.parameters(recurse=False))
+        ]
+
+    return all(shape(block) == shape(blocks[0]) for block in blocks)
