@@ -1,9 +1,9 @@
 """How well two blocks predict the latency of the trunk on this CPU, and what compiling only those would save.
 
 python benchmarks/depth.py [--model vit_digits] [--weights FILE] [--step 8] [--rounds 27]
-TensorRT compiles an engine for every measured token count; there two blocks stand for the trunk where a check allows it
-(edgeprune/latency/depth.py). The same check runs here on ONNX Runtime, then trunk and pair are timed in the same rounds
-at every --step-th count. Prints a Markdown table and one JSON line last.
+TensorRT compiles an engine for every measured token count; there two blocks stand for the trunk where a check allows
+it (edgeprune/latency/depth.py). The same check runs here on ONNX Runtime, then trunk and pair are timed in the same
+rounds at every --step-th count. Prints a Markdown table and one JSON line last.
 """
 
 from __future__ import annotations

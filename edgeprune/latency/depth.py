@@ -1,8 +1,8 @@
 """Can two blocks be timed instead of the trunk? Compiling the trunk at forty token counts can take hours on a Jetson.
 
 Blocks of one shape run the same kernels, so the latency of the trunk is a linear function of that of two of its
-blocks; what is outside the blocks (a launch, the first load) makes the constant. The function is fitted at three token
-counts and checked at two others. As a function of latency alone it keeps the steps where they are.
+blocks; what is outside the blocks (a launch, the first load) makes the constant. The function is fitted at three
+token counts and checked at two others. As a function of latency alone it keeps the steps where they are.
 """
 
 from __future__ import annotations

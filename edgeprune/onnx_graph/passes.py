@@ -76,6 +76,24 @@ def canonical_gelu(model: onnx.ModelProto) -> None:
             outer.input[:] = [product, half]
 
 
+def drop_idle_casts(model: onnx.ModelProto) -> None:
+    """Remove casts to the type that a value already has, in place, from a graph with inferred types."""
+    values = (*model.graph.value_info, *model.graph.input)
+    types = {value.name: value.type.tensor_type.elem_type for value in values}
+    outputs = {value.name for value in model.graph.output}
+    renamed: dict[str, str] = {}
+    kept = []
+    for node in model.graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
+        to = next((a.i for a in node.attribute if a.name == "to"), None)
+        if node.op_type == "Cast" and types.get(node.input[0]) == to and node.output[0] not in outputs:
+            renamed[node.output[0]] = node.input[0]
+        else:
+            kept.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(kept)
+
+
 def strip_traces(model: onnx.ModelProto) -> None:
     """Remove the exporter's stack traces and source paths: a file must not depend on where it was made."""
     graph = model.graph

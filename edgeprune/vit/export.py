@@ -17,7 +17,7 @@ from edgeprune.errors import REPORT, ExportError
 from edgeprune.io import writable
 from edgeprune.onnx_graph import graph
 from edgeprune.onnx_graph.graph import attach, infer, save_apart, save_graph, sorts_or_raise, static_or_raise
-from edgeprune.onnx_graph.passes import canonical_gelu, lower_opset, strip_traces
+from edgeprune.onnx_graph.passes import canonical_gelu, drop_idle_casts, lower_opset, strip_traces
 from edgeprune.onnx_graph.precision import Convert
 from edgeprune.records import ModelMetadata
 
@@ -132,6 +132,7 @@ def _exported(
     strip_traces(model)
     if symbolic_axis is None:
         infer(model)
+        drop_idle_casts(model)
     if convert is not None:
         load_external_data_for_model(model, str(folder))
         model = convert(model)
@@ -141,8 +142,8 @@ def _exported(
 def simplify(model: Any) -> None:
     """Fold constants and merge equal values in an onnx_ir.Model, in place; remove casts and reshapes without effect.
 
-    For static shapes this gives the graphs of the exporter's own optimisation, but for a few casts without effect.
-    That one also looks for some forty patterns that no ViT has, which takes a third of the time of an export.
+    For static shapes this and drop_idle_casts give the graphs of the exporter's own optimisation. That one also looks
+    for some forty patterns that no ViT has, which takes a third of the time of an export.
     """
     from onnx_ir import passes
     from onnx_ir.passes import common
