@@ -17,8 +17,9 @@ Fused attention has one tile per QUERIES queries and head, which passes over all
 pair of query and key. An elementwise kernel takes launch_us plus its memory_us, with rows in whole groups of ROWS.
 There are no caches, no overlap of kernels and no limit by power.
 
-ISSUED, WAVE and REACHED were fitted to four published latencies, all else is from public figures. Other published
-latencies, most of them within 25 %: docs/benchmarks.md, "Simulated against published latencies".
+ISSUED, WAVE and REACHED were set by hand to suit four published latencies of an Orin Nano; launch_us is an
+assumption, TILES, SPLITS and ROWS are simplifications. docs/benchmarks.md, "Simulated against published latencies",
+says how far off it is: within 25 % for an Orin Nano, up to 57 % too fast for an A100.
 
 Sources: NVIDIA, "Matrix Multiplication Background User's Guide" (tiles, waves, split-K); arXiv 2407.05941 on the tail
 effect behind token pruning.

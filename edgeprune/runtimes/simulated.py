@@ -115,8 +115,8 @@ class SimulatedRuntime:
     """The tail-effect model of a device (runtimes/kernel_times.py), used instead of its runtime.
 
     The kernels of an ONNX file are taken one after another, fused as onnx_graph/operations.py says. The ONNX file is
-    always fp32; the precision is applied here. It is good for where the steps of a staircase are, and within about
-    a quarter of published latencies (docs/benchmarks.md, "Simulated against published latencies").
+    always fp32; the precision is applied here. docs/benchmarks.md, "Simulated against published latencies", says how
+    far off it is.
     """
 
     suffix, parity = ".onnx", 1e-4

@@ -1,4 +1,4 @@
-"""Builds for a simulated Orin Nano choose and report what they did before the code was moved into packages."""
+"""Builds for a simulated Orin Nano choose and report what was stored; a change of the simulation stores anew."""
 
 from __future__ import annotations
 
