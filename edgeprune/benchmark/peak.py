@@ -21,6 +21,7 @@ CHAIN = 8  # products one after another, so that the casts at both ends hardly c
 SIZES = (256, 512, 1024, 2048, 4096, 8192)
 GAIN = 1.05  # larger sizes are tried while doubling raises the rate by this factor
 LIMIT_MS = 40.0  # of one run, since it is measured in the same rounds as the bundles
+WARMUP_S = 1.0  # at most, for each size
 RUNS = 9
 
 
@@ -65,7 +66,7 @@ def _compiled(runtime: Runtime, setup: Setup, size: int, folder: Path) -> Gemm:
     runtime.compile(onnx_file, setup, engine)
     with runtime.open(engine, setup) as session:
         if not setup.noiseless:
-            warm_up(session)
+            warm_up(session, most_s=WARMUP_S)
         times = times_ms([session] * RUNS)
     return Gemm(setup, size, lambda: runtime.open(engine, setup), float(np.median(times)))
 

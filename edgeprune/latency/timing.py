@@ -21,7 +21,7 @@ WARMUP = 3  # timings of every session before the first that counts: kernels and
 WARMUP_MS = 300.0  # of inferences before the first round: clocks rise with the load, in tens of milliseconds
 WINDOW = 10  # timings per median; two successive medians show whether the latency is stable
 STABLE = 0.02  # relative difference of two such medians below which it is
-WARMUP_S = 10.0  # at most
+WARMUP_S = 10.0  # of such a warm-up, at most
 AT_ONCE = 64  # timings in one request to another machine
 
 
@@ -108,14 +108,14 @@ def _warm(sessions: Mapping[K, Session], least_ms: float, stable: bool) -> None:
         ran_ms += RUNS_PER_TIMING * sum(times_ms(list(sessions.values())))
 
 
-def warm_up(session: Session, least_ms: float = WARMUP_MS) -> bool:
+def warm_up(session: Session, least_ms: float = WARMUP_MS, most_s: float = WARMUP_S) -> bool:
     """Run a session until the median of the last WINDOW timings is within STABLE of that of the WINDOW before.
 
-    It runs for at least `least_ms`, because clocks can be steady before they rise, and at most for WARMUP_S. Returns
+    It runs for at least `least_ms`, because clocks can be steady before they rise, and at most for `most_s`. Returns
     whether the latency has become stable.
     """
     times: list[float] = []
-    until = time.monotonic() + WARMUP_S
+    until = time.monotonic() + most_s
     while not times or time.monotonic() < until:
         times += times_ms([session] * WINDOW)
         if len(times) >= 2 * WINDOW and RUNS_PER_TIMING * sum(times) >= least_ms:

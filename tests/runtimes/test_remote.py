@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import shutil
@@ -247,6 +246,9 @@ class OnDevice:
     def memory_bytes(self) -> int:
         return 123
 
+    def __enter__(self) -> OnDevice:
+        return self
+
     def __exit__(self, *error: object) -> None:
         pass
 
@@ -269,7 +271,7 @@ def test_the_state_of_the_gpu_and_the_memory_of_a_session_are_told(tmp_path: Pat
             return state
 
         def open(self, path: Path, setup: object) -> Any:
-            return contextlib.nullcontext(OnDevice("a", []))
+            return OnDevice("a", [])
 
     worker = Worker(tmp_path, lambda message: None)
     worker.runtime, worker.setup = Runtime(), None  # type: ignore[assignment]
