@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnx.helper
 
-from edgeprune.errors import MissingError
+from edgeprune.errors import MissingError, install
 from edgeprune.onnx_graph.graph import linear_layers, save_graph
 from edgeprune.onnx_graph.int8 import int8
 from edgeprune.records import Int8Ranges, Progress, silent
@@ -110,7 +110,7 @@ def _histogram_collector() -> Any:
     try:
         from onnxruntime.quantization.calibrate import HistogramCollector
     except ImportError as error:
-        raise MissingError(f'INT8 needs ONNX Runtime ({error}): pip install "edgeprune[ort]"') from None
+        raise MissingError(f"INT8 needs ONNX Runtime ({error}): {install('ort')}") from None
     return HistogramCollector
 
 

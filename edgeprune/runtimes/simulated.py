@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune.errors import EngineError, MissingError
+from edgeprune.errors import EngineError, MissingError, install
 from edgeprune.io import replacing, sha256_file
 from edgeprune.onnx_graph.operations import Attention, Elementwise, Matmul, Operation, operations_of_onnx
 from edgeprune.records import Device, Engine, Progress, Setup, Vit, silent
@@ -103,7 +103,7 @@ def _onnx_runtime(path: Path) -> Any:
     try:
         import onnxruntime
     except ImportError:
-        raise MissingError('ONNX Runtime is not installed: pip install "edgeprune[ort]"') from None
+        raise MissingError(f"ONNX Runtime is not installed: {install('ort')}") from None
     try:
         return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base below this one
