@@ -13,12 +13,12 @@ import onnx.utils
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edgeprune.defaults import METHODS, REDUCERS
+from edgeprune.defaults import METHODS
 from edgeprune.onnx_graph.precision import CONVERSIONS, onnx_precision
 
 BATCHES = (1, 4)
 PRECISIONS = tuple(onnx_precision(name, "trt") for name in ("fp32", "fp16", "int8"))
-COUNTS = (17, 13, 9)  # tokens that enter, that leave the first cut and the second
+CUTS = (13, 9)  # tokens that leave the first cut and the second, of 17
 
 
 def every() -> Any:
@@ -41,7 +41,7 @@ def converted(model: onnx.ModelProto, precision: str) -> onnx.ModelProto:
 def all_at_once(model: Any) -> Any:
     """A module with the logits of every method, with and without prefix_last, beside each other: one export for all.
 
-    Its steps are those of PrunedViT: two cuts, one after another, where a method has any.
+    Its steps are those of PrunedViT. An export takes seconds, so that a file for each would take minutes.
     """
     import torch
 
@@ -57,10 +57,11 @@ def all_at_once(model: Any) -> Any:
             family, prefix, blocks = model.family, model.vit.prefix, self.model.blocks
             logits, start = [], family.embed(self.model, images)
             for method in METHODS:
-                x, sizes = start, None
-                for block, keep in zip(blocks[:2], COUNTS[1:], strict=True):
-                    keep = keep if method in REDUCERS else x.shape[1]
-                    x, sizes = step(family, block, x, sizes, keep, prefix, reducer_named(method))
+                reducer = reducer_named(method)
+                keep, again = CUTS if reducer else (start.shape[1],) * 2
+                x, sizes = step(family, blocks[0], start, None, keep, prefix, reducer)
+                if sizes is not None and len(images) > 1:  # a second cut weighs tokens by their sizes
+                    x, sizes = step(family, blocks[1], x, sizes, again, prefix, reducer)
                 last = family.prefix_only(blocks[2], x, sizes, prefix), family.block(blocks[2], x, sizes)
                 logits += [family.classify(self.model, each) for each in last]
             return torch.cat(logits, dim=1)
