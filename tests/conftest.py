@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.builds import ONE_THREAD, copied, shared_build
+from support.builds import ONE_THREAD, Shallow, copied, shallow_model, shared_build
 from support.loopback import server
 from support.models import KINDS, shake
 from support.records import NOISELESS, SETUP
@@ -71,6 +71,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The one measured build of all tests, made by the first process that needs it."""
     base = tmp_path_factory.getbasetemp()
     return copied(shared_build(base.parent), base) if "PYTEST_XDIST_WORKER" in os.environ else shared_build(base)
+
+
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Shallow:
+    """A model of three blocks for tests that need a build but not its depth, made by the first process that asks."""
+    base = tmp_path_factory.getbasetemp()
+    return shallow_model(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
 
 
 @pytest.fixture(scope="module")
