@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import typer
-from support.builds import call, few_digits
+from support.builds import Shallow, call, few_digits
 from support.pages import PAGES, Command, blocks, commands, inline, script_of
 from support.paths import ROOT
 
@@ -27,15 +27,15 @@ BUNDLE = "engines/orin-nano/vit_digits/fold-fp16-b32-simulated"  # that of the t
 
 # In the place of what a reader has: another model with its weights, pictures, a bundle.
 INSTEAD = {
-    "vit_tiny_patch16_224": "vit_digits",
-    "deit_small_patch16_224": "vit_digits",
+    "vit_tiny_patch16_224": zoo.EMBEDDED,
+    "deit_small_patch16_224": zoo.EMBEDDED,
     "vit_tiny.safetensors": "embedded",
     "FILE": "embedded",
     "CSV": "val/labels.csv",
 }
 # Added after the flags of a command; the last value of a flag counts. Every build becomes the one of the tutorial, so
 # that its steps are reused and no hardware is needed.
-DIGITS = str(zoo.images_dir() / "labels.csv")
+DIGITS = "digits/labels.csv"
 SIMULATED = ("--device", "orin-nano", "--simulate", "--precision", "fp16", "--batch", "32")
 AS_IN_TUTORIAL = {"images": DIGITS, "goal": Goal(speedup=2.4), "search_images": 8, "neighbours": 0}
 ADDED: dict[str, tuple[str, ...]] = {
@@ -70,12 +70,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with what a reader has, in which the tutorial was run: its steps in engines/.work are shared."""
+    """A folder with what a reader has, in which the tutorial was run: its steps in engines/.work are shared.
+
+    The tutorial reads the first 72 of the embedded model's pictures.
+    """
     place = tmp_path_factory.mktemp("reader")
     few_digits(place / "val", 12)
+    few_digits(place / "digits", 72)
     shutil.copy(next((place / "val" / "images").iterdir()), place / "picture.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
+        patch.setattr(zoo, "images_dir", lambda: place / "digits")
         runpy.run_path(str(ROOT / "docs" / "tutorial.py"), run_name="__main__")
         yield place
 
@@ -90,9 +95,11 @@ def reason_not_run(command: Command) -> str | None:
     return next((why for word, why in PARSED_ONLY.items() if word in command.words), None)
 
 
-def adapted(words: Sequence[str]) -> list[str]:
+def adapted(words: Sequence[str], shallow: Shallow) -> list[str]:
     """The arguments of a documented command on what is in the folder, and as quick as it gets."""
     name, *rest = [INSTEAD.get(word, word) for word in words[1:]]
+    if name != "build" and "--model" in rest:  # builds are the tutorial's, which is there
+        rest[rest.index("--model") + 1] = shallow.model
     if name == "profile" and "--trunk" in rest:
         rest += ["--device", "cpu"]
     if name == "bench":
@@ -111,11 +118,11 @@ def test_tutorial(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(c.words[0] == "edgeprune" for c in commands(page))])
-def test_commands_run(page: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_run(page: str, folder: Path, shallow: Shallow, capsys: pytest.CaptureFixture[str]) -> None:
     """All commands of a page in order, each with exit code 0; where hardware is needed, they only parse."""
     for command in commands(page):
         if command.words[0] == "edgeprune" and reason_not_run(command) is None:
-            code, _, err = call(capsys, *adapted(command.words))
+            code, _, err = call(capsys, *adapted(command.words, shallow))
             assert code == 0, f"{command}\n{err}"
 
 

@@ -170,7 +170,7 @@ def shallow_model(base: Path) -> Shallow:
     with open(base / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not (base / "done").exists():
-            processes.fork_and_join(processes.write_shallow, base / "shallow-vit", base / "work")
+            processes.fork_and_join(processes.write_shallow, base / "shallow", base / "work")
             (base / "done").touch()
         [models] = (base / "work").glob("profiling-models-*")
         return Shallow(f"local-dir:{base / 'shallow-vit'}", models)
