@@ -137,8 +137,8 @@ def _exported(
 def simplify(model: Any) -> None:
     """Fold constants and merge equal values in an onnx_ir.Model, in place; remove casts and reshapes without effect.
 
-    For static shapes this gives the graphs of the exporter's own optimisation, but for a few casts without effect. That
-    one also looks for some forty patterns that no ViT has, which takes a third of the time of an export.
+    For static shapes this gives the graphs of the exporter's own optimisation, but for a few casts without effect.
+    That one also looks for some forty patterns that no ViT has, which takes a third of the time of an export.
     """
     from onnx_ir import passes
     from onnx_ir.passes import common
