@@ -347,7 +347,7 @@ def test_vit_tiny_simulated(assets: Path, tmp_path: Path, big_work: Path, capsys
         shutil.copy(every.parent / line.partition(",")[0], tmp_path / "images")
     source.write_text("\n".join([header, *lines]) + "\n")
     goal = ("--method", "topk", "--speedup", "1.25", "--search-images", searched, "--neighbours", "0")
-    simulated = ("--device", "orin-nano", "--simulate", "--precision", "fp16")
+    simulated = ("--device", "orin-nano", "--simulate")
     places = ("--work", big_work, "--out", tmp_path / "bundle")
     row = row_of(capsys, "build", *VIT_TINY, weights, "--images", source, *simulated, *goal, *places)
     check_row(row)

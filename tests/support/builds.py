@@ -173,7 +173,7 @@ def shallow_model(base: Path) -> Shallow:
             processes.fork_and_join(processes.write_shallow, base / "shallow", base / "work")
             (base / "done").touch()
         [models] = (base / "work").glob("profiling-models-*")
-        return Shallow(f"local-dir:{base / 'shallow-vit'}", models)
+        return Shallow(f"local-dir:{base / 'shallow'}", models)
 
 
 def few_digits(folder: Path, count: int = 21) -> Path:
