@@ -10,15 +10,43 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.builds import ONE_THREAD, copied, shared_build
+from support.builds import ONE_THREAD, Shallow, copied, shallow_model, shared_build
 from support.loopback import server
 from support.models import KINDS, shake
+from support.paths import TESTS
 from support.records import NOISELESS, SETUP
 
 from edgeprune.records import Latency, Point, Staircase, Vit
 
 assert "torch" not in sys.modules, "OpenMP reads the environment when torch is imported"
 os.environ.update(ONE_THREAD)
+
+# The files that take longest, in this order, begin first, so that two test processes end at about the same time. The
+# first makes the shared build, the second needs it last.
+LONGEST = (
+    "pipeline/test_build.py",
+    "test_docs.py",
+    "pipeline/test_resume.py",
+    "bundles/test_ship.py",
+    "runtimes/test_remote.py",
+    "cli/test_cli.py",
+    "onnx_graph/test_precision.py",
+    "cli/test_errors.py",
+    "test_api.py",
+    "test_packaging.py",
+    "pipeline/test_compile.py",
+    "test_workflows.py",
+    "pipeline/test_simulated_builds.py",
+    "vit/test_export.py",
+    "runtimes/test_trt.py",
+    "pipeline/test_onnx_files.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files; xdist hands them out as they come (--no-loadscope-reorder)."""
+    places = {TESTS / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +99,13 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The one measured build of all tests, made by the first process that needs it."""
     base = tmp_path_factory.getbasetemp()
     return copied(shared_build(base.parent), base) if "PYTEST_XDIST_WORKER" in os.environ else shared_build(base)
+
+
+@pytest.fixture(scope="session")
+def shallow(tmp_path_factory: pytest.TempPathFactory) -> Shallow:
+    """A model of three blocks for tests that need a build but not its depth, made by the first process that asks."""
+    base = tmp_path_factory.getbasetemp()
+    return shallow_model(base.parent if "PYTEST_XDIST_WORKER" in os.environ else base)
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.builds import Shallow, few_digits
+from support.processes import shallow_vit
 
 import edgeprune
 from edgeprune import zoo
@@ -38,6 +40,12 @@ def staircase(work: Path) -> Staircase:
 def schedule(work: Path, staircase: Staircase) -> Schedule:
     goal = edgeprune.Goal(speedup=1.5)
     return edgeprune.schedule(staircase, goal=goal, search_images=16, work=work)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A CSV of 60 digits."""
+    return few_digits(tmp_path_factory.mktemp("few"), 60)
 
 
 @pytest.fixture(scope="module")
@@ -139,20 +147,18 @@ def test_an_impossible_goal(work: Path, staircase: Staircase) -> None:
 
 
 def test_build_of_a_module(
-    work: Path, digits: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    work: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     """A module is taken with the weights it has, and copied; a bundle answers for itself. Nothing is printed."""
-    import copy
-
     import torch
 
-    module = copy.deepcopy(digits).train()
+    module = shallow_vit().train()
     with torch.no_grad():
         module.head.bias[3] += 100.0  # every picture is a 3 now
     seen: list[tuple[str, int, int]] = []
     with caplog.at_level(logging.INFO, "edgeprune"):
         bundle = edgeprune.build(
-            module, images=zoo.images_dir() / "labels.csv", goal=edgeprune.Goal(speedup=1.5), search_images=8,
+            module, images=few, goal=edgeprune.Goal(speedup=1.5), search_images=8,
             neighbours=0, work=work, out=tmp_path / "bundle", progress=lambda *step: seen.append(step), **SIMULATED,
         )  # fmt: skip
     assert module.training and seen and any("step 1 of" in record.message for record in caplog.records)
@@ -195,14 +201,15 @@ def test_a_model_from_a_local_folder(tmp_path: Path, work: Path) -> None:
         assert (found.module.state_dict()[name] == value).all(), name
 
 
-def test_compare_and_bench(work: Path, tmp_path: Path) -> None:
-    found = edgeprune.compare(methods=["fold", "none"], speedups=[1.5], search_images=8, work=work, **SIMULATED)
+def test_compare_and_bench(shallow: Shallow, work: Path, few: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"images": few, "search_images": 8, "work": work, **SIMULATED}
+    found = edgeprune.compare(shallow.model, methods=["fold", "none"], speedups=[1.5], **options)
     assert {(e.method, e.policy) for e in found.entries} == {("fold", "search"), ("none", "search")}
     assert all(e.report is not None and e.report.held_out for e in found.entries)
     made = [
         edgeprune.build(
-            method=method, goal=edgeprune.Goal(speedup=1.5) if method == "fold" else None, search_images=8,
-            neighbours=0, work=work, out=tmp_path / method, **SIMULATED,
+            shallow.model, method=method, goal=edgeprune.Goal(speedup=1.5) if method == "fold" else None,
+            neighbours=0, out=tmp_path / method, **options,
         )
         for method in ("none", "fold")
     ]  # fmt: skip

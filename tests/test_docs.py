@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import typer
-from support.builds import call, few_digits
+from support.builds import Shallow, call, few_digits
 from support.pages import PAGES, Command, blocks, commands, inline, script_of
 from support.paths import ROOT
 
@@ -20,6 +20,7 @@ import edgeprune
 from edgeprune import zoo
 from edgeprune.bundles.bundle import Bundle
 from edgeprune.cli import app
+from edgeprune.io import save
 from edgeprune.scheduling.goals import Goal
 
 GROUP: Any = typer.main.get_command(app)
@@ -35,7 +36,7 @@ INSTEAD = {
 }
 # Added after the flags of a command; the last value of a flag counts. Every build becomes the one of the tutorial, so
 # that its steps are reused and no hardware is needed.
-DIGITS = str(zoo.images_dir() / "labels.csv")
+DIGITS = "digits/labels.csv"
 SIMULATED = ("--device", "orin-nano", "--simulate", "--precision", "fp16", "--batch", "32")
 AS_IN_TUTORIAL = {"images": DIGITS, "goal": Goal(speedup=2.4), "search_images": 8, "neighbours": 0}
 ADDED: dict[str, tuple[str, ...]] = {
@@ -69,13 +70,31 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A folder with what a reader has, in which the tutorial was run: its steps in engines/.work are shared."""
+def folder(shallow: Shallow, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder with what a reader has, in which the tutorial was run: its steps in engines/.work are shared.
+
+    The embedded model is its first three blocks here, which run the same code in less time, and has 72 pictures.
+    """
+    from edgeprune.vit.models import load_model
+
+    vit_digits = zoo.vit_digits
+
+    def shortened() -> Any:
+        model: Any = vit_digits()
+        model.blocks = model.blocks[:3]
+        return model
+
     place = tmp_path_factory.mktemp("reader")
     few_digits(place / "val", 12)
+    few_digits(place / "digits", 72)
     shutil.copy(next((place / "val" / "images").iterdir()), place / "picture.png")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
+        patch.setattr(zoo, "images_dir", lambda: place / "digits")
+        patch.setattr(zoo, "vit_digits", shortened)
+        patch.setattr(zoo, "WEIGHTS", Path(shallow.model.partition(":")[2], "model.safetensors"))
+        save(load_model(zoo.EMBEDDED).vit, place / "vit_digits.json")
+        patch.setattr(zoo, "RECORD", place / "vit_digits.json")
         runpy.run_path(str(ROOT / "docs" / "tutorial.py"), run_name="__main__")
         yield place
 

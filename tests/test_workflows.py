@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
-from support.builds import ONE_THREAD, QUICK, Shared
+from support.builds import ONE_THREAD, QUICK, Shallow, few_digits
 from support.paths import ROOT
 
 from edgeprune import cli
@@ -115,18 +115,27 @@ def test_hosted_machines_run_what_a_contributor_runs() -> None:
 def environment(folder: Path, **changes: str) -> dict[str, str]:
     """The job's env, its expressions replaced by what they are for a CPU and this checkout's copy."""
     values = {"DEVICE": "cpu", "PYTHONPATH": str(folder), "BASELINE": "benchmarks/baselines/cpu.json"}
-    values |= {"MODEL": "vit_digits", "WEIGHTS": "embedded", "IMAGES": "", "PRECISION": "fp32", "SPEEDUP": "1.25"}
-    values |= {"METHOD": "pomt", "SEARCH_IMAGES": QUICK[1], "ROUNDS": QUICK[3], "FAIL_SLOWER": "100000"}
+    values |= {"MODEL": f"local-dir:{folder}/shallow", "WEIGHTS": "pretrained", "IMAGES": "digits/labels.csv"}
+    values |= {
+        "PRECISION": "fp32",
+        "SPEEDUP": "1.25",
+        "METHOD": "topk",
+        "SEARCH_IMAGES": QUICK[1],
+        "ROUNDS": QUICK[3],
+        "FAIL_SLOWER": "100000",
+    }
     assert set(values) == set(JOB["env"]), "each is set here, and nothing else"
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     extra = {"PATH": path, "GITHUB_STEP_SUMMARY": str(folder / "step-summary.md"), **ONE_THREAD}
     return os.environ | values | extra | changes
 
 
-def checkout(folder: Path) -> Path:
-    """A fresh checkout, as far as the job needs it."""
+def checkout(folder: Path, shallow: Shallow) -> Path:
+    """A fresh checkout, as far as the job needs it, with a model and pictures of one's own."""
     for name in DATA:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(shallow.model.partition(":")[2], folder / "shallow")
+    few_digits(folder / "digits")
     return folder
 
 
@@ -156,10 +165,10 @@ def uploaded(folder: Path) -> dict[str, list[Path]]:
 
 
 @pytest.fixture(scope="module")
-def first_run(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a job without a baseline, that found the steps of an earlier build in its cache."""
-    folder = checkout(tmp_path_factory.mktemp("first"))
-    shutil.copytree(shared.work, folder / cached())
+def first_run(shallow: Shallow, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a job without a baseline, that found the profiling models of an earlier build in its cache."""
+    folder = checkout(tmp_path_factory.mktemp("first"), shallow)
+    shallow.work(folder / cached())
     job(folder)
     return folder
 
@@ -183,7 +192,7 @@ def test_first_run_writes_a_baseline_and_says_so(first_run: Path) -> None:
     assert "| engines/cpu/bundle |" in summary and "speed-up to the first" in summary
     stored = json.loads((first_run / "benchmarks" / "baselines" / "cpu.json").read_text())
     assert stored == json.loads((first_run / "results" / "bench.json").read_text())
-    assert json.loads((first_run / "results" / "build.json").read_text())["method"] == "pomt"
+    assert json.loads((first_run / "results" / "build.json").read_text())["method"] == "topk"
 
 
 def test_everything_to_upload_is_there(first_run: Path) -> None:
@@ -196,9 +205,11 @@ def test_everything_to_upload_is_there(first_run: Path) -> None:
     assert {"benchmarks/baselines/cpu.json", "engines/cpu/bundle/staircase.svg"} <= everything
 
 
-def test_second_run_builds_from_the_cache_and_is_measured_by_the_baseline(first_run: Path, tmp_path: Path) -> None:
+def test_second_run_builds_from_the_cache_and_is_measured_by_the_baseline(
+    shallow: Shallow, first_run: Path, tmp_path: Path
+) -> None:
     """A fresh checkout with nothing but what actions/cache carries and the baseline that was committed."""
-    folder = checkout(tmp_path)
+    folder = checkout(tmp_path, shallow)
     for kept in (cached(), "benchmarks"):
         shutil.copytree(first_run / kept, folder / kept)
     steps = {path.name: path.stat().st_mtime_ns for path in (folder / cached()).iterdir() if path.suffix == ".onnx"}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -106,7 +107,7 @@ def _exported(
     dynamic: Any = None
     if symbolic_axis is not None:
         dynamic = ({symbolic_axis: torch.export.Dim.DYNAMIC},)
-    with _quiet(), unfused(module), fixed_size(module), torch.no_grad():
+    with _quiet(), unfused(module), fixed_size(module), operators_read_once(), torch.no_grad():
         program: Any = torch.onnx.export(
             module.eval(),
             (example,),
@@ -195,6 +196,32 @@ def unfused(module: nn.Module) -> Iterator[None]:
     finally:
         for attention in attentions:
             attention.fused_attn = True
+
+
+@contextmanager
+def operators_read_once() -> Iterator[None]:
+    """Keep onnxscript's table of operators from one export to the next.
+
+    torch reads it for every export, and onnxscript then parses 557 functions, which takes a third of the time of a
+    small export. Versions of torch that keep the table elsewhere read it again.
+    """
+    from torch.onnx._internal.exporter import _registration
+
+    source: Any = getattr(_registration, "onnxscript_apis", None)
+    read = getattr(source, "get_torchlib_ops", None)
+    if read is None:
+        yield
+        return
+    source.get_torchlib_ops = lambda: _operators(read)
+    try:
+        yield
+    finally:
+        source.get_torchlib_ops = read
+
+
+@cache
+def _operators(read: Callable[[], Any]) -> Any:
+    return read()
 
 
 @contextmanager

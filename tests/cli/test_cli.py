@@ -18,7 +18,7 @@ import onnx
 import onnxruntime
 import pytest
 from support import processes
-from support.builds import Shared, call, check_row, exports_of, few_digits, program, row_of, start, without_torch
+from support.builds import Shallow, Shared, call, check_row, few_digits, program, row_of, start, without_torch
 from support.evaluation import DENSE, dense_logits, expected_tokens, labelled, logits_of, normalised_tokens
 
 from edgeprune import __version__, zoo
@@ -237,18 +237,18 @@ def test_schedule_of_other_weights_is_refused_by_export(
     assert not (tmp_path / "m.onnx").exists()
 
 
-def test_compare_json(shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    few = few_digits(tmp_path / "digits", 36)
-    common = ("--device", "orin-nano", "--simulate", "--images", few, "--search-images", "4", "--work", shared.work)
-    rows = row_of(capsys, "compare", *common, "--methods", "topk,none", "--speedup", "1.3")["rows"]
+def test_compare_json(shallow: Shallow, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = ("--images", few_digits(tmp_path / "digits", 36), "--work", shallow.work(tmp_path / "work"))
+    common = ("--model", shallow.model, "--device", "orin-nano", "--simulate", "--search-images", "4", *places)
+    rows = row_of(capsys, "compare", *common, "--methods", "topk,none", "--speedup", "1.15")["rows"]
     for row in rows:
-        check_row(row | {"bundle": row["bundle"] or ""})
+        check_row(row | {"bundle": row["bundle"] or ""}, depth=3)
         assert row["simulated"] is True
         assert row["images"] == 36 - 4  # schedules are not judged on the pictures they were chosen on
         assert row["held_out"] is True
     assert {(row["method"], row["policy"]) for row in rows} >= {("topk", "search"), ("none", "search")}
     searched = next(row for row in rows if (row["method"], row["policy"]) == ("topk", "search"))
-    assert searched["speedup"] >= 1.3 * 0.97
+    assert searched["speedup"] >= 1.15 * 0.97
 
 
 # --- measured here ---
@@ -277,13 +277,14 @@ def test_bench_refuses_a_bundle_given_twice(shared: Shared, capsys: pytest.Captu
 
 
 @pytest.fixture(scope="module")
-def probes(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `export --trunk` writes for the embedded model and topk; all but the cuts is there already."""
-    work = exports_of(shared, tmp_path_factory.mktemp("probes") / "work")
+def probes(shallow: Shallow, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `export --trunk` writes for the shallow model and topk; all but the cuts is there already."""
+    work = shallow.work(tmp_path_factory.mktemp("probes") / "work")
     [folder] = work.iterdir()
-    code, out, err = processes.command(
-        work.parent, "export", "--trunk", "--method", "topk", "--out", folder, "--json"
-    )
+    for cut in folder.glob("cut-*"):
+        cut.unlink()
+    options = ("--model", shallow.model, "--method", "topk", "--out", folder)
+    code, out, err = processes.command(work.parent, "export", "--trunk", *options, "--json")
     assert code == 0, err
     assert json.loads(out)["path"] == str(folder / "trunk.onnx")
     return folder
@@ -318,13 +319,15 @@ def test_profile_trunk_of_another_batch_is_refused(
     assert not (tmp_path / "s.json").exists()
 
 
-def test_export_trunk_does_not_mix_models(probes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_trunk_does_not_mix_models(
+    shallow: Shallow, probes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """A folder of models with other weights is refused, or all of it is written again."""
     folder = tmp_path / "probes"
     shutil.copytree(probes, folder)
     record = json.loads((folder / "vit.json").read_text())
     (folder / "vit.json").write_text(json.dumps(record | {"weights_sha256": "0" * 64}))
-    code, _, err = call(capsys, "export", "--trunk", "--out", folder)
+    code, _, err = call(capsys, "export", "--trunk", "--model", shallow.model, "--out", folder)
     now = json.loads((folder / "vit.json").read_text())["weights_sha256"]
     assert (code == 1 and "error: " in err) or now == record["weights_sha256"]
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from support import processes
-from support.builds import Shared, call, exports_of, few_digits, start
+from support.builds import Shallow, Shared, call, few_digits, start
 from support.paths import ROOT
 
 from edgeprune import errors, zoo
@@ -186,15 +186,16 @@ def test_csv_that_leads_out_of_its_folder(tmp_path: Path, fails: Callable[..., s
     assert "leads out" in fails("build", "--images", tmp_path / "set" / "labels.csv")
 
 
-def test_unreadable_image(shared: Shared, tmp_path: Path, fails: Callable[..., str]) -> None:
+def test_unreadable_image(shallow: Shallow, tmp_path: Path, fails: Callable[..., str]) -> None:
     source = few_digits(tmp_path / "digits", 3)
     broken = sorted((tmp_path / "digits" / "images").iterdir())[0]
     broken.write_bytes(broken.read_bytes()[:40])
-    options = ("--simulate", "--device", "orin-nano", "--method", "none", "--work", shared.work)
+    work = shallow.work(tmp_path / "work")
+    options = ("--simulate", "--device", "orin-nano", "--method", "none", "--work", work, "--model", shallow.model)
     line = fails("build", "--images", source, *options, "--out", tmp_path / "bundle")
     assert str(broken) in line and "remove or replace it" in line
     assert not (tmp_path / "bundle").exists()
-    assert not leftovers(tmp_path, shared.work)
+    assert not leftovers(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -390,11 +391,12 @@ def test_staircase_that_is_none(content: bytes, tmp_path: Path, fails: Callable[
 
 
 def test_interrupted_build_leaves_nothing_and_goes_on(
-    shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shallow: Shallow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """In the middle of the staircase, with the profiling models of the shared build already exported."""
-    work, out = exports_of(shared, tmp_path / "work"), tmp_path / "bundle"
-    command = ("build", "--device", "orin-nano", "--simulate", "--method", "none", "--work", work, "--out", out)
+    """In the middle of the staircase, with the profiling models already exported."""
+    work, out = shallow.work(tmp_path / "work"), tmp_path / "bundle"
+    what = ("--model", shallow.model, "--images", few_digits(tmp_path / "digits"), "--method", "none")
+    command = ("build", "--device", "orin-nano", "--simulate", *what, "--work", work, "--out", out)
     code, stdout, stderr = processes.command(tmp_path, *command, interrupt_after=2)
     assert code == 130, stderr
     assert stdout == ""

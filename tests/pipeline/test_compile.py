@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from support.builds import CONTRACT, Shared, call, few_digits, row_of, without_torch
+from support.builds import CONTRACT, Shallow, Shared, call, few_digits, row_of, without_torch
 
 from edgeprune.bundles.format import load_bundle
 from edgeprune.io import load
@@ -118,10 +118,11 @@ def test_metadata_survives_the_file(shared: Shared, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("precision", ["fp16", "int8"])
 def test_export_in_a_precision_compiles(
-    precision: str, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    precision: str, shallow: Shallow, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "model.onnx"
-    row_of(capsys, "export", "--dense", "--precision", precision, "--images", few, "--out", out)
+    options = ("--model", shallow.model, "--precision", precision, "--images", few, "--out", out)
+    row_of(capsys, "export", "--dense", *options)
     row = row_of(
         capsys, "compile", out, "--images", few, "--rounds", "5", "--work", tmp_path, "--out", tmp_path / "b"
     )

@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 import onnx
 import pytest
-from support.builds import Shared, call, exports_of, few_digits
+from support.builds import Shallow, Shared, call, exports_of, few_digits
 from support.processes import FORKS, die_after_saves, die_at, exit_code, fork, measure_few, shallow_vit, started
 
 from edgeprune.bundles.format import _replace, check_out, load_bundle
@@ -57,13 +57,14 @@ def samples_in(work: Path) -> Samples:
 
 
 @pytest.fixture
-def build_in(tmp_path: Path) -> Callable[[str], Options]:
-    """build_in(name) are the options of a simulated build below that folder."""
+def build_in(shallow: Shallow, tmp_path: Path) -> Callable[[str], Options]:
+    """build_in(name) are the options of a simulated build below that folder; "alone" has its profiling models."""
     few = few_digits(tmp_path / "digits")
+    shallow.work(tmp_path / "alone" / "work")
 
     def options(name: str) -> Options:
         return Options(
-            model=shallow_vit(), device="orin-nano", simulate=True, images=few, method="topk",
+            model=shallow.model, device="orin-nano", simulate=True, images=few, method="topk",
             goal=Goal(speedup=1.05), search_images=4, neighbours=0,
             work=tmp_path / name / "work", out=tmp_path / name / "bundle",
         )  # fmt: skip

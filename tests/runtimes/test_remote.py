@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
-from support.builds import CONTRACT, QUICK, Shared, call, few_digits, program, row_of
+from support.builds import CONTRACT, QUICK, Shallow, Shared, call, few_digits, row_of
 from support.loopback import Server
+from support.processes import after_saves
 
 from edgeprune import __version__
 from edgeprune.bundles.format import load_bundle
@@ -32,19 +32,17 @@ from edgeprune.runtimes.target import target_for
 pytestmark = pytest.mark.usefixtures("ssh")
 
 
-def only_profiling_models(shared: Shared, work: Path) -> None:
-    """Copy the exports of the measured build, without its latencies."""
-    [models] = shared.work.glob("profiling-models-*")
-    shutil.copytree(models, work / models.name)
+def build_on(there: Server, shallow: Shallow, folder: Path) -> tuple[object, ...]:
+    """The arguments of a build on a host below `folder`; the profiling models are there already."""
+    work, few = shallow.work(folder / "work"), few_digits(folder / "digits")
+    out = ("--work", work, "--out", folder / "bundle", "--images", few)
+    goal = ("--method", "topk", "--speedup", "1.2", *QUICK)
+    return ("build", "--device", "cpu", "--model", shallow.model, *there.options, *goal, *out)
 
 
-def test_build_on_a_host(there: Server, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_build_on_a_host(there: Server, shallow: Shallow, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Exported here, measured there; the bundle is here, for that machine; a second build measures nothing."""
-    few = few_digits(tmp_path / "digits")
-    only_profiling_models(shared, tmp_path / "work")
-    out = ("--work", tmp_path / "work", "--out", tmp_path / "bundle", "--images", few)
-    goal = ("--method", "pomt", "--speedup", "1.2", *QUICK)
-    command = ("build", "--device", "cpu", *there.options, *goal, *out)
+    command = build_on(there, shallow, tmp_path)
     row = row_of(capsys, *command)
     assert set(CONTRACT) <= set(row) and row["runtime"] == "ort-cpu" and row["images"] == 21
     sent = {path.name for path in (there.home / ".cache/edgeprune/files").iterdir()}
@@ -57,10 +55,12 @@ def test_build_on_a_host(there: Server, shared: Shared, tmp_path: Path, capsys: 
     assert code == 0, err
 
 
-def test_profile_on_a_host(there: Server, shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    [models] = shared.work.glob("profiling-models-*")
+def test_profile_on_a_host(
+    there: Server, shallow: Shallow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trunk = shallow.work(tmp_path / "work") / shallow.models.name / "trunk.onnx"
     out = ("--work", tmp_path / "work", "--out", tmp_path / "s.json")
-    row = row_of(capsys, "profile", *there.options, "--trunk", models / "trunk.onnx", *out)
+    row = row_of(capsys, "profile", *there.options, "--trunk", trunk, *out)
     assert row["simulated"] is False and row["points"][-1]["tokens"] == 197
 
 
@@ -126,26 +126,28 @@ def test_unknown_key_and_closed_port(
     assert code == 1 and "install the OpenSSH client" in err
 
 
-def test_a_lost_connection_is_reported_and_the_build_goes_on(there: Server, shared: Shared, tmp_path: Path) -> None:
+def test_a_lost_connection_is_reported_and_the_build_goes_on(
+    there: Server,
+    shallow: Shallow,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     """The worker is killed in the middle of measuring; the same command then finishes with the rest."""
-    few = few_digits(tmp_path / "digits")
-    only_profiling_models(shared, tmp_path / "work")
-    out = ("--work", tmp_path / "work", "--out", tmp_path / "bundle", "--images", few)
-    command = program("build", *there.options, "--method", "pomt", "--speedup", "1.2", *QUICK, *out, "--json")
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    samples = tmp_path / "work"
-    while not list(samples.glob("samples-*.json")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.05)
-    subprocess.run(["pkill", "-f", f"^{sys.executable} {there.program} worker"], check=True)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 1, err
+    command = build_on(there, shallow, tmp_path)
+    with monkeypatch.context() as patch:
+        for name in ("replace", "rename"):
+            patch.setattr(os, name, getattr(os, name))  # after_saves leaves its own there
+        kill = ["pkill", "-f", f"^{sys.executable} {there.program} worker"]
+        after_saves(2, lambda: subprocess.run(kill, check=True))
+        code, _, err = call(capsys, *command, "--json")
+    assert code == 1, err
     assert "the connection was cut" in err.splitlines()[-1] or "ended early" in err.splitlines()[-1]
     assert not (tmp_path / "bundle").exists()
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert "staircase: resuming" in done.stderr
-    assert load_bundle(tmp_path / "bundle").report.probes == json.loads(done.stdout.splitlines()[-1])["probes"]
+    code, out, err = call(capsys, *command, "--json")
+    assert code == 0, err
+    assert "staircase: resuming" in err
+    assert load_bundle(tmp_path / "bundle").report.probes == json.loads(out.splitlines()[-1])["probes"]
 
 
 # ---- the worker by itself

@@ -18,6 +18,7 @@ import onnx
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from support.builds import Shallow, few_digits
 from support.fake_trt import Fake
 
 from edgeprune.devices import load_device, parse
@@ -464,7 +465,7 @@ def test_lost_fusion_is_reported(
         assert "without a cut" not in caplog.text
 
 
-def test_whole_build_and_bench(fake: Fake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_build_and_bench(fake: Fake, shallow: Shallow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pipeline of `build --device cuda`: every probe compiled, the plan beside its ONNX in the bundle."""
     from edgeprune.benchmark.bench import bench_bundles
     from edgeprune.bundles.format import load_bundle
@@ -476,9 +477,9 @@ def test_whole_build_and_bench(fake: Fake, tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr("edgeprune.latency.profiling.ROUNDS", 3)
     options = Options(
-        device="cuda", method="topk", policy="paper", goal=Goal(alpha=0.1), rounds=5, neighbours=0,
-        search_images=16,
-        work=tmp_path / "work", out=tmp_path / "bundle",
+        model=shallow.model, images=few_digits(tmp_path / "digits"), device="cuda", method="topk", policy="paper",
+        block=1, goal=Goal(alpha=0.1), rounds=5, neighbours=0, search_images=16,
+        work=shallow.work(tmp_path / "work"), out=tmp_path / "bundle",
     )  # fmt: skip
     built = build(options)
     manifest = load_bundle(built.path)

@@ -72,6 +72,18 @@ class Shared(NamedTuple):
         return row
 
 
+class Shallow(NamedTuple):
+    """The first three blocks of the embedded model, which classify 99 % of the digits: a quick model to build."""
+
+    model: str  # for --model; pictures have to be named too
+    models: Path  # its profiling models: fp32, batch 1, cuts of topk
+
+    def work(self, folder: Path) -> Path:
+        """A work folder with these profiling models, to put into `folder`."""
+        shutil.copytree(self.models, folder / self.models.name)
+        return folder
+
+
 def program(*argv: object) -> list[str]:
     """The command line in a process of its own."""
     return [sys.executable, "-m", "edgeprune", *map(str, argv)]
@@ -151,6 +163,19 @@ def exports_of(shared: Shared, work: Path) -> Path:
     return work
 
 
+def shallow_model(base: Path) -> Shallow:
+    """Write the shallow model and its profiling models once below `base`; other test processes wait for them."""
+    base = base / "shallow"
+    base.mkdir(exist_ok=True)
+    with open(base / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (base / "done").exists():
+            processes.fork_and_join(processes.write_shallow, base / "shallow", base / "work")
+            (base / "done").touch()
+        [models] = (base / "work").glob("profiling-models-*")
+        return Shallow(f"local-dir:{base / 'shallow'}", models)
+
+
 def few_digits(folder: Path, count: int = 21) -> Path:
     """Copy the first digits with their labels; the CSV."""
     source = zoo.images_dir()
@@ -164,8 +189,8 @@ def few_digits(folder: Path, count: int = 21) -> Path:
     return folder / "labels.csv"
 
 
-def check_row(row: dict[str, Any], nullable: frozenset[str] = frozenset()) -> None:
-    """Keys and types of the command contract."""
+def check_row(row: dict[str, Any], nullable: frozenset[str] = frozenset(), depth: int = 12) -> None:
+    """Keys and types of the command contract; `depth` is the number of blocks."""
     for key, kind in CONTRACT.items():
         if row[key] is None:
             assert key in nullable, key
@@ -173,5 +198,5 @@ def check_row(row: dict[str, Any], nullable: frozenset[str] = frozenset()) -> No
             assert {k: type(v) for k, v in row[key].items()} == kind, key
         else:
             assert type(row[key]) is kind, key
-    assert len(row["tokens"]) == 12
+    assert len(row["tokens"]) == depth
     assert row["tokens"] == sorted(row["tokens"], reverse=True)

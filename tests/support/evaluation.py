@@ -41,13 +41,14 @@ def logits_of(model: Path, pictures: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def dense_logits(source: Path) -> np.ndarray:
-    """Outputs of the unpruned embedded model in plain timm over the pictures of a CSV."""
+def dense_logits(source: Path, depth: int = 12) -> np.ndarray:
+    """Outputs of the unpruned embedded model, or its first blocks, in plain timm over the pictures of a CSV."""
     import torch
     from safetensors.torch import load_file
 
     model = zoo.vit_digits()
     model.load_state_dict(load_file(zoo.WEIGHTS), strict=True)
+    model.blocks = model.blocks[:depth]
     pictures, _ = labelled(source)
     with torch.inference_mode():
         return torch.cat([model(part) for part in torch.from_numpy(pictures).split(50)]).numpy()

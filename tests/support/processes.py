@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import signal
@@ -31,7 +32,10 @@ def _loaded(target: Callable[..., None], arguments: Sequence[object]) -> None:
 
 
 def shallow_vit(depth: int = 2) -> Any:
-    """The first blocks of the embedded model: (B, 3, 28, 28) -> (B, 10), 197 tokens; exported within seconds."""
+    """The first blocks of the embedded model: (B, 3, 28, 28) -> (B, 10), 197 tokens; exported within seconds.
+
+    Two classify 82 % of the digits, three 99 %.
+    """
     from safetensors.torch import load_file
 
     from edgeprune import zoo
@@ -40,6 +44,35 @@ def shallow_vit(depth: int = 2) -> Any:
     model.load_state_dict(load_file(zoo.WEIGHTS), strict=True)
     model.blocks = model.blocks[:depth]
     return model.eval()
+
+
+def write_shallow(folder: Path, work: Path) -> None:
+    """The first three blocks of the embedded model, in a folder as timm's `local-dir:` takes it.
+
+    And a work folder with their profiling models: fp32, batch 1, the cuts of topk.
+    """
+    from safetensors.torch import save_file
+
+    from edgeprune import zoo
+    from edgeprune.pipeline.profile import profiling_models
+    from edgeprune.runtimes.target import target_for
+    from edgeprune.vit.models import load_model
+
+    module = shallow_vit(3)
+    folder.mkdir()
+    save_file(module.state_dict(), folder / "model.safetensors")
+    shape = {"img_size": 28, "patch_size": 2, "embed_dim": 64, "depth": 3, "num_heads": 4, "mlp_ratio": 2}
+    how = {key: value for key, value in zoo.vit_digits().pretrained_cfg.items() if key != "architecture"}
+    config = {"architecture": "vit_tiny_patch16_224", "num_classes": 10, "model_args": shape, "pretrained_cfg": how}
+    (folder / "config.json").write_text(json.dumps(config))
+    profiling_models(target_for("cpu", work=work), load_model(f"local-dir:{folder}"), ("topk",))
+
+
+def fork_and_join(target: Callable[..., None], *arguments: object) -> None:
+    """Call a function in a process of its own, where it must succeed."""
+    process = fork(target, *arguments)
+    process.join()
+    assert process.exitcode == 0, target.__name__
 
 
 def on_replace(act: Callable[[str, bool], None]) -> None:

@@ -331,3 +331,21 @@ def test_real_weights_and_images(assets: Path, tmp_path: Path) -> None:
     assert (wanted.argmax(1) == np.array(pictures.labels)[chosen]).mean() > 0.5
     forms = attention_forms(onnx.load(tmp_path / "pruned.onnx"))
     assert forms == [True] * 3 + [False] + [True] * 8
+
+
+def test_the_table_of_operators_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not for every export; and another exporter in the same process finds its own function again."""
+    from torch.onnx._internal.exporter import _registration
+
+    reads: list[int] = []
+    apis = _registration.onnxscript_apis
+    table = apis.get_torchlib_ops()
+
+    def read() -> Any:
+        reads.append(1)
+        return table
+
+    monkeypatch.setattr(apis, "get_torchlib_ops", read)
+    for name in ("a", "b"):
+        export.onnx_from_module(torch.nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / f"{name}.onnx")
+    assert len(reads) == 1 and apis.get_torchlib_ops is read
