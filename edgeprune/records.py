@@ -34,7 +34,7 @@ class Simulation(Record, frozen=True, kw_only=True):
     """Constants of the tail-effect model of a device (runtimes/kernel_times.py has the formula)."""
 
     clock_mhz: float
-    fma_per_clock_per_sm: dict[str, int]  # by precision: fp32, tf32 (only for comparisons), fp16, int8
+    fma_per_clock_per_sm: dict[str, int]  # by precision: fp32, tf32 (only for comparisons), fp16, int8, fp8
     bandwidth_gb_per_s: float
     launch_us: float  # of each kernel, in a CUDA graph
 
