@@ -354,6 +354,18 @@ class Report(Record, frozen=True, kw_only=True):
         check_figures([self.agreement, self.kl, self.top1, self.dense_top1, self.images, self.probes], -1.0)
 
 
+class PrecisionResult(Record, frozen=True, kw_only=True):
+    """A precision that `--precision auto` tried; top-1 and agreement in percent, KL in nats, None where unknown."""
+
+    precision: str
+    latency: Latency | None = None  # of the pruned model; all of one build were timed together
+    top1: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    accepted: bool = False
+    reason: str | None = None  # why it was not chosen
+
+
 class ModelMetadata(Record, frozen=True, kw_only=True):
     """Metadata in an ONNX file: everything that a bundle needs besides the graph."""
 
