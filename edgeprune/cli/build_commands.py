@@ -207,8 +207,9 @@ def export(
     from edgeprune.runtimes.target import check_batch, check_precision
 
     check_batch(batch)
-    check_precision(precision)
-    runtime = load_device(device).runtime
+    found = load_device(device)
+    check_precision(precision, found)
+    runtime = found.runtime
     with output.progress() as progress:
         from edgeprune.vit.models import load_model
 

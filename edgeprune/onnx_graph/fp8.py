@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
 import onnx
@@ -19,18 +19,15 @@ LARGEST = 448.0  # of E4M3FN
 SMALLEST_SCALE = float(np.finfo(np.float16).tiny)  # a smaller one would be subnormal in fp16
 
 
-def fp8(
-    model: onnx.ModelProto, ranges: Mapping[str, float] | None = None, kept: Sequence[str] = ()
-) -> onnx.ModelProto:
+def fp8(model: onnx.ModelProto, ranges: Mapping[str, float] | None = None) -> onnx.ModelProto:
     """Quantise linear layers to FP8, weights and activations per tensor; the rest becomes fp16 (opset 19).
 
-    `ranges` gives the largest magnitude of each tensor, nominal ones where it is None; layers (node names) in `kept`
-    are not quantised. Scales are fp16, so that no cast stands between Q/DQ and the product, which would keep TensorRT
+    `ranges` gives the largest magnitude of each tensor, nominal ones where it is None. Scales are fp16, so that no cast stands between Q/DQ and the product, which would keep TensorRT
     from fusing them (source: NVIDIA/Model-Optimizer#1289, which removes such casts). Weights are quantised in the
     graph. Raises ExportError as raise_opset does.
     """
     out = raise_opset(model)
-    layers = {node.name for node in linear_layers(model) if node.name not in kept}
+    layers = {node.name for node in linear_layers(model)}
     weights = {tensor.name: tensor for tensor in out.graph.initializer}
     nodes: list[onnx.NodeProto] = []
     restored: dict[str, str] = {}
