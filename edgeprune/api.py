@@ -56,7 +56,8 @@ def build(
         weights: `pretrained`, `embedded`, `random`, or a checkpoint file; for names only.
         method: How tokens are removed: fold, pomt, tome, evit, topk, none.
         policy: `search` (cuts in any blocks, lowest KL) or `paper` (one cut, highest utility).
-        precision: fp32, fp16 or int8; PrecisionError if it is slower than fp32 or loses too much.
+        precision: fp32, fp16, int8 or fp8; PrecisionError if it is slower than fp32 or loses too much. `auto` builds
+            all that the device has and keeps the fastest that loses little; `Bundle.precisions` says why.
         batch: Images per inference; part of the static shapes.
         simulate: Take latencies from the tail-effect model of the device instead of hardware.
         exhaustive: Measure every token count.
@@ -73,9 +74,11 @@ def build(
     Raises:
         EdgepruneError: One of edgeprune.errors; its message says what to do. Nothing half-written is left.
     """
-    from edgeprune.pipeline.build import build as run
+    from edgeprune.pipeline.auto import build_fastest
+    from edgeprune.pipeline.build import build as build_one
     from edgeprune.pipeline.context import Options
 
+    run = build_fastest if precision == "auto" else build_one
     options = Options(
         device=device,
         model=model,
@@ -97,7 +100,7 @@ def build(
         host=Host(host, host_program) if host else None,
     )
     built = run(options, progress)
-    return Bundle(built.path, built.manifest)
+    return Bundle(built.path, built.manifest, built.precisions)
 
 
 def profile(

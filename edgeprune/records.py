@@ -34,7 +34,7 @@ class Simulation(Record, frozen=True, kw_only=True):
     """Constants of the tail-effect model of a device (runtimes/kernel_times.py has the formula)."""
 
     clock_mhz: float
-    fma_per_clock_per_sm: dict[str, int]  # by precision: fp32, tf32 (only for comparisons), fp16, int8
+    fma_per_clock_per_sm: dict[str, int]  # by precision: fp32, tf32 (only for comparisons), fp16, int8, fp8
     bandwidth_gb_per_s: float
     launch_us: float  # of each kernel, in a CUDA graph
 
@@ -369,6 +369,18 @@ class Report(Record, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         check_figures([self.speedup, *(self.speedup_interval or ()), self.predicted_ms])
         check_figures([self.agreement, self.kl, self.top1, self.dense_top1, self.images, self.probes], -1.0)
+
+
+class PrecisionResult(Record, frozen=True, kw_only=True):
+    """A precision that `--precision auto` tried; top-1 and agreement in percent, KL in nats, None where unknown."""
+
+    precision: str
+    latency: Latency | None = None  # of the pruned model; all of one build were timed together
+    top1: float | None = None
+    agreement: float | None = None
+    kl: float | None = None
+    accepted: bool = False
+    reason: str | None = None  # why it was not chosen
 
 
 class ModelMetadata(Record, frozen=True, kw_only=True):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeprune.bundles.format import STAIRCASE, load_bundle, staircase_of
-from edgeprune.records import Manifest, Progress, Report, Schedule, Staircase, silent
+from edgeprune.records import Manifest, PrecisionResult, Progress, Report, Schedule, Staircase, silent
 
 if TYPE_CHECKING:
     from edgeprune.bundles.predict import Predictions
@@ -21,6 +21,7 @@ class Bundle:
 
     path: Path
     manifest: Manifest
+    precisions: tuple[PrecisionResult, ...] = ()  # what `build` tried with precision="auto"; not in the folder
 
     @classmethod
     def load(cls, path: str | Path) -> Bundle:

@@ -11,6 +11,7 @@ from edgeprune.cli import output
 from edgeprune.cli.app import app
 from edgeprune.cli.options import (
     Alpha,
+    AnyPrecision,
     AsJson,
     Batch,
     Block,
@@ -55,7 +56,7 @@ def build(
     speedup: Speedup = None,
     budget_ms: Budget = None,
     max_drop: MaxDrop = None,
-    precision: Precision = "fp32",
+    precision: AnyPrecision = "fp32",
     batch: Batch = 1,
     block: Block = 3,
     whole_last: WholeLast = False,
@@ -76,11 +77,14 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Build a bundle: measure the staircase, choose a schedule, export, compile and measure it."""
-    from edgeprune.cli.rows import row_of
-    from edgeprune.cli.tables import build_table
-    from edgeprune.pipeline.build import build as run
+    from edgeprune.cli.rows import precision_rows, row_of
+    from edgeprune.cli.tables import build_table, precision_table
+    from edgeprune.pipeline.auto import build_fastest
+    from edgeprune.pipeline.build import build as build_one
     from edgeprune.pipeline.context import Options
     from edgeprune.runtimes.remote.ssh import Host
+
+    run = build_fastest if precision == "auto" else build_one
 
     options = Options(
         device=device,
@@ -108,10 +112,13 @@ def build(
     with output.progress() as progress, output.clocks(device, lock_clocks, host):
         built = run(options, progress)
     output.show(build_table(built.manifest), as_json)
+    manifest = built.manifest
+    if built.precisions:
+        output.show(precision_table(built.precisions, manifest.engine.setup), as_json)
     output.tell(f"bundle: {built.path}", as_json)
     if as_json:
-        manifest = built.manifest
-        output.json_line(row_of(manifest.engine.setup, manifest.schedule, manifest.report, built.path))
+        row = row_of(manifest.engine.setup, manifest.schedule, manifest.report, built.path)
+        output.json_line(row | ({"precisions": precision_rows(built.precisions)} if built.precisions else {}))
 
 
 @app.command()
@@ -200,8 +207,9 @@ def export(
     from edgeprune.runtimes.target import check_batch, check_precision
 
     check_batch(batch)
-    check_precision(precision)
-    runtime = load_device(device).runtime
+    found = load_device(device)
+    check_precision(precision, found)
+    runtime = found.runtime
     with output.progress() as progress:
         from edgeprune.vit.models import load_model
 

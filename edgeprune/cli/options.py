@@ -30,7 +30,13 @@ Alpha = Annotated[
 Speedup = Annotated[float | None, typer.Option(help="goal: at least this many times faster")]
 Budget = Annotated[float | None, typer.Option("--budget-ms", help="goal: at most this many ms per inference")]
 MaxDrop = Annotated[float | None, typer.Option(help="goal: lose at most this many points of top-1", min=0)]
-Precision = Annotated[str, typer.Option(help="fp32 | fp16 | int8")]
+Precision = Annotated[str, typer.Option(help="fp32 | fp16 | int8 | fp8")]
+AnyPrecision = Annotated[
+    str,
+    typer.Option(
+        "--precision", help="fp32 | fp16 | int8 | fp8 | auto: builds all that the device has, keeps the fastest good one"
+    ),
+]
 Batch = Annotated[int, typer.Option(help="images per inference")]
 WholeLast = Annotated[
     bool,

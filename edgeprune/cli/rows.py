@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,7 @@ import msgspec
 
 from edgeprune.latency.depth import PAIR_BLOCKS
 from edgeprune.latency.probing import confirmed_edges
-from edgeprune.records import SCHEMA, Report, Schedule, Setup, Staircase
+from edgeprune.records import SCHEMA, PrecisionResult, Report, Schedule, Setup, Staircase
 from edgeprune.version import __version__
 
 if TYPE_CHECKING:
@@ -57,6 +58,16 @@ def _measured(setup: Setup, schedule: Schedule) -> dict[str, Any]:
         "policy": schedule.policy,
         "tokens": list(schedule.tokens),
     }
+
+
+def precision_rows(results: Sequence[PrecisionResult]) -> list[dict[str, Any]]:
+    """What `--precision auto` tried, as rows."""
+    rows = []
+    for result in results:
+        row = msgspec.structs.asdict(result)
+        latency = row.pop("latency")
+        rows.append({"precision": row.pop("precision"), "latency_ms": latency.summary() if latency else None, **row})
+    return rows
 
 
 def profile_row(staircase: Staircase, path: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from edgeprune.html_report.figures import UNKNOWN, evaluated_on, interval, number
 from edgeprune.latency.probing import confirmed_edges
-from edgeprune.records import Latency, Manifest, Staircase
+from edgeprune.records import Latency, Manifest, PrecisionResult, Setup, Staircase
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -46,6 +46,23 @@ def build_table(manifest: Manifest) -> Table:
         table.add_row("fused attention, layers", "", f"{report.fused_attention} of {report.fusable_attention}")
     rounds = f"{len(report.latency.samples_ms)} interleaved rounds"
     table.caption = f"{evaluated_on(report.images, report.held_out)}; {rounds}" if report.images else rounds
+    return table
+
+
+def precision_table(results: Sequence[PrecisionResult], setup: Setup) -> Table:
+    """What `--precision auto` tried, and why all but one were not kept."""
+    from rich.table import Table
+
+    table = Table(title="precisions" + (", SIMULATED latency" if setup.simulated else ""))
+    for column in ("precision", "latency, ms (95 % interval)", "top-1, %", "agreement, %", "KL, nats"):
+        table.add_column(column, justify="left" if column == "precision" else "right")
+    table.add_column("", overflow="fold")
+    for result in results:
+        figures = (number(result.top1), number(result.agreement), number(result.kl, 4))
+        verdict = "kept" if result.precision == setup.precision else result.reason or ""
+        table.add_row(result.precision, _ms(result.latency), *figures, verdict)
+    if setup.simulated:
+        table.caption = "a simulation computes outputs in fp32: precisions do not change its accuracy figures"
     return table
 
 

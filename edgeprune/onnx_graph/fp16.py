@@ -15,8 +15,9 @@ from edgeprune.onnx_graph.graph import infer, linear_layers
 REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2"}
 # In fp32 wherever they are: norms can overflow (TRT#2564), and the scores of a cut decide which tokens are kept.
 ISLAND_OPS = REDUCTIONS | {"LayerNormalization", "TopK", "ArgMax", "Log"}
-# In fp32 because their type is an attribute or, as that of Q/DQ in opset 17, fp32 by the standard.
-FP32_OPS = {"Constant", "ConstantOfShape", "Range", "CumSum", "QuantizeLinear", "DequantizeLinear"}
+# In fp32 because their type is an attribute, or because the standard wants it: that of Q/DQ before opset 19.
+FP32_OPS = {"Constant", "ConstantOfShape", "Range", "CumSum"}
+QUANTISERS, QUANTISES_FP16_FROM = {"QuantizeLinear", "DequantizeLinear"}, 19
 # These compute nothing: in fp32 where their input is and a result of theirs is taken in fp32.
 SHAPING_OPS = {"Reshape", "Transpose", "Squeeze", "Unsqueeze"}
 MOVING_OPS = SHAPING_OPS | {"Slice", "Split", "Gather", "Concat", "Expand", "Identity"}
@@ -42,7 +43,9 @@ def fp16(model: onnx.ModelProto, in_fp32: Collection[str] | None = None) -> onnx
     values = {v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}
     weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == FP32}
     real = {n for n, v in values.items() if v.type.tensor_type.elem_type == FP32 and n not in weights}
-    kinds = _kinds(graph, islands(model) if in_fp32 is None else in_fp32, real)
+    opset = next(entry.version for entry in out.opset_import if entry.domain in ("", "ai.onnx"))
+    ops = ISLAND_OPS | FP32_OPS | (QUANTISERS if opset < QUANTISES_FP16_FROM else set())
+    kinds = _kinds(graph, ops, islands(model) if in_fp32 is None else in_fp32, real)
     held = {value.name: FP32 for value in graph.input if value.name in real}  # type of each value
     made: dict[tuple[str, int], str] = {}  # its name in another type
     nodes: Nodes = []
@@ -88,10 +91,10 @@ def _half(tensor: TensorProto, name: str) -> TensorProto:
     return onnx.numpy_helper.from_array(kept.astype(np.float16), name)
 
 
-def _kinds(graph: onnx.GraphProto, in_fp32: Collection[str], real: set[str]) -> list[int]:
-    """The floating-point type of each node: that of all its floating-point inputs and outputs."""
+def _kinds(graph: onnx.GraphProto, ops: Collection[str], in_fp32: Collection[str], real: set[str]) -> list[int]:
+    """The floating-point type of each node: fp32 for `ops` and `in_fp32` (names), and that of all its ends."""
     nodes = list(graph.node)
-    wide = [n.name in in_fp32 or n.op_type in ISLAND_OPS or n.op_type in FP32_OPS for n in nodes]
+    wide = [n.name in in_fp32 or n.op_type in ops for n in nodes]
     wanted = {value.name for value in graph.output}  # values that something takes in fp32
     for node, each in zip(reversed(nodes), reversed(wide), strict=True):
         if each or (node.op_type in MOVING_OPS and wanted.intersection(node.output)):

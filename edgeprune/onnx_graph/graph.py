@@ -143,7 +143,9 @@ def _content(tensor: TensorProto, folder: Path | None) -> bytes:
 
 
 def precision_of(model: onnx.ModelProto) -> str:
-    """The precision of a graph: fp32, fp16 or int8."""
+    """The precision of a graph: fp32, fp16, int8 or fp8."""
+    if any(tensor.data_type == TensorProto.FLOAT8E4M3FN for tensor in model.graph.initializer):
+        return "fp8"
     if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
         return "int8"
     return "fp16" if any(t.data_type == onnx.TensorProto.FLOAT16 for t in model.graph.initializer) else "fp32"

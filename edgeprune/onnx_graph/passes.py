@@ -1,17 +1,18 @@
-"""Passes over a graph exported by torch: opset 17, GELU in the form that runtimes fuse, no source paths."""
+"""Passes over a graph: opset 17 from torch's 18, 19 for FP8, GELU in the form that runtimes fuse, no source paths."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import permutations
 
+import numpy as np
 import onnx
 import onnx.helper
 import onnx.numpy_helper
 
 from edgeprune.errors import REPORT, ExportError
 
-OPSET = 17
+OPSET, OPSET_FP8 = 17, 19
 REDUCTIONS = {
     f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 }
@@ -42,6 +43,33 @@ def lower_opset(model: onnx.ModelProto) -> None:
     del model.graph.initializer[:]
     model.graph.initializer.extend(weights)
     model.ir_version = 8  # the ONNX IR of opset 17
+
+
+def raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of an opset-17 graph in opset 19, which has FP8: the reverse of what `lower_opset` does to nodes.
+
+    Raises ExportError, naming the operator, for other operators that changed in opset 18.
+    """
+    out = onnx.ModelProto()
+    out.CopyFrom(model)
+    for node in out.graph.node:
+        axes = [a for a in node.attribute if a.name == "axes"]
+        if node.op_type in REDUCTIONS and axes:
+            name = "axes_" + "_".join(str(axis) for axis in axes[0].ints)
+            node.attribute.remove(axes[0])
+            node.input.append(name)
+            if all(tensor.name != name for tensor in out.graph.initializer):
+                values = np.array(axes[0].ints, np.int64)
+                out.graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+        elif node.op_type == "Split" and len(node.input) == 1:
+            node.attribute.append(onnx.helper.make_attribute("num_outputs", len(node.output)))
+        elif node.op_type in CHANGED_IN_18:
+            raise ExportError(f"{node.op_type} has no opset-{OPSET_FP8} form here: {REPORT}")
+    for opset in out.opset_import:
+        if opset.domain in ("", "ai.onnx"):
+            opset.version = OPSET_FP8
+    out.ir_version = 9  # the ONNX IR of opset 19
+    return out
 
 
 def _keep(node: onnx.NodeProto, name: str) -> None:

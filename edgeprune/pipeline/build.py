@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from edgeprune.bundles.format import check_out
+from edgeprune.errors import PrecisionError
 from edgeprune.images import normalise
 from edgeprune.pipeline.context import Context, Options, context_for
 from edgeprune.pipeline.evaluate import Evaluated, evaluate
@@ -18,7 +20,17 @@ from edgeprune.pipeline.profile import measured_staircase
 from edgeprune.pipeline.refine import Refined, refine
 from edgeprune.pipeline.scores import ScheduleScores
 from edgeprune.pipeline.write import bundle_from_onnx, noise_batch
-from edgeprune.records import BuildTrace, Manifest, ModelMetadata, Progress, Sample, Staircase, Trial, silent
+from edgeprune.records import (
+    BuildTrace,
+    Manifest,
+    ModelMetadata,
+    PrecisionResult,
+    Progress,
+    Sample,
+    Staircase,
+    Trial,
+    silent,
+)
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +44,7 @@ class Built:
     path: Path
     manifest: Manifest
     staircase: Staircase
+    precisions: tuple[PrecisionResult, ...] = ()  # what --precision auto tried
 
 
 def build(options: Options, progress: Progress = silent) -> Built:
@@ -39,18 +52,30 @@ def build(options: Options, progress: Progress = silent) -> Built:
     context = context_for(options, progress)
     check_out(context.out)
     with context.target.work.lock():
-        log.info("step 1 of 4: measuring the latency staircase of %s on %s", context.model.vit.name, options.device)
-        staircase = measured_staircase(context.target, context.model, (context.method,), options.exhaustive)
-        log.info("step 2 of 4: searching for a schedule (goal: %s), then building and timing the best", options.goal)
-        refined = refine(context, staircase, ScheduleScores(context))
-        log.info("step 3 of 4: measuring and evaluating the chosen schedule against the unpruned model")
-        evaluated = evaluate(context, refined.staircase, refined.schedule)
-        warn_if_missed(options.goal, evaluated.report)
-        log.info("step 4 of 4: writing the bundle %s", context.out)
-        return _written(context, refined, evaluated)
+        refined, evaluated = evaluated_schedule(context)
+        if evaluated.refused is not None:
+            raise PrecisionError(
+                f"{options.precision} is refused because {evaluated.refused}: build with --precision fp32 or auto"
+            )
+        return written(context, refined, evaluated)
 
 
-def _written(context: Context, refined: Refined, evaluated: Evaluated) -> Built:
+def evaluated_schedule(context: Context, wider: Sequence[str] | None = None) -> tuple[Refined, Evaluated]:
+    """All steps but the last: staircase, schedule, engine, measurement, fidelity. `wider` is as in `evaluate`."""
+    options = context.options
+    log.info("step 1 of 4: measuring the latency staircase of %s on %s", context.model.vit.name, options.device)
+    staircase = measured_staircase(context.target, context.model, (context.method,), options.exhaustive)
+    log.info("step 2 of 4: searching for a schedule (goal: %s), then building and timing the best", options.goal)
+    refined = refine(context, staircase, ScheduleScores(context))
+    log.info("step 3 of 4: measuring and evaluating the chosen schedule against the unpruned model")
+    evaluated = evaluate(context, refined.staircase, refined.schedule, wider)
+    warn_if_missed(options.goal, evaluated.report)
+    return refined, evaluated
+
+
+def written(context: Context, refined: Refined, evaluated: Evaluated) -> Built:
+    """The last step: write the bundle. Raises EngineError, OutputError."""
+    log.info("step 4 of 4: writing the bundle %s", context.out)
     pictures, batch = context.pictures, context.options.batch
     metadata = metadata_of(context.model, refined.schedule, pictures.files.class_names if pictures else None)
     if pictures is not None and evaluated.steadiest is not None:

@@ -92,6 +92,10 @@ class Context:
         """The same model, target and pictures with another method."""
         return replace(self, options=replace(self.options, method=method))
 
+    def at(self, precision: str) -> Context:
+        """The same model, target and pictures in another precision. Raises InputError, DeviceError."""
+        return replace(self, options=replace(self.options, precision=precision), target=self.target.at(precision))
+
     def needed_pictures(self) -> Pictures:
         """The pictures. Raises InputError if there are none."""
         if self.pictures is None:

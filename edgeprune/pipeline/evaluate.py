@@ -11,7 +11,7 @@ import msgspec
 import numpy as np
 
 from edgeprune import stats
-from edgeprune.errors import REPORT, ExportError, PrecisionError
+from edgeprune.errors import REPORT, ExportError
 from edgeprune.io import save_array, sha256_file
 from edgeprune.onnx_graph import attention_fusion
 from edgeprune.pipeline.context import Context
@@ -38,33 +38,47 @@ class Evaluated(NamedTuple):
     onnx: Path
     report: Report
     steadiest: NDArray[np.int64] | None
+    refused: str | None = None  # why its precision is not worth it
 
 
-def evaluate(context: Context, staircase: Staircase, schedule: Schedule) -> Evaluated:
+def evaluate(
+    context: Context, staircase: Staircase, schedule: Schedule, wider: Sequence[str] | None = None
+) -> Evaluated:
     """Compile, time with the unpruned model, and compare outputs on pictures that were not used to choose anything.
 
-    In fp16 and INT8 the unpruned model is timed in the same precision, outputs are compared with those of the
-    unpruned model in fp32, and the pruned model in fp32 shows what the precision gains and loses (`gate`). Raises
-    ExportError, EngineError, PrecisionError.
+    In fp16, INT8 and FP8 the unpruned model is timed in the same precision, and outputs are compared with those of
+    the unpruned model in fp32. The pruned model is also built and timed in the precisions `wider`, by default fp32
+    unless the precision is that or simulated, and must gain enough over each (`gate`). Raises ExportError,
+    EngineError.
     """
-    target = context.target
-    reference, exact = dense_onnx(context), pruned_onnx(context, schedule)
-    file, lowered = precise_onnx(context, exact), target.onnx_precision != "fp32"
+    target, options = context.target, context.options
+    lowered = target.onnx_precision != "fp32"
+    exact = context.at("fp32") if lowered else context
+    reference, whole_file = dense_onnx(context), pruned_onnx(context, schedule)
+    file = precise_onnx(context, whole_file)
     fusable = attention_fusion.expected(file, schedule, target.setup)
-    files = [file, exact] if lowered else [file]
-    measured = measured_engines(target, files, nominal_onnx(context, reference), context.options.rounds)
-    report = report_of(measured[0], schedule, staircase)
+    if wider is None:
+        wider = ("fp32",) if lowered else ()
+    others = [(other, precise_onnx(other, whole_file)) for other in map(context.at, wider)]
+    rivals = [(other.target, each) for other, each in others]
+    own, *slower = measured_engines(target, [file], nominal_onnx(context, reference), options.rounds, rivals)
+    report = report_of(own, schedule, staircase)
     report = msgspec.structs.replace(report, fusable_attention=fusable)
     pictures = context.pictures
     if pictures is None:
         return Evaluated(file, report, None)
-    dense, whole, pruned = (logits_on(context, pictures, each) for each in (reference, exact, file))
+    dense, whole = (logits_on(exact, pictures, each) for each in (reference, whole_file))
+    pruned = logits_on(context, pictures, file)
     steadiest = check_parity(context, pictures, schedule, whole)
     kept, held_out = pictures.held_out(schedule.method, target.onnx_precision)
     labels = pictures.labels(kept)
-    if lowered:
-        gate(target.setup.precision, context.options.goal, measured, pruned[kept], whole[kept], labels)
-    return Evaluated(file, with_fidelity(report, dense[kept], pruned[kept], labels, held_out), steadiest)
+    refused = None
+    for (other, each), measured in zip(others, slower, strict=True):
+        logits = logits_on(other, pictures, each)[kept]
+        names = (target.setup.precision, other.target.setup.precision)
+        refused = refused or gate(names, options.goal, (own, measured), pruned[kept], logits, labels)
+    report = with_fidelity(report, dense[kept], pruned[kept], labels, held_out)
+    return Evaluated(file, report, steadiest, refused)
 
 
 def with_fidelity(
@@ -109,35 +123,33 @@ def check_parity(
 
 
 def gate(
-    precision: str,
+    names: tuple[str, str],
     goal: Goal,
-    measured: Sequence[Measured],
+    measured: tuple[Measured, Measured],
     logits: NDArray[np.float32],
     exact: NDArray[np.float32],
     labels: Sequence[int] | None,
-) -> None:
-    """Raise PrecisionError if a precision is slower than fp32 or loses more accuracy than allowed.
+) -> str | None:
+    """Why a precision is not worth it: slower than a wider one, or it loses more than allowed; None where it is.
 
-    `measured` holds the latency in the precision, then in fp32; `logits` and `exact` (images, classes) are in the
-    precision and in fp32. The limit is the goal's --max-drop or MOST_LOST points of top-1, and MOST_CHANGED points
-    of agreement where there are no labels.
+    `names` and `measured` are of the precision and of the wider one, as `logits` and `exact` (images, classes). The
+    limit is the goal's --max-drop or MOST_LOST points of top-1, and MOST_CHANGED points of agreement where there are
+    no labels.
     """
-    lower, fp32 = (each.latency for each in measured)
-    gain, _ = stats.ratio(fp32.samples_ms, lower.samples_ms)
+    precision, wider = names
+    narrow, wide = (each.latency for each in measured)
+    gain, _ = stats.ratio(wide.samples_ms, narrow.samples_ms)
     if gain < 1:
-        times = f"{lower.median_ms:.3g} ms against {fp32.median_ms:.3g} ms in fp32"
-        raise PrecisionError(f"{precision} is refused because it is slower, {times}: build with --precision fp32")
+        return f"it is slower, {narrow.median_ms:.3g} ms against {wide.median_ms:.3g} ms in {wider}"
     if labels:
         lost, most, what = stats.top1(exact, labels) - stats.top1(logits, labels), MOST_LOST, "top-1"
         most = most if goal.max_drop is None else goal.max_drop
     else:
         lost, most, what = 100 - stats.agreement(exact, logits), MOST_CHANGED, "agreement"
     if lost > most:
-        raise PrecisionError(
-            f"{precision} is refused because it loses {lost:.2f} points of {what} against fp32 (limit {most}) for "
-            f"{gain:.2f}x: build with --precision fp32 or pass more --search-images"
-        )
-    log.info("%s: %.2fx faster than fp32, %.2f points of %s lost", precision, gain, lost, what)
+        return f"it loses {lost:.2f} points of {what} against {wider} (limit {most}) for {gain:.2f}x"
+    log.info("%s: %.2fx faster than %s, %.2f points of %s lost", precision, gain, wider, lost, what)
+    return None
 
 
 def logits_on(context: Context, pictures: Pictures, file: Path) -> NDArray[np.float32]:

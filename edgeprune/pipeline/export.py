@@ -38,7 +38,7 @@ def export_model(
 ) -> Path:
     """Write a pruned model or, without a schedule, the unpruned one, with metadata that describes it; returns `out`.
 
-    `pictures` are for INT8 calibration. With `tensorrt` INT8 is in the form that TensorRT reads
+    `pictures` are for the calibration of INT8 and FP8. With `tensorrt` INT8 is in the form that TensorRT reads
     and a cut beyond its limits is an error. Raises InputError, ExportError, OutputError.
     """
     from edgeprune.vit.export import onnx_of_schedule
@@ -49,8 +49,8 @@ def export_model(
         found = load(schedule, Schedule)
         if found.vit != vit:
             raise InputError(f"{schedule} was made for another model or other weights: make one for this model")
-    if precision == "int8" and pictures is None:
-        raise InputError("INT8 needs pictures for calibration: pass --images DIR|CSV")
+    if precision in ("int8", "fp8") and pictures is None:
+        raise InputError(f"{precision.upper()} needs pictures for calibration: pass --images DIR|CSV")
     kind = onnx_precision(precision, "trt" if tensorrt else "ort")
     metadata = metadata_of(model, found, pictures.class_names if pictures else None)
 

@@ -50,27 +50,42 @@ class MeasuredSchedule(NamedTuple):
         return self.measured.speedup
 
 
-def measured_engines(target: Target, files: Sequence[Path], dense: Path | None, rounds: int) -> list[Measured]:
-    """Latencies of the engines of ONNX files, timed in interleaved rounds together with the unpruned model `dense`.
+def interleaved(engines: Sequence[tuple[Target, Path]], rounds: int) -> list[Latency]:
+    """Latencies of the engines of ONNX files, each on its target (they differ in precision alone), in one session.
 
     The result is kept in the work folder under the hashes of the files. Raises EngineError, OutputError.
     """
+    target = engines[0][0]
     rounds = 1 if target.setup.noiseless else rounds
-    everything = [*files, *([dense] if dense else [])]
-    what = f"timing {len(everything)} engines, round"
+    what = f"timing {len(engines)} engines, round"
 
     def make(path: Path) -> None:
-        openers = dict(enumerate(target.opener(file) for file in everything))
+        openers = dict(enumerate(own.opener(file) for own, file in engines))
         warmup_ms = 0.0 if target.setup.noiseless else WARMUP_MS
         samples = interleave(openers, rounds, progress=target.progress, what=what, warmup_ms=warmup_ms)
-        write_bytes(path, msgspec.json.encode([samples[i] for i in range(len(everything))]))
+        write_bytes(path, msgspec.json.encode([samples[i] for i in range(len(engines))]))
 
-    parts = ([sha256_file(file) for file in everything], dense is not None, target.setup, rounds)
+    parts = ([(sha256_file(file), own.setup) for own, file in engines], rounds)
     path = target.work.step("latency", ".json", parts, make)
-    latencies = [
+    return [
         Latency(samples_ms=tuple(ms), warmup=WARMUP)
         for ms in msgspec.json.decode(read_bytes(path), type=list[list[float]])
     ]
+
+
+def measured_engines(
+    target: Target,
+    files: Sequence[Path],
+    dense: Path | None,
+    rounds: int,
+    rivals: Sequence[tuple[Target, Path]] = (),
+) -> list[Measured]:
+    """Engines of ONNX files, then `rivals` in other precisions, timed together with the unpruned model `dense`.
+
+    Raises EngineError, OutputError.
+    """
+    ends = [(target, dense)] if dense else []
+    latencies = interleaved([*((target, file) for file in files), *rivals, *ends], rounds)
     if dense is None:
         return [Measured(latency) for latency in latencies]
     unpruned = latencies.pop()

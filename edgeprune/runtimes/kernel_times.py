@@ -35,7 +35,8 @@ from edgeprune.errors import DeviceError
 from edgeprune.onnx_graph.operations import Attention, Elementwise, Matmul, Operation
 from edgeprune.records import Device, Simulation
 
-BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "int8": 1}
+BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "int8": 1, "fp8": 1}
+QUANTISED = ("int8", "fp8")
 # Rows and columns of a thread block's output: the tiles of CUTLASS's and TensorRT's kernels for these precisions.
 TILES = ((32, 64), (64, 32), (64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (256, 64), (128, 256), (256, 128))
 SPLITS = (1, 2, 4, 8)  # blocks that share the inner dimension of one tile
@@ -53,8 +54,8 @@ FUSES_FROM = (7, 5)  # oldest compute capability with TensorRT's fused attention
 def latency_ms(operations: Iterable[Operation], device: Device, precision: str) -> float:
     """Time of kernels one after another, in ms.
 
-    At int8 only linear layers of blocks are INT8, all else is fp16, as exported. Attention is one kernel at fp16 and
-    int8, three at fp32. `tf32` is fp32 as TensorRT runs it by default, which edgeprune never does; it is there for
+    At int8 and fp8 only linear layers of blocks are that, all else is fp16, as exported. Attention is one kernel at
+    these and at fp16, three at fp32. `tf32` is fp32 as TensorRT runs it by default, which edgeprune never does; it is there for
     comparison with published figures. Raises DeviceError for a device without a simulation or a precision it has no
     rate for.
     """
@@ -86,7 +87,7 @@ class _Gpu:
         self.model, self.sm_count = model_of(device, precision)
         rates = self.model.fma_per_clock_per_sm
         self.linear = precision  # of linear layers in blocks
-        self.other = "fp16" if precision == "int8" and "fp16" in rates else precision
+        self.other = "fp16" if precision in QUANTISED and "fp16" in rates else precision
         known = device.compute_capability
         recent = known is None or tuple(map(int, known.split("."))) >= FUSES_FROM
         self.fuses = self.other == "fp16" and recent
@@ -100,7 +101,7 @@ class _Gpu:
         if isinstance(operation, Matmul):
             kind = self.linear if operation.linear else self.other
             quantise_us = 0.0
-            if kind == "int8" and operation.quantises:  # reads the values of the other precision, writes INT8
+            if kind in QUANTISED and operation.quantises:  # reads the values of the other precision, writes one byte
                 quantise_us = self.time_us(Elementwise(operation.rows, ceil(1.5 * operation.inner)))
             return launch + quantise_us + self._matmul_us(operation, kind)
         if self.fuses:

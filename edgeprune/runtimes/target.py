@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import msgspec
 
 from edgeprune.defaults import WORK
 from edgeprune.devices import check_is_here, load_device
-from edgeprune.errors import InputError
+from edgeprune.errors import DeviceError, InputError
 from edgeprune.io import sha256_file
 from edgeprune.onnx_graph.precision import onnx_precision
 from edgeprune.records import Device, Progress, Setup, silent
 from edgeprune.runtimes import Runtime, runtime_for
 from edgeprune.runtimes.inference import Open
+from edgeprune.runtimes.kernel_times import model_of
 from edgeprune.runtimes.remote.runtime import RemoteRuntime
 from edgeprune.runtimes.remote.ssh import Host
 from edgeprune.runtimes.steps import WorkFolder
 
-PRECISIONS = ("fp32", "fp16", "int8")
+PRECISIONS = ("fp32", "fp16", "int8", "fp8")
+FP8_CAPABILITY = (8, 9)  # "Working with Quantized Types": FP8 products from compute capability 8.9 (Ada) on
+FP8_TENSORRT = 10  # the ONNX parser of 8.6 reads opset 17; FP8 is in opset 19
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,15 @@ class Target:
     def for_tensorrt(self) -> bool:
         """Must an ONNX file keep to TensorRT's limits? True for a simulated TensorRT device, too."""
         return self.setup.runtime == "trt" or (self.setup.simulated and self.device.runtime == "trt")
+
+    def at(self, precision: str) -> Target:
+        """The same target with another precision. Raises InputError, DeviceError where it has none."""
+        check_precision(precision, self.device)
+        if self.setup.simulated:
+            model_of(self.device, precision)
+        setup = msgspec.structs.replace(self.setup, precision=precision)
+        check_fp8(setup)
+        return replace(self, setup=setup)
 
     def engine(self, onnx: Path, *weights: str) -> Path:
         """The file that the runtime opens for an ONNX file: the same file, or the engine compiled from it.
@@ -65,10 +79,35 @@ def check_batch(batch: int) -> None:
         raise InputError(f"batch {batch} is not possible: use 1 or more")
 
 
-def check_precision(precision: str) -> None:
-    """Raise InputError for a precision that does not exist."""
+def check_precision(precision: str, device: Device | None = None) -> None:
+    """Raise InputError for a precision that does not exist, DeviceError for FP8 on a device without it."""
     if precision not in PRECISIONS:
         raise InputError(f"unknown precision {precision!r}: choose from {', '.join(PRECISIONS)}")
+    if precision == "fp8" and device is not None:
+        if device.runtime != "trt":
+            raise DeviceError(f"device {device.name} has no FP8, which needs TensorRT: choose fp32, fp16 or int8")
+        _check_capability(device.compute_capability, device.name)
+
+
+def check_fp8(setup: Setup) -> None:
+    """Raise DeviceError where a setup with precision fp8 cannot run it."""
+    if setup.precision != "fp8" or setup.simulated:
+        return
+    version = setup.runtime_version
+    if setup.runtime != "trt" or int(version.partition(".")[0]) < FP8_TENSORRT:
+        name = f"TensorRT {version}" if setup.runtime == "trt" else "ONNX Runtime"
+        raise DeviceError(f"{name} has no FP8: install TensorRT {FP8_TENSORRT} or later, or choose fp16 or int8")
+    _check_capability(setup.compute_capability, setup.device)
+
+
+def _check_capability(capability: str | None, device: str) -> None:
+    """Raise DeviceError for a compute capability below FP8_CAPABILITY; an unknown one (None) passes."""
+    if capability is not None and tuple(map(int, capability.split("."))) < FP8_CAPABILITY:
+        needed = ".".join(map(str, FP8_CAPABILITY))
+        raise DeviceError(
+            f"device {device} has no FP8: its compute capability is {capability}, FP8 needs {needed}: choose fp16 or "
+            "int8"
+        )
 
 
 def target_for(
@@ -86,8 +125,8 @@ def target_for(
     `lock_clocks` sets the clocks of `host` to their maximum. Raises DeviceError, MissingError, InputError, HostError.
     """
     check_batch(batch)
-    check_precision(precision)
     found = load_device(device)
+    check_precision(precision, found)
     runtime: Runtime
     if host is not None:
         if simulate:
@@ -97,4 +136,6 @@ def target_for(
         if not simulate:
             check_is_here(found)
         runtime = runtime_for(found, simulate)
-    return Target(found, runtime, runtime.setup(found, precision, batch), WorkFolder(work), progress)
+    setup = runtime.setup(found, precision, batch)
+    check_fp8(setup)
+    return Target(found, runtime, setup, WorkFolder(work), progress)

@@ -73,7 +73,7 @@ class TensorRT:
         try:
             with errors_of(str(onnx)):
                 plan = plan_from_onnx(
-                    onnx, setup.precision, self.options, workspace, self.free_bytes(), timing, logger, progress
+                    onnx, self.options, workspace, self.free_bytes(), timing, logger, progress
                 )
         finally:
             with writable(out):

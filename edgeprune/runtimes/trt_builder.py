@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from edgeprune.errors import EngineError, MissingError
 from edgeprune.io import replacing, writable
-from edgeprune.onnx_graph.graph import load_graph
+from edgeprune.onnx_graph.graph import load_graph, precision_of
 from edgeprune.onnx_graph.value_types import computed_in
 from edgeprune.records import Progress, TrtOptions, silent
 from edgeprune.runtimes.trt_layers import keep_islands
@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 OLDEST = (8, 6)  # JetPack 6.0; JetPack 5 has 8.5 and Python 3.8
 DEFAULT_LEVEL = 3  # TensorRT's own optimization level
 LEAST_FREE = 256 * MIB  # with less, no ViT can be built
-TYPES = {"fp32": (), "fp16": ("FP16",), "int8": ("FP16", "INT8")}  # what a weakly typed network may use
+# What a weakly typed network may use, by the precision of its file.
+TYPES = {"fp32": (), "fp16": ("FP16",), "int8": ("FP16", "INT8"), "fp8": ("FP16", "FP8")}
 
 
 def tensorrt() -> Any:
@@ -45,7 +46,6 @@ def tensorrt() -> Any:
 
 def plan_from_onnx(
     onnx: Path,
-    precision: str,
     options: TrtOptions,
     workspace: int,
     free_bytes: int,
@@ -70,7 +70,7 @@ def plan_from_onnx(
         raise EngineError(f"{onnx}: TensorRT {trt.__version__} cannot read it: {_parser_errors(parser, onnx)}")
     config = _config(trt, builder, options, workspace, timing_cache)
     if not is_strong(trt, options):
-        _weak_types(trt, network, config, onnx, precision)
+        _weak_types(trt, network, config, onnx)
     monitor = make_monitor(trt, progress)
     if hasattr(config, "progress_monitor"):
         config.progress_monitor = monitor
@@ -106,15 +106,16 @@ def _config(trt: Any, builder: Any, options: TrtOptions, workspace: int, timing_
     return config
 
 
-def _weak_types(trt: Any, network: Any, config: Any, onnx: Path, precision: str) -> None:
-    """Allow a weakly typed network the types of its precision, and keep its fp32 islands fp32."""
-    for flag in TYPES[precision]:
+def _weak_types(trt: Any, network: Any, config: Any, onnx: Path) -> None:
+    """Allow a weakly typed network the types of its file, and keep its fp32 islands fp32."""
+    graph = load_graph(onnx)
+    for flag in TYPES[precision_of(graph)]:
         if not hasattr(trt.BuilderFlag, flag):
             raise EngineError(
                 f"TensorRT {trt.__version__} has no {flag} flag: remove typing = 'weak' from the device file"
             )
         config.set_flag(getattr(trt.BuilderFlag, flag))
-    count = keep_islands(trt, network, config, computed_in(load_graph(onnx)))
+    count = keep_islands(trt, network, config, computed_in(graph))
     log.info("%s: %d layers are fixed to fp32", onnx, count)
 
 

@@ -16,18 +16,16 @@ from PIL import Image
 from support.builds import call, few_digits
 from support.computed import context_of
 
-from edgeprune.errors import ExportError, InputError
+from edgeprune.errors import ExportError, InputError, PrecisionError
 from edgeprune.images import load_images
 from edgeprune.onnx_graph.graph import onnx_precision_of
 from edgeprune.pipeline import export, onnx_files
 from edgeprune.pipeline.build import build
 from edgeprune.pipeline.compile import Inputs, check_for_tensorrt
 from edgeprune.pipeline.context import Options
-from edgeprune.pipeline.measure import Measured
 from edgeprune.pipeline.pictures import Pictures
 from edgeprune.records import Int8Ranges, Schedule
 from edgeprune.runtimes.target import target_for
-from edgeprune.scheduling.goals import Goal
 
 
 def test_build_and_export_calibrate_on_the_same_pictures(
@@ -65,10 +63,13 @@ def test_build_in_int8(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: py
     """All steps of a tiny random model; the gate is recorded but not obeyed: INT8 need not be faster here."""
     from edgeprune.bundles.format import load_bundle
 
-    compared: list[tuple[str, int]] = []
+    compared: list[tuple[str, str]] = []
 
-    def gate(precision: str, goal: Goal, measured: list[Measured], *_: object) -> None:
-        compared.append((precision, len(measured)))
+    def gate(names: tuple[str, str], *_: object) -> str | None:
+        compared.append(names)
+        return refusal
+
+    refusal: str | None = "it loses all"
 
     monkeypatch.setattr("edgeprune.pipeline.evaluate.gate", gate)
     monkeypatch.setattr("edgeprune.images.CALIBRATION_IMAGES", 4)
@@ -79,9 +80,12 @@ def test_build_in_int8(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: py
         method="topk", policy="paper", block=1, rounds=3, neighbours=0,
         work=tmp_path / "work", out=tmp_path / "bundle", calib=tmp_path / "calib",
     )  # fmt: skip
+    with pytest.raises(PrecisionError, match="int8 is refused because it loses all: build with --precision fp32"):
+        build(options)
+    refusal = None
     built = build(options)
     manifest = load_bundle(built.path)
-    assert manifest.engine.setup.precision == "int8" and compared == [("int8", 2)]
+    assert manifest.engine.setup.precision == "int8" and {*compared} == {("int8", "fp32")}
     operators = {node.op_type for node in onnx.load(built.path / "model.onnx").graph.node}
     assert {"QuantizeLinear", "DequantizeLinear"} <= operators
     assert list((tmp_path / "calib").glob("int8-*.json"))

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
+from support.records import SETUP
 
 import edgeprune
+from edgeprune.devices import load_device
+from edgeprune.errors import DeviceError
 from edgeprune.io import code_key
-from edgeprune.runtimes.target import target_for
+from edgeprune.runtimes.target import check_fp8, check_precision, target_for
 
 PLACE = """
 from pathlib import Path
@@ -55,3 +61,56 @@ def test_finished_step_is_made_again_by_other_code(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr("edgeprune.runtimes.steps.code_key", lambda key=key: key)
         target.work.step("model", ".onnx", ("parts",), make)
     assert len(made) == len({*made}) == 2
+
+
+@pytest.mark.parametrize(
+    ("device", "reason"),
+    [
+        ("orin-nano", "device orin-nano has no FP8: its compute capability is 8.7, FP8 needs 8.9: choose fp16 or int8"),
+        ("cpu", "device cpu has no FP8, which needs TensorRT: choose fp32, fp16 or int8"),
+    ],
+)
+def test_fp8_is_refused_where_a_device_has_none(device: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(DeviceError, match=f"^{re.escape(reason)}$"):
+        target_for(device, "fp8", simulate=device != "cpu", work=tmp_path)
+    for other in ("jetson-thor", "h100"):
+        assert target_for(other, "fp8", simulate=True, work=tmp_path).onnx_precision == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "version", "capability", "reason"),
+    [
+        ("trt", "8.6.2", "9.0", "TensorRT 8.6.2 has no FP8: install TensorRT 10 or later"),
+        ("ort-cuda", "1.23.2", None, "ONNX Runtime has no FP8: install TensorRT 10"),
+        ("trt", "10.3.0", "8.6", "its compute capability is 8.6"),
+        ("trt", "10.13.3.9", "11.0", None),
+        ("trt", "10.3.0", "8.9", None),
+    ],
+)
+def test_fp8_is_refused_by_what_is_found_on_the_machine(
+    runtime: str, version: str, capability: str | None, reason: str | None
+) -> None:
+    """As --device cuda, of which the device file says nothing, and over ssh."""
+    setup = msgspec.structs.replace(
+        SETUP, device="cuda", precision="fp8", runtime=runtime, runtime_version=version, compute_capability=capability
+    )
+    check_precision("fp8", load_device("cuda"))
+    if reason is None:
+        check_fp8(setup)
+    else:
+        with pytest.raises(DeviceError, match=reason):
+            check_fp8(setup)
+    check_fp8(msgspec.structs.replace(setup, precision="int8"))
+
+
+def test_another_precision_of_a_target_is_as_if_asked_for(tmp_path: Path) -> None:
+    first = target_for("h100", simulate=True, work=tmp_path)
+    for precision in ("fp16", "int8", "fp8"):
+        assert first.at(precision).setup == target_for("h100", precision, simulate=True, work=tmp_path).setup
+    with pytest.raises(DeviceError, match="no FP8"):
+        target_for("orin-nano", simulate=True, work=tmp_path).at("fp8")
+    assert first.device.simulation is not None
+    slow = msgspec.structs.replace(first.device.simulation, fma_per_clock_per_sm={"fp32": 128})
+    device = msgspec.structs.replace(first.device, simulation=slow)
+    with pytest.raises(DeviceError, match="no rate for 'int8'"):
+        replace(first, device=device).at("int8")

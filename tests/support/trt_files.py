@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,18 +17,18 @@ from edgeprune.defaults import METHODS
 from edgeprune.onnx_graph.precision import CONVERSIONS, onnx_precision
 
 BATCHES = (1, 4)
-PRECISIONS = tuple(onnx_precision(name, "trt") for name in ("fp32", "fp16", "int8"))
+PRECISIONS = tuple(onnx_precision(name, "trt") for name in ("fp32", "fp16", "int8", "fp8"))
 CUTS = (13, 9)  # tokens that leave the first cut and the second, of 17
 
 
-def every() -> Any:
+def every(precisions: Sequence[str] = PRECISIONS) -> Any:
     """Parametrises a test by method, prefix_last, batch and precision."""
     cases = [
         pytest.param(m, last, batch, precision, id=f"{m}-{'prefix' if last else 'whole'}-{batch}-{precision}")
         for m in METHODS
         for last in (True, False)
         for batch in BATCHES
-        for precision in PRECISIONS
+        for precision in precisions
     ]
     return pytest.mark.parametrize(("method", "prefix_last", "batch", "precision"), cases)
 

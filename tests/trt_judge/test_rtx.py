@@ -17,6 +17,7 @@ from support.trt_files import PRECISIONS, controls, converted, every, topk
 
 from edgeprune.errors import ExportError
 from edgeprune.onnx_graph.graph import MOST_SORTED, fix_tokens, save_apart, sorts_or_raise
+from edgeprune.onnx_graph.precision import QUANTISED
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has no wheel for this Python or machine")
 
@@ -47,8 +48,9 @@ def test_every_file_is_built(
     assert kinds["TOPK"] == wanted["TopK"] + wanted["ArgMax"] and kinds["SOFTMAX"] == wanted["Softmax"]
     assert kinds["NORMALIZATION"] == wanted["LayerNormalization"]
     assert kinds["QUANTIZE"] == wanted["QuantizeLinear"] and kinds["DEQUANTIZE"] == wanted["DequantizeLinear"]
-    assert (kinds["QUANTIZE"] > 0) is (precision == "int8-fp16")
+    assert (kinds["QUANTIZE"] > 0) is (precision in QUANTISED)
     elements = {"FLOAT": TensorProto.FLOAT, "HALF": TensorProto.FLOAT16, "INT8": TensorProto.INT8}
+    elements["FP8"] = TensorProto.FLOAT8E4M3FN
     values = {v.name: v.type.tensor_type for v in (*model.graph.value_info, *model.graph.output)}
     compared = 0
     for _, _, outputs in found["layers"]:

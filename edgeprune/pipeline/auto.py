@@ -1,0 +1,116 @@
+"""`--precision auto`: a build in every precision that the device has; the fastest that loses little is kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import msgspec
+
+from edgeprune.bundles.format import check_out
+from edgeprune.errors import DeviceError, EngineError, ExportError, MissingError, ScheduleError
+from edgeprune.pipeline.build import Built, evaluated_schedule, written
+from edgeprune.pipeline.context import Context, Options, context_for
+from edgeprune.pipeline.evaluate import Evaluated
+from edgeprune.pipeline.measure import Measured, interleaved, meets
+from edgeprune.pipeline.refine import Refined
+from edgeprune.records import PrecisionResult, Progress, silent
+from edgeprune.runtimes.target import PRECISIONS
+from edgeprune.scheduling.goals import Goal
+
+log = logging.getLogger(__name__)
+
+BITS = {"fp32": 32, "fp16": 16, "int8": 8, "fp8": 8}
+# What keeps one precision from being built; anything else ends the whole build.
+OBSTACLES = (DeviceError, EngineError, ExportError, MissingError, ScheduleError)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A build in one precision that lacks nothing but its bundle."""
+
+    context: Context
+    refined: Refined
+    evaluated: Evaluated
+
+
+def build_fastest(options: Options, progress: Progress = silent) -> Built:
+    """Build in every precision and write the bundle of the best (`best_of`); `options.precision` does not count.
+
+    A precision is accepted if the same schedule in the next wider accepted one, and in fp32, is slower and little
+    better (`evaluate.gate`). All that were built are then timed together. Raises any EdgepruneError; what keeps a
+    precision other than fp32 from being built is its reason in `Built.precisions` instead.
+    """
+    first = context_for(replace(options, precision=PRECISIONS[0]), progress)
+    first.needed_pictures()
+    with first.target.work.lock():
+        results: list[PrecisionResult] = []
+        built: dict[str, Candidate] = {}
+        obstacles: list[Exception] = []
+        for precision in PRECISIONS:
+            log.info("precision auto: %s", precision)
+            try:
+                candidate = _candidate(first, precision, results)
+            except OBSTACLES as error:
+                if precision == PRECISIONS[0] and not isinstance(error, ScheduleError):
+                    raise
+                obstacles.append(error)
+                results.append(PrecisionResult(precision=precision, reason=str(error)))
+            else:
+                built[precision] = candidate
+                results.append(result_of(precision, candidate.evaluated))
+        if not any(result.accepted for result in results):
+            raise next(error for error in reversed(obstacles) if isinstance(error, ScheduleError))
+        engines = [(each.context.target, each.evaluated.onnx) for each in built.values()]
+        latencies = dict(zip(built, interleaved(engines, options.rounds), strict=True))
+        timed = [msgspec.structs.replace(r, latency=latencies.get(r.precision)) for r in results]
+        best = best_of(timed, options.goal)
+        log.info("precision auto: keeping %s", best)
+        chosen = built[best]
+        finished = written(chosen.context, chosen.refined, chosen.evaluated)
+        return replace(finished, precisions=explained(timed, best, options.goal))
+
+
+def _candidate(first: Context, precision: str, results: Sequence[PrecisionResult]) -> Candidate:
+    """Everything but the bundle in one precision; `results` are those of the precisions before."""
+    context = first.at(precision)
+    check_out(context.out)
+    return Candidate(context, *evaluated_schedule(context, wider_of(precision, results)))
+
+
+def wider_of(precision: str, results: Sequence[PrecisionResult]) -> tuple[str, ...]:
+    """What a precision is judged against: the next wider one that was accepted, and fp32."""
+    accepted = [r.precision for r in results if r.accepted and BITS[r.precision] > BITS[precision]]
+    return tuple(dict.fromkeys([*accepted[-1:], PRECISIONS[0]])) if precision != PRECISIONS[0] else ()
+
+
+def result_of(precision: str, evaluated: Evaluated) -> PrecisionResult:
+    """The result of a build that was evaluated, without its latency."""
+    report, refused = evaluated.report, evaluated.refused
+    return PrecisionResult(
+        precision=precision, top1=report.top1, agreement=report.agreement, kl=report.kl,
+        accepted=refused is None, reason=refused,
+    )  # fmt: skip
+
+
+def best_of(results: Sequence[PrecisionResult], goal: Goal) -> str:
+    """The fastest accepted precision; for a latency budget the one with the lowest KL that keeps to it.
+
+    Each precision has its own schedule. All schedules for a budget are about as fast, and a faster precision prunes
+    less for it.
+    """
+    accepted = [(r, r.latency) for r in results if r.accepted and r.latency is not None]
+    if goal.budget_ms is not None:
+        met = [(r, latency) for r, latency in accepted if meets(goal, Measured(latency))]
+        if met:
+            return min(met, key=lambda pair: (pair[0].kl or 0.0, pair[1].median_ms))[0].precision
+    return min(accepted, key=lambda pair: pair[1].median_ms)[0].precision
+
+
+def explained(results: Sequence[PrecisionResult], best: str, goal: Goal) -> tuple[PrecisionResult, ...]:
+    """The results, with a reason for each that was accepted but not chosen."""
+    why = f"{best} is faster" if goal.budget_ms is None else f"{best} is better for the budget"
+    return tuple(
+        msgspec.structs.replace(r, reason=why) if r.accepted and r.precision != best else r for r in results
+    )
