@@ -23,10 +23,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(path) for path in (ROOT, ROOT / "benchmarks") if str(path) not in sys.path]
 
-from edgeprune.errors import EdgepruneError  # noqa: E402
 from gpu_steps import checks, green_context, latencies  # noqa: E402
 from gpu_steps.report import markdown  # noqa: E402
 from gpu_steps.run import Run, carried_out  # noqa: E402
+
+from edgeprune.errors import EdgepruneError  # noqa: E402
 
 STEPS = {
     1: ("smoke tests", checks.smoke),
@@ -39,21 +40,35 @@ STEPS = {
     8: ("every command of the device half", checks.commands),
 }
 SECONDS = 480  # of a call, after which no part and no build is begun
-EMBEDDED, PARITY_MODEL, LATENCY_MODELS = "vit_digits", "vit_tiny_patch16_224", ("vit_small_patch16_224", "vit_base_patch16_224")
+PARITY_MODEL, LATENCY_MODELS = "vit_tiny_patch16_224", ("vit_small_patch16_224", "vit_base_patch16_224")
 
 
 def prepare(kit: Path, weights: str | None, images: Path | None) -> dict[str, Any]:
     """Write the kit: the embedded model and ViT-Tiny for parity, ViT-S and ViT-B with random weights for latency."""
-    from edgeprune import zoo
-    from edgeprune.vit.models import load_model
     from gpu_steps.prepare import prepare_latency, prepare_parity
 
-    prepare_parity(kit, load_model(EMBEDDED), zoo.images_dir() / "labels.csv")
+    from edgeprune.vit.models import load_model
+
+    prepare_tests(kit)
     prepare_parity(kit, load_model(PARITY_MODEL, weights or "random"), images)
     for name in LATENCY_MODELS:
         prepare_latency(kit, load_model(name, "random"))
     files = [path for path in kit.rglob("*") if path.is_file()]
     return {"kit": str(kit), "files": len(files), "mib": round(sum(f.stat().st_size for f in files) / 2**20, 1)}
+
+
+def prepare_tests(kit: Path) -> dict[str, Any]:
+    """Write what tests/gpu needs: the embedded model, also as `export --trunk` writes it."""
+    from gpu_steps.prepare import prepare_parity
+
+    from edgeprune import zoo
+    from edgeprune.vit.models import load_model
+    from edgeprune.vit.profiling_models import export_profiling_models
+
+    model = load_model(zoo.EMBEDDED)
+    prepare_parity(kit, model, zoo.images_dir() / "labels.csv")
+    export_profiling_models(model, ("pomt", "fold"), 1, kit / zoo.EMBEDDED / "probes", "fp16", tensorrt=True)
+    return {"kit": str(kit)}
 
 
 def step(number: int, run: Run) -> dict[str, Any]:
@@ -64,7 +79,10 @@ def step(number: int, run: Run) -> dict[str, Any]:
     title, parts_of = STEPS[number]
     found = carried_out(run, number, title, parts_of(run))
     keys = ("step", "title", "complete", "left", "skipped", "failed", "seconds")
-    return {key: found[key] for key in keys} | {"done": len(found["parts"]), "file": str(run.out / f"step-{number}.json")}
+    return {key: found[key] for key in keys} | {
+        "done": len(found["parts"]),
+        "file": str(run.out / f"step-{number}.json"),
+    }
 
 
 def infer(engine: Path) -> dict[str, Any]:
@@ -80,6 +98,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prepare", type=Path, metavar="KIT")
+    what.add_argument("--prepare-tests", type=Path, metavar="KIT", help="only what tests/gpu needs")
     what.add_argument("--step", type=int, choices=STEPS, metavar="N")
     what.add_argument("--report", type=Path, metavar="DIR")
     what.add_argument("--infer", type=Path, metavar="ENGINE", help=argparse.SUPPRESS)
@@ -107,6 +126,8 @@ def main(given: list[str] | None = None) -> int:
     try:
         if args.prepare:
             result = prepare(args.prepare, args.weights, args.images)
+        elif args.prepare_tests:
+            result = prepare_tests(args.prepare_tests)
         elif args.report:
             print(markdown(args.report))
             result = {"report": str(args.report)}

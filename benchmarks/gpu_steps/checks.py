@@ -119,7 +119,7 @@ def parity(run: Run) -> Parts:
 def pictures_of(folder: Path) -> tuple[Any, Any]:
     """Normalised pictures (images, 3, P, P) of a kit, and labels or None."""
     with np.load(folder / "pictures.npz") as held:
-        pixels, labels = held["pixels"], held["labels"] if "labels" in held else None
+        pixels, labels = held["pixels"], held.get("labels", None)
     return normalise(pixels, load(folder / "preprocessing.json", Preprocessing)), labels
 
 
@@ -239,7 +239,9 @@ def kernels_in(text: str) -> list[dict[str, Any]]:
         if row.get("Metric Name") == "gpu__time_duration.sum":
             unit = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3}
             times[row["Kernel Name"]].append(float(row["Metric Value"].replace(",", "")) * unit[row["Metric Unit"]])
-    rows = [{"name": name[:160], "launches": len(each), "total_us": round(sum(each), 2)} for name, each in times.items()]
+    rows = [
+        {"name": name[:160], "launches": len(each), "total_us": round(sum(each), 2)} for name, each in times.items()
+    ]
     return sorted(rows, key=lambda row: -float(row["total_us"]))  # type: ignore[arg-type]
 
 
@@ -300,7 +302,8 @@ def commands(run: Run) -> Parts:
 
         def compiled(folder: Path = folder, bundle: Path = bundle, options: tuple[Any, ...] = options) -> Any:
             kind = run.target("fp16", 1).onnx_precision
-            pair = [onnx_in(folder, variant(method, True, 1), kind, run.work) for method in ("fold", "none")]
+            names = variant("fold", True, 1), variant("none", False, 1)
+            pair = [onnx_in(folder, name, kind, run.work) for name in names]
             return command("compile", pair[0], "--dense", pair[1], *options, "--out", bundle)
 
         name = folder.name

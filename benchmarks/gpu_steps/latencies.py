@@ -209,7 +209,9 @@ def cuts(run: Run, folder: Path, batch: int) -> Any:
         together = zip(samples[name], samples[entering], samples[leaving], strict=True)
         added = [1e3 * (c - share * full - (1 - share) * less) for c, full, less in together]
         row = {"method": method, "entering": entering, "leaving": leaving, "added_us": float(np.median(added))}
-        rows.append(row | {"interval_us": stats.median_interval(added), "block_us": 1e3 * float(np.median(samples[entering]))})
+        rows.append(
+            row | {"interval_us": stats.median_interval(added), "block_us": 1e3 * float(np.median(samples[entering]))}
+        )
     order = {method: place for place, method in enumerate(REDUCERS)}
     rows.sort(key=lambda row: (-int(str(row["entering"])), order.get(str(row["method"]), 99)))
     return {"rows": rows, "errors": {spec.name: text for spec, text in errors.items()}}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,27 +15,29 @@ from typing import Any
 import numpy as np
 import onnx
 import onnxruntime
+import torch
 from onnx import TensorProto
 
 from edgeprune.defaults import REDUCERS
 from edgeprune.images import load_images, load_pixels, normalise
 from edgeprune.io import load, replacing, save
+from edgeprune.latency.profiling import cut_pairs
 from edgeprune.onnx_graph.calibration import calibrated
 from edgeprune.onnx_graph.graph import ALIGNED_BYTES, OUTSIDE_BYTES, linear_layers
 from edgeprune.pipeline.export import metadata_of
 from edgeprune.records import Int8Ranges, Schedule, Vit
 from edgeprune.scheduling.goals import single_cut
-from edgeprune.vit.export import onnx_of_schedule
+from edgeprune.vit.export import onnx_from_module, onnx_of_schedule, trunk_from_module
 from edgeprune.vit.fidelity import logits_of_schedule
 from edgeprune.vit.models import Model
-from edgeprune.vit.profiling_models import export_profiling_models
+from edgeprune.vit.pruned import CutBlock, Trunk
+from edgeprune.vit.reducers import reducer_named
 from gpu_steps.kit import ABOUT, LATENCY, PARITY, STORE, pruned, ranking_graph, read_json, variant, write_json
 
 PICTURES = 64
 CALIBRATION = 16  # pictures for INT8
 QUARTERS = (0.75, 0.55, 0.35)  # of all tokens after each quarter of the blocks, for parity
 PERCENTS = (70, 50)  # of all tokens after one cut, for latency
-PROFILED = ("block", "dense")  # what step 5 and 7 time besides cuts
 Store = dict[str, Any]
 
 
@@ -66,24 +68,39 @@ def prepare_parity(
             logits[variant(method, prefix_last, 0)] = logits_of_schedule(model, method, tokens, pixels, prefix_last)
     _save_arrays(folder / "logits.npz", logits)
     images_in = normalise(pixels, model.preprocessing)
-    _save_arrays(folder / "ranking.npz", {m: _ranking(folder, variant(m, False, batches[0]), images_in) for m in methods})
+    _save_arrays(
+        folder / "ranking.npz", {m: _ranking(folder, variant(m, False, batches[0]), images_in) for m in methods}
+    )
 
 
 def prepare_latency(
-    kit: Path, model: Model, methods: Sequence[str] = REDUCERS, batches: Sequence[int] = (1, 8, 32)
+    kit: Path,
+    model: Model,
+    methods: Sequence[str] = REDUCERS,
+    batches: Sequence[int] = (1, 8, 32),
+    percents: Sequence[int] = PERCENTS,
 ) -> None:
     """One block with a symbolic token axis, the unpruned model, cuts, and models with one cut; without weights."""
-    folder, vit = kit / model.vit.name, model.vit
+    folder, vit, family = kit / model.vit.name, model.vit, model.family
     store = _store(folder, model, LATENCY, random=True)
+    blocks: Any = model.module.blocks
+    middle = blocks[vit.depth // 2]
     for batch in batches:
-        if not (folder / f"dense-b{batch}.onnx").exists():
-            with tempfile.TemporaryDirectory(dir=folder) as scratch:
-                export_profiling_models(model, methods, batch, Path(scratch), tensorrt=True)
-                files = [p for p in sorted(Path(scratch).glob("*.onnx")) if p.stem.partition("-")[0] in ("cut", *PROFILED)]
-                for file in sorted(files, key=lambda p: p.stem == "dense"):
-                    _pack(file, folder / f"{file.stem}-b{batch}.onnx", store)
+        stream = torch.zeros(batch, vit.tokens, vit.width)
+        _export(
+            folder, f"block-b{batch}", store, lambda p, s=stream: trunk_from_module(Trunk([middle], family), s, p)
+        )
+        _whole(
+            folder, model, _schedule(vit, "none", (vit.tokens,) * vit.depth, False), batch, f"dense-b{batch}", store
+        )
         for method in methods:
-            for percent in PERCENTS:
+            for entering, leaving in cut_pairs(vit):
+                cut = CutBlock(middle, family, vit, leaving, reducer_named(method))  # type: ignore[arg-type]
+                _export(
+                    folder, f"cut-{method}-{entering}-{leaving}-b{batch}", store,
+                    lambda p, c=cut, s=stream[:, :entering]: onnx_from_module(c, s, p, ("x", "y"), tensorrt=True),
+                )  # fmt: skip
+            for percent in percents:
                 tokens = single_cut(vit, vit.depth // 4, max(vit.tokens * percent // 100, vit.prefix + 2))
                 schedule = _schedule(vit, method, tokens, vit.prefix_pooled)
                 _whole(folder, model, schedule, batch, pruned(method, percent, batch), store)
@@ -146,16 +163,22 @@ def _pack(source: Path, out: Path, store: Store) -> None:
 
 
 def _whole(folder: Path, model: Model, schedule: Schedule, batch: int, name: str, store: Store) -> None:
-    out = folder / f"{name}.onnx"
-    if out.exists():
-        return
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        file = Path(scratch) / "model.onnx"
+    def export(file: Path) -> None:
         onnx_of_schedule(
             model, schedule.method, schedule.tokens, schedule.prefix_last, batch, file,
             metadata=metadata_of(model, schedule, None), tensorrt=True,
         )  # fmt: skip
-        _pack(file, out, store)
+
+    _export(folder, name, store, export)
+
+
+def _export(folder: Path, name: str, store: Store, export: Callable[[Path], None]) -> None:
+    """Write a graph into the kit unless it is there."""
+    out = folder / f"{name}.onnx"
+    if not out.exists():
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            export(Path(scratch) / "model.onnx")
+            _pack(Path(scratch) / "model.onnx", out, store)
 
 
 def _pictures(folder: Path, model: Model, images: Path | None, count: int) -> Any:

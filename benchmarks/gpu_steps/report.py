@@ -78,7 +78,9 @@ def _kernels(name: str, part: Row) -> list[str]:
 
 
 def _timings(name: str, part: Row) -> list[str]:
-    rows = [[way, *(_number(ms[key], 4) for key in ("median", "low", "high", "p99"))] for way, ms in part["ms"].items()]
+    rows = [
+        [way, *(_number(ms[key], 4) for key in ("median", "low", "high", "p99"))] for way, ms in part["ms"].items()
+    ]
     return [f"{name}, {part['samples']} samples", "", *_table("way | median, ms | low | high | p99", rows)]
 
 
