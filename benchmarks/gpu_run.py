@@ -4,9 +4,10 @@ python benchmarks/gpu_run.py --prepare KIT [--weights FILE --images CSV]     bef
 python benchmarks/gpu_run.py --step N --kit KIT --out DIR [--device D]       there, N from 1 to 8
 python benchmarks/gpu_run.py --report DIR                                    Markdown from DIR/step-N.json
 
-EDGEPRUNE_GPU_WORK names a folder for engines that stays between calls (default: OUT/work). A step writes OUT/step-N.json after each
-of its parts; called again, it goes on with the parts that are not finished. The last line of stdout is one JSON object. --device cpu
-rehearses all but the GPU. --sm-limit 8 keeps the process to 8 of the GPU's SMs and writes to OUT/sm-8.
+EDGEPRUNE_GPU_WORK names a folder for engines that stays between calls (default: OUT/work). A step writes
+OUT/step-N.json after each of its parts; called again, it goes on with the parts that are not finished. The last line
+of stdout is one JSON object. --device cpu rehearses all but the GPU. --sm-limit 8 keeps the process to 8 of the GPU's
+SMs and writes to OUT/sm-8.
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -54,6 +56,9 @@ def prefix_only(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[An
     from edgeprune.vit.export import onnx_of_schedule
 
     model, path = tiny("cls"), tmp_path_factory.mktemp("prefix") / "model.onnx"
+    module = copy.deepcopy(model.module)
+    module.blocks[-1].attn.qkv.weight.data[:96] *= 6  # queries and keys: attention as selective as a trained model's
+    model = replace(model, module=module)
     schedule = Schedule(vit=model.vit, method="fold", policy="search", tokens=(13, 9, 9), prefix_last=True)
     onnx_of_schedule(model, "fold", schedule.tokens, True, 1, path)
     return model, schedule, onnx.shape_inference.infer_shapes(onnx.load(path))
@@ -71,11 +76,9 @@ def test_parity_catches_wrong_products_of_one_row(
     model, schedule, graph = prefix_only
     graph = onnx.ModelProto.FromString(graph.SerializeToString())
     shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.graph.value_info}
-    products = [
-        n for n in graph.graph.node if n.op_type == "MatMul" and shapes.get(n.output[0], [0, 0])[-2:-1] == [1]
-    ]
-    products = [n for n in products if len(shapes[n.output[0]]) == 4]
-    assert len(products) == 2 and shapes[products[0].output[0]][-1] == 9, "they are where the ONNX computes one row"
+    rows = [n for n in graph.graph.node if n.op_type == "MatMul" and shapes.get(n.output[0], [0])[-2:-1] == [1]]
+    products = [n for n in rows if len(shapes[n.output[0]]) == 4][-2:]  # fold weighs queries by a row, too
+    assert [shapes[n.output[0]][-1] for n in products] == [9, 16], "scores over 9 tokens, values of 16 channels"
     if product is not None:
         name = products[product].output[0]
         products[product].output[0] = "right"
