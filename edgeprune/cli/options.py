@@ -34,7 +34,8 @@ Precision = Annotated[str, typer.Option(help="fp32 | fp16 | int8 | fp8")]
 AnyPrecision = Annotated[
     str,
     typer.Option(
-        "--precision", help="fp32 | fp16 | int8 | fp8 | auto: builds all that the device has, keeps the fastest good one"
+        "--precision",
+        help="fp32 | fp16 | int8 | fp8 | auto: builds all that the device has, keeps the fastest good one",
     ),
 ]
 Batch = Annotated[int, typer.Option(help="images per inference")]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 
 import onnx
 
-from edgeprune.onnx_graph.fp16 import fp16
 from edgeprune.onnx_graph.fp8 import fp8
+from edgeprune.onnx_graph.fp16 import fp16
 from edgeprune.onnx_graph.int8 import int8, int8_on_fp16
 
 Convert = Callable[[onnx.ModelProto], onnx.ModelProto]

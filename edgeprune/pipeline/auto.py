@@ -111,6 +111,4 @@ def best_of(results: Sequence[PrecisionResult], goal: Goal) -> str:
 def explained(results: Sequence[PrecisionResult], best: str, goal: Goal) -> tuple[PrecisionResult, ...]:
     """The results, with a reason for each that was accepted but not chosen."""
     why = f"{best} is faster" if goal.budget_ms is None else f"{best} is better for the budget"
-    return tuple(
-        msgspec.structs.replace(r, reason=why) if r.accepted and r.precision != best else r for r in results
-    )
+    return tuple(msgspec.structs.replace(r, reason=why) if r.accepted and r.precision != best else r for r in results)

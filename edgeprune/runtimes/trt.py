@@ -72,9 +72,7 @@ class TensorRT:
         workspace = (setup.workspace_mib or self.options.workspace_mib) * MIB
         try:
             with errors_of(str(onnx)):
-                plan = plan_from_onnx(
-                    onnx, self.options, workspace, self.free_bytes(), timing, logger, progress
-                )
+                plan = plan_from_onnx(onnx, self.options, workspace, self.free_bytes(), timing, logger, progress)
         finally:
             with writable(out):
                 out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,9 @@
 """On a real NVIDIA GPU with TensorRT and pycuda: engines, logits, fused attention, timing, steps, and every command.
 
-pytest -m gpu tests/gpu. EDGEPRUNE_GPU_FIXTURES is a folder that prepare.py wrote; without it one is made, which needs
-torch. EDGEPRUNE_DEVICE is a device or its .toml (kit.toml for a TensorRT 8.6 without cuDNN and cuBLAS).
-EDGEPRUNE_GPU_STAND_IN=8.6.0 runs on a machine without a GPU what a fake TensorRT of that version can answer.
+pytest tests/gpu. EDGEPRUNE_GPU_KIT is what `benchmarks/gpu_run.py --prepare` wrote; without it the part that these
+tests need is made, which takes torch. EDGEPRUNE_GPU_WORK keeps it, engines and samples, so that a second call goes on
+where the first ended. EDGEPRUNE_DEVICE is a device or its .toml (kit.toml for a TensorRT 8.6 without cuDNN and
+cuBLAS). EDGEPRUNE_GPU_STAND_IN=8.6.0 runs on a machine without a GPU what a fake TensorRT of that version can answer.
 """
 
 from __future__ import annotations
@@ -19,24 +20,29 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.paths import GPU
+from gpu_steps.checks import pictures_of
+from gpu_steps.kit import PARITY, in_batches, models_for, onnx_in, variant
+from gpu_steps.run import EngineSpec, Run, opened
+from support.paths import ROOT
 
 from edgeprune import devices, stats, zoo
 from edgeprune.bundles.format import load_bundle
+from edgeprune.defaults import METHODS
 from edgeprune.latency import timing as measure
 from edgeprune.latency.profiling import staircase_of_folder
 from edgeprune.latency.staircase import treads
 from edgeprune.onnx_graph.attention_fusion import expected
-from edgeprune.onnx_graph.graph import input_shape, load_graph, metadata_in
-from edgeprune.runtimes import Session
-from edgeprune.runtimes.target import Target, target_for
+from edgeprune.onnx_graph.graph import metadata_in
+from edgeprune.runtimes.target import PRECISIONS
 from edgeprune.runtimes.trt_session import TrtSession
 
 pytestmark = pytest.mark.gpu
 
 DEVICE = os.environ.get("EDGEPRUNE_DEVICE", "cuda")
 STAND_IN = os.environ.get("EDGEPRUNE_GPU_STAND_IN")
-ENGINES = [(precision, name) for precision in ("fp32", "fp16") for name in ("dense", "pomt", "fold")]
+BATCHES = (1, 4)
+SMOKE = ("none-prefix-b1", "fp16")  # the engine of the smoke tests
+LOST = {"fp16": (90, 0.05), "int8": (80, 0.3)}  # least agreement with PyTorch in fp32, percent, and most KL, nats
 
 
 @pytest.fixture(scope="module")
@@ -64,27 +70,37 @@ def real(gpu: None) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What prepare.py writes."""
-    if given := os.environ.get("EDGEPRUNE_GPU_FIXTURES"):
-        return Path(given)
-    for module in ("torch", "timm", "onnxruntime"):
-        pytest.importorskip(module, reason=f"{module} is missing: set EDGEPRUNE_GPU_FIXTURES, see prepare.py")
-    made = tmp_path_factory.mktemp("fixtures")
-    subprocess.run([sys.executable, str(GPU / "prepare.py"), str(made)], check=True)
-    return made
+def run(gpu: None, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Where engines are compiled and what from; kept in EDGEPRUNE_GPU_WORK."""
+    given, kept = os.environ.get("EDGEPRUNE_GPU_KIT"), os.environ.get("EDGEPRUNE_GPU_WORK")
+    work = Path(kept) if kept else tmp_path_factory.mktemp("work")
+    kit = Path(given) if given else work / "kit"
+    if not given:
+        for module in ("torch", "timm", "onnxruntime"):
+            pytest.importorskip(module, reason=f"{module} is missing: set EDGEPRUNE_GPU_KIT, see gpu_run.py")
+        subprocess.run([sys.executable, str(ROOT / "benchmarks/gpu_run.py"), "--prepare-tests", str(kit)], check=True)
+    return Run(kit, work / "out", work, DEVICE, jobs=1 if STAND_IN else 8)
 
 
 @pytest.fixture(scope="module")
-def targets(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Target]:
-    """This GPU by precision; engines are compiled once."""
-    work = tmp_path_factory.mktemp("work")
-    batch = input_shape(load_graph(folder / "fp32/dense.onnx"))[0]
-    return {precision: target_for(DEVICE, precision, batch, work=work) for precision in ("fp32", "fp16")}
+def folder(run: Run) -> Path:
+    """The model in the kit: the embedded one if it is there."""
+    found = {path.name: path for path in models_for(run.kit, PARITY)}
+    return found.get(zoo.EMBEDDED) or next(iter(found.values()))
 
 
-def logits_of(session: Session, images: Any, batch: int) -> Any:
-    return np.concatenate([session.infer(part) for part in np.split(images, len(images) // batch)])
+@pytest.fixture(scope="module")
+def engines(run: Run, folder: Path) -> dict[EngineSpec, str]:
+    """All engines of the parity tests, built in parallel; the errors of those that failed."""
+    names = [(variant(m, last, b), b) for m in METHODS for last in (False, True) for b in BATCHES]
+    specs = [EngineSpec(folder, name, p, b) for name, b in names for p in PRECISIONS]
+    return run.build([spec for spec in specs if (folder / f"{spec.name}.onnx").exists()])
+
+
+@pytest.fixture
+def smoke(run: Run, folder: Path) -> EngineSpec:
+    """One engine."""
+    return EngineSpec(folder, *SMOKE, 1)
 
 
 def called(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *args: object) -> Any:
@@ -99,6 +115,10 @@ def called(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, 
     return json.loads(out.splitlines()[-1])
 
 
+# --- first on a new machine ---
+
+
+@pytest.mark.smoke
 def test_every_name_exists_here(real: None) -> None:
     """As tests/trt_api does for TensorRT's bindings without a GPU; pycuda can be asked nowhere else."""
     import pycuda.driver
@@ -115,62 +135,33 @@ def test_every_name_exists_here(real: None) -> None:
         assert not missing, module.__name__
 
 
+@pytest.mark.smoke
 def test_a_process_ends_as_it_should(real: None) -> None:
     """pycuda aborts one that leaves a context on its stack."""
     code = "from edgeprune.runtimes.trt import TensorRT; from edgeprune.devices import load_device\n"
     code += f"print(TensorRT(load_device({DEVICE!r})).free_bytes())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0 and int(done.stdout) > 0, done.stderr
 
 
-@pytest.mark.parametrize(("precision", "name"), ENGINES)
-def test_engine_gives_what_onnx_runtime_gives(
-    precision: str, name: str, targets: dict[str, Target], folder: Path
-) -> None:
-    """The same logits in fp32; in fp16 the same answers on all but one picture in sixteen."""
-    target, known = targets[precision], np.load(folder / "reference.npz")
-    wanted = known[name]
-    with target.opener(folder / precision / f"{name}.onnx")() as session:
-        found = logits_of(session, known["images"], target.setup.batch)
-    assert np.isfinite(found).all()
-    if precision == "fp32":
-        np.testing.assert_allclose(found, wanted, atol=target.runtime.parity, rtol=0)
-        assert (found.argmax(1) == wanted.argmax(1)).all()
-    else:
-        assert stats.agreement(wanted, found) >= 90 and stats.kl_divergence(wanted, found) < 0.05
+@pytest.mark.smoke
+def test_an_engine_runs(run: Run, smoke: EngineSpec) -> None:
+    with opened(run, smoke) as session:
+        logits = session.infer(pictures_of(smoke.folder)[0][:1])
+        assert np.isfinite(logits).all() and np.ptp(logits) > 0 and session.time_ms() > 0
 
 
-@pytest.mark.parametrize(("precision", "name"), ENGINES)
-def test_inspector_tells_of_attention(precision: str, name: str, targets: dict[str, Target], folder: Path) -> None:
-    """What is expected from the ONNX is what TensorRT 10 and later fuse; 8.6 does as it can."""
-    target, onnx = targets[precision], folder / precision / f"{name}.onnx"
-    metadata = metadata_in(onnx)
-    assert metadata is not None
-    fusable = expected(onnx, metadata.schedule, target.setup)
-    uncut = metadata.schedule.vit.depth - len(metadata.schedule.cuts)
-    assert fusable == (0 if precision == "fp32" else uncut)
-    with target.opener(onnx)() as session:
-        assert isinstance(session, TrtSession)
-        fused, memory = session.fused_attention(), session.memory_bytes()
-    assert memory > target.engine(onnx).stat().st_size
-    if target.setup.runtime_version.startswith("8."):
-        assert fused is None or 0 < fused <= metadata.schedule.vit.depth
-        return
-    assert fused is not None, "the plan holds no layer details"
-    assert 0 <= fused <= metadata.schedule.vit.depth
-    if precision == "fp16":
-        assert fused >= fusable
-
-
-def test_cuda_graph(real: None, targets: dict[str, Target], folder: Path) -> None:
-    with targets["fp32"].opener(folder / "fp32/dense.onnx")() as session:
+@pytest.mark.smoke
+def test_cuda_graph(real: None, run: Run, smoke: EngineSpec) -> None:
+    with opened(run, smoke) as session:
         assert isinstance(session, TrtSession)
         assert session.graph is not None, "no CUDA graph could be captured"
 
 
-def test_memory_is_given_back(real: None, targets: dict[str, Target], folder: Path) -> None:
+@pytest.mark.smoke
+def test_memory_is_given_back(real: None, run: Run, smoke: EngineSpec) -> None:
     """Twenty sessions, one after the other, leave the GPU as the first did."""
-    runtime, opener = targets["fp32"].runtime, targets["fp32"].opener(folder / "fp32/dense.onnx")
+    runtime, opener = run.target("fp16", 1).runtime, run.opener(smoke)
     free = []
     for _ in range(20):
         with opener() as session:
@@ -179,18 +170,61 @@ def test_memory_is_given_back(real: None, targets: dict[str, Target], folder: Pa
     assert free[2] - free[-1] < 64 << 20
 
 
-def test_timing_repeats(real: None, targets: dict[str, Target], folder: Path) -> None:
+@pytest.mark.smoke
+def test_timing_repeats(real: None, run: Run, smoke: EngineSpec) -> None:
     """Two sessions of one engine, interleaved, agree within 5 %."""
-    opener = targets["fp32"].opener(folder / "fp32/dense.onnx")
+    opener = run.opener(smoke)
     samples = measure.interleave({"one": opener, "other": opener}, 50, stable=True)
     ratio, _ = stats.ratio(samples["one"], samples["other"])
     assert abs(ratio - 1) < 0.05
     assert statistics.median(samples["one"]) > 0.01, "shorter than any ViT: events do not enclose the inference"
 
 
-def test_staircase(targets: dict[str, Target], folder: Path) -> None:
+# --- what is shipped ---
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("prefix_last", [False, True], ids=["whole", "prefix"])
+@pytest.mark.parametrize("method", METHODS)
+def test_engine(
+    method: str, prefix_last: bool, batch: int, precision: str, engines: dict[EngineSpec, str], run: Run, folder: Path
+) -> None:
+    """PyTorch's logits in fp32, nearly the same answers below; attention fused where the ONNX allows it.
+
+    Logits are compared by the median over pictures, as runtimes may keep either of two tokens with equal scores.
+    What is expected from the ONNX is what TensorRT 10 and later fuse; 8.6 does as it can.
+    """
+    spec = EngineSpec(folder, variant(method, prefix_last, batch), precision, batch)
+    if not (folder / f"{spec.name}.onnx").exists():
+        pytest.skip(f"the kit has no {spec.name}")
+    assert spec not in engines, engines[spec]
+    target, wanted = run.target(precision, batch), np.load(folder / "logits.npz")[variant(method, prefix_last, 0)]
+    images, _ = pictures_of(folder)
+    onnx = run.onnx(spec)
+    metadata = metadata_in(onnx)
+    assert metadata is not None
+    fusable = expected(onnx, metadata.schedule, target.setup)
+    with opened(run, spec) as session:
+        assert isinstance(session, TrtSession)
+        found = np.concatenate([session.infer(part) for part in in_batches(images, batch)])
+        fused, memory = session.fused_attention(), session.memory_bytes()
+    assert np.isfinite(found).all()
+    if precision == "fp32":
+        assert stats.typical_difference(found, wanted) < target.runtime.parity
+    agreement, kl = LOST.get(precision, (98, 0.001))
+    assert stats.agreement(wanted, found) >= agreement and stats.kl_divergence(wanted, found) < kl
+    assert memory > found[:batch].nbytes
+    if fused is not None and not STAND_IN:
+        assert 0 <= fused <= metadata.schedule.vit.depth
+        assert target.setup.runtime_version.startswith("8.") or precision == "fp32" or fused >= (fusable or 0)
+
+
+def test_staircase(run: Run, folder: Path) -> None:
     """Found adaptively, in fewer probes than there are counts to time, with the cost of cuts; then reused."""
-    target, trunk = targets["fp16"], folder / "fp16/probes/trunk.onnx"
+    target, trunk = run.target("fp16", 1), folder / "probes/trunk.onnx"
+    if not trunk.exists():
+        pytest.skip("the kit has no models to profile")
     staircase = staircase_of_folder(target, trunk, ("pomt", "fold"))
     assert staircase.setup.runtime == "trt" and treads(staircase)[-1] == staircase.vit.tokens
     assert set(staircase.cuts) == {"pomt", "fold"} and all(last.share > 0 for last in staircase.last)
@@ -200,23 +234,25 @@ def test_staircase(targets: dict[str, Target], folder: Path) -> None:
     assert staircase_of_folder(target, trunk, ("pomt", "fold")) == staircase
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_device_half(
-    precision: str, targets: dict[str, Target], folder: Path, tmp_path: Path,
+    precision: str, run: Run, folder: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """All commands of the device half, and `compile` of a bundle's ONNX, without torch or ONNX Runtime."""
     for module in ("torch", "onnxruntime"):
         monkeypatch.setitem(sys.modules, module, None)
-    pictures, bundle, work = zoo.images_dir(), tmp_path / "bundle", ("--work", targets[precision].work.path)
-    files = (folder / precision / "fold.onnx", "--dense", folder / precision / "dense.onnx")
-    digits = targets[precision].setup.batch == 1 and metadata_in(files[0]).vit.name == zoo.EMBEDDED  # type: ignore[union-attr]
+    target = run.target(precision, 1)
+    names = variant("fold", True, 1), variant("none", False, 1)
+    pruned, dense = (onnx_in(folder, name, target.onnx_precision, run.work) for name in names)
+    pictures, bundle = zoo.images_dir(), tmp_path / "bundle"
+    digits = folder.name == zoo.EMBEDDED
     images = ("--images", pictures / "labels.csv") if digits else ()
-    options = ("--device", DEVICE, "--rounds", "20", *work)
-    row = called(capsys, monkeypatch, "compile", *files, *options, *images, "--out", bundle)
+    options = ("--device", DEVICE, "--rounds", "20", "--work", run.work)
+    row = called(capsys, monkeypatch, "compile", pruned, "--dense", dense, *options, *images, "--out", bundle)
     assert (row["runtime"], row["precision"]) == ("trt", precision) and row["speedup"] > 0
     if digits:
-        assert row["dense_top1"] > 99 and row["top1"] > 90 and row["agreement"] > 90
+        assert row["dense_top1"] > 97 and row["top1"] > 75 and row["agreement"] > 75
     manifest = load_bundle(bundle)
     assert {"model.engine", "model.onnx", "build.log", "device.json"} <= set(manifest.files)
 
@@ -229,11 +265,6 @@ def test_device_half(
         shown = list(csv.DictReader(file))[:8]
     classified = called(capsys, monkeypatch, "run", bundle, *(pictures / picture["image"] for picture in shown))
     assert len(classified["rows"]) == 8 and classified["latency_ms"]["median"] > 0
-    if digits:
-        right = [
-            r["top"][0]["class"] == int(known["label"]) for r, known in zip(classified["rows"], shown, strict=True)
-        ]
-        assert sum(right) >= 7
 
     [benched] = called(capsys, monkeypatch, "bench", bundle, "--rounds", "20")["rows"]
     assert benched["runtime"] == "trt" and benched["peak_memory_mib"] > manifest.engine.size_bytes / 2**20
@@ -241,8 +272,9 @@ def test_device_half(
 
     again = (bundle / "model.onnx", *options, "--out", tmp_path / "again")
     assert called(capsys, monkeypatch, "compile", *again)["tokens"] == row["tokens"]
-    outputs = [np.load(path / "golden_output.npy") for path in (bundle, tmp_path / "again")]
-    np.testing.assert_allclose(outputs[1], outputs[0], atol=targets[precision].runtime.parity, rtol=0)
+    if precision == "fp32":
+        outputs = [np.load(path / "golden_output.npy") for path in (bundle, tmp_path / "again")]
+        np.testing.assert_allclose(outputs[1], outputs[0], atol=target.runtime.parity, rtol=0)
 
 
 def test_whole_build(gpu: None, tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ def test_fastest_accepted_is_kept() -> None:
     found = [result("fp32", 2), result("fp16", 1), result("int8", 0.8, accepted=False), result("fp8", None, 0, False)]
     assert auto.best_of(found, Goal()) == "fp16"
     assert auto.best_of([*found[:2], result("int8", 0.8)], Goal(speedup=1.5)) == "int8"
-    assert auto.best_of([found[0], result("fp16", 3)], Goal(max_drop=1)) == "fp32", "accepted, yet with a worse schedule"
+    assert auto.best_of([found[0], result("fp16", 3)], Goal(max_drop=1)) == "fp32", (
+        "accepted, yet with a worse schedule"
+    )
     reasons = [r.reason for r in auto.explained(found, "fp16", Goal())]
     assert reasons == ["fp16 is faster", None, None, None]
 

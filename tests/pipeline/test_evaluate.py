@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.helper
+import onnx.numpy_helper
+import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
 from edgeprune.errors import ExportError
+from edgeprune.images import normalise
 from edgeprune.pipeline.evaluate import PARITY_IMAGES, check_parity, gate, with_fidelity
 from edgeprune.pipeline.measure import Measured
-from edgeprune.records import Latency, Report
+from edgeprune.records import Latency, Report, Schedule
+from edgeprune.runtimes.trt import TensorRT
 from edgeprune.scheduling.goals import Goal
 from edgeprune.vit import fidelity
 
@@ -40,6 +48,55 @@ def test_parity_forgives_a_tie_and_nothing_else(
         order = check_parity(context, pictures, schedule, found)
         assert sorted(order) == list(range(PARITY_IMAGES))
         assert wrong == PARITY_IMAGES or order[-1] == 0, "an image with a tie is the last to be kept as golden input"
+
+
+@pytest.fixture(scope="module")
+def prefix_only(tiny: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, onnx.ModelProto]:
+    """A tiny model, a schedule whose last block computes only the prefix, and its ONNX with inferred shapes."""
+    from edgeprune.vit.export import onnx_of_schedule
+
+    model, path = tiny("cls"), tmp_path_factory.mktemp("prefix") / "model.onnx"
+    module = copy.deepcopy(model.module)
+    module.blocks[-1].attn.qkv.weight.data[:96] *= 6  # queries and keys: attention as selective as a trained model's
+    model = replace(model, module=module)
+    schedule = Schedule(vit=model.vit, method="fold", policy="search", tokens=(13, 9, 9), prefix_last=True)
+    onnx_of_schedule(model, "fold", schedule.tokens, True, 1, path)
+    return model, schedule, onnx.shape_inference.infer_shapes(onnx.load(path))
+
+
+@pytest.mark.parametrize("product", [None, 0, 1], ids=["right", "scores", "values"])
+def test_parity_catches_wrong_products_of_one_row(
+    product: int | None, prefix_only: tuple[Any, Any, onnx.ModelProto]
+) -> None:
+    """TensorRT 10.0 and 10.1 compute two consecutive products with one row wrongly (release notes of 10.1, TRT#3969).
+
+    The last block for the prefix alone has two: query with keys, weights with values. Here one of them is a tenth
+    too small, in ONNX Runtime; the tolerance is that of TensorRT.
+    """
+    model, schedule, graph = prefix_only
+    graph = onnx.ModelProto.FromString(graph.SerializeToString())
+    shapes = {v.name: [d.dim_value for d in v.type.tensor_type.shape.dim] for v in graph.graph.value_info}
+    rows = [n for n in graph.graph.node if n.op_type == "MatMul" and shapes.get(n.output[0], [0])[-2:-1] == [1]]
+    products = [n for n in rows if len(shapes[n.output[0]]) == 4][-2:]  # fold weighs queries by a row, too
+    assert [shapes[n.output[0]][-1] for n in products] == [9, 16], "scores over 9 tokens, values of 16 channels"
+    if product is not None:
+        name = products[product].output[0]
+        products[product].output[0] = "right"
+        graph.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(0.9), "part"))
+        place = list(graph.graph.node).index(products[product]) + 1
+        graph.graph.node.insert(place, onnx.helper.make_node("Mul", ["right", "part"], [name]))
+    pixels = np.random.default_rng(0).integers(0, 256, (PARITY_IMAGES, 16, 16, 3), np.uint8)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    images = normalise(pixels, model.preprocessing)
+    logits = np.concatenate([session.run(None, {"images": image})[0] for image in np.split(images, len(images))])
+    target = SimpleNamespace(runtime=SimpleNamespace(parity=TensorRT.parity))
+    context: Any = SimpleNamespace(model=model, target=target)
+    pictures: Any = SimpleNamespace(pixels=pixels)
+    if product is None:
+        check_parity(context, pictures, schedule, logits)
+    else:
+        with pytest.raises(ExportError, match="differ from PyTorch's"):
+            check_parity(context, pictures, schedule, logits)
 
 
 # --- the gate ---

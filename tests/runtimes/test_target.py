@@ -66,7 +66,10 @@ def test_finished_step_is_made_again_by_other_code(tmp_path: Path, monkeypatch: 
 @pytest.mark.parametrize(
     ("device", "reason"),
     [
-        ("orin-nano", "device orin-nano has no FP8: its compute capability is 8.7, FP8 needs 8.9: choose fp16 or int8"),
+        (
+            "orin-nano",
+            "device orin-nano has no FP8: its compute capability is 8.7, FP8 needs 8.9: choose fp16 or int8",
+        ),
         ("cpu", "device cpu has no FP8, which needs TensorRT: choose fp32, fp16 or int8"),
     ],
 )
