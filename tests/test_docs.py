@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import runpy
 import shutil
@@ -12,9 +13,10 @@ from typing import Any
 
 import pytest
 import typer
-from support.builds import Shallow, call, few_digits
+from support.builds import call, few_digits
 from support.pages import PAGES, Command, blocks, commands, inline, script_of
 from support.paths import ROOT
+from support.processes import shallow_vit
 
 import edgeprune
 from edgeprune import zoo
@@ -70,19 +72,14 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
-def folder(shallow: Shallow, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A folder with what a reader has, in which the tutorial was run: its steps in engines/.work are shared.
 
-    The embedded model is its first three blocks here, which run the same code in less time, and has 72 pictures.
+    The embedded model is its first six blocks here, which run the same code in less time, and has 72 pictures.
     """
+    from safetensors.torch import save_file
+
     from edgeprune.vit.models import load_model
-
-    vit_digits = zoo.vit_digits
-
-    def shortened() -> Any:
-        model: Any = vit_digits()
-        model.blocks = model.blocks[:3]
-        return model
 
     place = tmp_path_factory.mktemp("reader")
     few_digits(place / "val", 12)
@@ -91,8 +88,10 @@ def folder(shallow: Shallow, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr(zoo, "images_dir", lambda: place / "digits")
-        patch.setattr(zoo, "vit_digits", shortened)
-        patch.setattr(zoo, "WEIGHTS", Path(shallow.model.partition(":")[2], "model.safetensors"))
+        model = shallow_vit(6)
+        save_file(model.state_dict(), place / "vit_digits.safetensors")
+        patch.setattr(zoo, "vit_digits", lambda: copy.deepcopy(model))
+        patch.setattr(zoo, "WEIGHTS", place / "vit_digits.safetensors")
         save(load_model(zoo.EMBEDDED).vit, place / "vit_digits.json")
         patch.setattr(zoo, "RECORD", place / "vit_digits.json")
         runpy.run_path(str(ROOT / "docs" / "tutorial.py"), run_name="__main__")
