@@ -22,9 +22,10 @@ SMALLEST_SCALE = float(np.finfo(np.float16).tiny)  # a smaller one would be subn
 def fp8(model: onnx.ModelProto, ranges: Mapping[str, float] | None = None) -> onnx.ModelProto:
     """Quantise linear layers to FP8, weights and activations per tensor; the rest becomes fp16 (opset 19).
 
-    `ranges` gives the largest magnitude of each tensor, nominal ones where it is None. Scales are fp16, so that no cast stands between Q/DQ and the product, which would keep TensorRT
-    from fusing them (source: NVIDIA/Model-Optimizer#1289, which removes such casts). Weights are quantised in the
-    graph. Raises ExportError as raise_opset does.
+    `ranges` gives the largest magnitude of each tensor, nominal ones where it is None. Scales are fp16, so that no
+    cast stands between Q/DQ and the product, which would keep TensorRT from fusing them (source:
+    NVIDIA/Model-Optimizer#1289, which removes such casts). Weights are quantised in the graph. Raises ExportError as
+    raise_opset does.
     """
     out = raise_opset(model)
     layers = {node.name for node in linear_layers(model)}

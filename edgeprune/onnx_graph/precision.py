@@ -15,7 +15,7 @@ Convert = Callable[[onnx.ModelProto], onnx.ModelProto]
 QUANTISED: dict[str, Callable[..., onnx.ModelProto]] = {
     "int8": int8,
     "int8-fp16": int8_on_fp16,
-    # Ranges of FP8 are those of INT8. Layers that INT8 would spoil are quantised: FP8 copes with outliers (method.md).
+    # With the ranges of INT8. Layers that INT8 would spoil are quantised, too: FP8 copes with outliers (method.md).
     "fp8": lambda model, ranges=None, kept=(): fp8(model, ranges),
 }
 CONVERSIONS: dict[str, Convert] = {"fp16": fp16, **QUANTISED}  # from fp32; INT8 and FP8 with nominal ranges

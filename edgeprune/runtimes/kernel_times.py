@@ -55,9 +55,9 @@ def latency_ms(operations: Iterable[Operation], device: Device, precision: str) 
     """Time of kernels one after another, in ms.
 
     At int8 and fp8 only linear layers of blocks are that, all else is fp16, as exported. Attention is one kernel at
-    these and at fp16, three at fp32. `tf32` is fp32 as TensorRT runs it by default, which edgeprune never does; it is there for
-    comparison with published figures. Raises DeviceError for a device without a simulation or a precision it has no
-    rate for.
+    these and at fp16, three at fp32. `tf32` is fp32 as TensorRT runs it by default, which edgeprune never does; it is
+    there for comparison with published figures. Raises DeviceError for a device without a simulation or a precision
+    it has no rate for.
     """
     gpu = _Gpu(device, precision)
     known: dict[Operation, float] = {}

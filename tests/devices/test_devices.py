@@ -12,6 +12,7 @@ import pytest
 
 from edgeprune import devices
 from edgeprune.errors import DeviceError, RecordError
+from edgeprune.runtimes.target import FP8_CAPABILITY
 
 BUNDLED = ("agx-orin", "cpu", "cuda", "h100", "jetson-thor", "jetson-tx2", "orin-nano", "orin-nx")
 MINE = """
@@ -58,7 +59,9 @@ def test_bundled_device_loads_under_its_own_name(name: str) -> None:
     else:
         assert device.simulation is not None and device.machine
         assert device.power_query == (None if name == "h100" else "nvpmodel -q")
-        assert {"fp32", "fp16", "int8"} == set(device.simulation.fma_per_clock_per_sm) - {"tf32"}
+        assert {"fp32", "fp16", "int8"} == set(device.simulation.fma_per_clock_per_sm) - {"tf32", "fp8"}
+        has_fp8 = tuple(map(int, str(device.compute_capability).split("."))) >= FP8_CAPABILITY
+        assert ("fp8" in device.simulation.fma_per_clock_per_sm) is has_fp8
 
 
 @pytest.mark.parametrize(
