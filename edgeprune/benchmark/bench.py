@@ -111,7 +111,7 @@ def _loaded(bundles: Sequence[Path]) -> dict[Path, Manifest]:
 
 
 def _peak_setup(candidate: LocalBundle) -> Setup:
-    """The setup its peak is measured under; fp32 for INT8 and FP8 on hardware: no peak, but the product shows drift."""
+    """The setup its peak is measured under; INT8 and FP8 on hardware have none: an fp32 product shows drift alone."""
     setup = candidate.setup
     known = setup.simulated or setup.precision in ("fp32", "fp16")
     return msgspec.structs.replace(setup, precision=setup.precision if known else "fp32", batch=1)
