@@ -20,6 +20,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support.builds import Shallow, few_digits
 from support.fake_trt import Fake
+from support.trt_files import converted, of_node
 
 from edgeprune.devices import load_device, parse
 from edgeprune.errors import DeviceError, EngineError, MissingError, RecordError
@@ -116,25 +117,28 @@ def test_options_reach_the_builder(monkeypatch: pytest.MonkeyPatch, model: Path,
 
 
 @pytest.mark.parametrize(
-    ("version", "typing", "precision", "flags", "network"),
+    ("version", "typing", "held", "flags", "network"),
     [
         ("8.6.2", "strong", "fp16", {"FP16"}, 1),
-        ("8.6.2", "strong", "int8", {"FP16", "INT8"}, 1),
+        ("8.6.2", "strong", "int8-fp16", {"FP16", "INT8"}, 1),
         ("8.6.2", "strong", "fp32", set(), 1),
         ("10.3.0", "strong", "fp16", set(), 2),
         ("10.3.0", "weak", "fp16", {"FP16"}, 1),
     ],
 )
 def test_precision_lies_in_the_onnx_and_flags_follow(
-    version: str, typing: str, precision: str, flags: set[str], network: int,
-    monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path,
+    version: str, typing: str, held: str, flags: set[str], network: int,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
-    import msgspec
-
-    fake = Fake(version).install(monkeypatch)
-    setup = msgspec.structs.replace(SETUP, precision=precision)
-    runtime(typing=typing).compile(model, setup, tmp_path / "out.engine")
-    assert fake.configs[0].flags == flags and fake.network_flags == [network]
+    """Flags are those of the file, whatever the setup: the fp32 model that INT8 is compared with stays fp32."""
+    weight = np.ones((16, 16), np.float32)
+    product = of_node(helper.make_node("MatMul", ["x", "w"], ["y"], "layer"), [16, 16], w=weight)
+    onnx.save(converted(product, held), tmp_path / "model.onnx")
+    for precision in ("fp32", "fp16", "int8"):
+        fake = Fake(version).install(monkeypatch)
+        setup = msgspec.structs.replace(SETUP, precision=precision)
+        runtime(typing=typing).compile(tmp_path / "model.onnx", setup, tmp_path / "out.engine")
+        assert fake.configs[0].flags == flags and fake.network_flags == [network]
 
 
 def test_workspace_is_part_of_the_setup(fake: Fake, model: Path, tmp_path: Path) -> None:
