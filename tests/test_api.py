@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.builds import Shallow, few_digits
-from support.processes import shallow_vit
+from support.builds import few_digits
 
 import edgeprune
 from edgeprune import zoo
@@ -147,12 +146,19 @@ def test_an_impossible_goal(work: Path, staircase: Staircase) -> None:
 
 
 def test_build_of_a_module(
-    work: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    work: Path,
+    digits: Any,
+    few: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """A module is taken with the weights it has, and copied; a bundle answers for itself. Nothing is printed."""
+    import copy
+
     import torch
 
-    module = shallow_vit().train()
+    module = copy.deepcopy(digits).train()
     with torch.no_grad():
         module.head.bias[3] += 100.0  # every picture is a 3 now
     seen: list[tuple[str, int, int]] = []
@@ -201,14 +207,14 @@ def test_a_model_from_a_local_folder(tmp_path: Path, work: Path) -> None:
         assert (found.module.state_dict()[name] == value).all(), name
 
 
-def test_compare_and_bench(shallow: Shallow, work: Path, few: Path, tmp_path: Path) -> None:
+def test_compare_and_bench(work: Path, few: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"images": few, "search_images": 8, "work": work, **SIMULATED}
-    found = edgeprune.compare(shallow.model, methods=["fold", "none"], speedups=[1.5], **options)
+    found = edgeprune.compare(methods=["fold", "none"], speedups=[1.5], **options)
     assert {(e.method, e.policy) for e in found.entries} == {("fold", "search"), ("none", "search")}
     assert all(e.report is not None and e.report.held_out for e in found.entries)
     made = [
         edgeprune.build(
-            shallow.model, method=method, goal=edgeprune.Goal(speedup=1.5) if method == "fold" else None,
+            method=method, goal=edgeprune.Goal(speedup=1.5) if method == "fold" else None,
             neighbours=0, out=tmp_path / method, **options,
         )
         for method in ("none", "fold")

@@ -171,4 +171,5 @@ def test_bare_install_says_what_a_build_needs(installed: Path, tmp_path: Path) -
         simulate = ("--simulate",) if device == "orin-nano" else ()
         done = run(installed, tmp_path, "build", "--device", device, *simulate)
         assert done.returncode == 1
-        assert len(done.stderr.splitlines()) == 1 and 'pip install ".[export]" in the checkout' in done.stderr
+        assert len(done.stderr.splitlines()) == 1 and 'pip install ".[' in done.stderr
+        assert "in the checkout" in done.stderr

@@ -28,7 +28,6 @@ from edgeprune.io import load
 from edgeprune.onnx_graph.attention_fusion import expected
 from edgeprune.onnx_graph.graph import metadata_in, save_graph
 from edgeprune.records import Latency, Preprocessing
-from edgeprune.runtimes.target import PRECISIONS
 from gpu_steps.kit import (
     PARITY,
     chosen,
@@ -42,6 +41,8 @@ from gpu_steps.kit import (
     weights_key,
 )
 from gpu_steps.run import EngineSpec, Parts, Run, Skipped, opened
+
+PRECISIONS = ("fp32", "fp16", "int8")  # TensorRT 8.6 has no FP8
 
 if TYPE_CHECKING:
     from edgeprune.runtimes.trt_session import TrtSession

@@ -86,14 +86,15 @@ def _opened(
     taken = 0
     for loaded, name in enumerate(todo):
         progress("loading engines", loaded, len(todo))
-        session = candidates[name]().__enter__()
+        opened = candidates[name]()
+        session = opened.__enter__()
         taken += session.memory_bytes() if isinstance(session, OnDevice) else room.guess
         if taken > room.total:
-            session.__exit__(None, None, None)
+            opened.__exit__(None, None, None)
             log.info("%d of %d engines stay open: memory is too small for all", len(sessions), len(todo))
             break
         sessions[name] = session
-        stack.push(session)
+        stack.push(opened)
     return sessions
 
 

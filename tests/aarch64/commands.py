@@ -21,7 +21,7 @@ for module, name, value in (
     (timing, "WARMUP_S", 1.0),
     (predict, "TIMED", 3),
     (verify, "TIMED", 5),
-    (verify, "WARMUP", 1),
+    (timing, "WARMUP", 1),
     (peak, "SIZES", (64,)),
 ):
     assert hasattr(module, name), name

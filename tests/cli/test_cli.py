@@ -355,7 +355,7 @@ def test_device_half_runs_without_torch(shared: Shared, tmp_path: Path) -> None:
 def test_build_without_torch_says_what_to_install(tmp_path: Path) -> None:
     code, _, stderr = without_torch("build", "--work", tmp_path / "work", "--out", tmp_path / "out")
     assert code == 1
-    assert len(stderr.splitlines()) == 1 and 'pip install "edgeprune[export]"' in stderr
+    assert len(stderr.splitlines()) == 1 and 'pip install ".[export]" in the checkout' in stderr
     assert not (tmp_path / "out").exists()
 
 

@@ -323,8 +323,8 @@ def test_unknown_policy(command: str, shared: Shared, tmp_path: Path, fails: Cal
 
 
 def test_unknown_precision(fails: Callable[..., str]) -> None:
-    line = fails("build", "--precision", "fp8")
-    assert "'fp8'" in line and "fp16" in line
+    line = fails("build", "--precision", "int4")
+    assert "'int4'" in line and "fp16" in line
 
 
 def test_batch_of_none(fails: Callable[..., str]) -> None:

@@ -155,7 +155,9 @@ def copied(shared: Shared, base: Path) -> Shared:
 
 def exports_of(shared: Shared, work: Path) -> Path:
     """A work folder with the profiling models of the shared build, none of its measurements."""
-    [models] = shared.work.glob("profiling-models-*")
+    models = min(
+        shared.work.glob("profiling-models-*"), key=lambda folder: folder.stat().st_mtime
+    )  # the first build's
     (work / models.name).mkdir(parents=True)
     for path in models.iterdir():
         if not path.name.startswith("trunk-"):  # the trunk at fixed token counts is made from trunk.onnx
