@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from edgeprune.io import save
 from edgeprune.latency.depth import LEAST_BLOCKS, PAIR
 from edgeprune.latency.profiling import check_profiling_models, cut_pairs
+from edgeprune.onnx_graph.chain import Repeatable, chained
 from edgeprune.onnx_graph.precision import CONVERSIONS
 from edgeprune.records import Progress, silent
 from edgeprune.vit import export
@@ -47,7 +49,8 @@ def export_profiling_models(
     dense = PrunedViT(module, family, vit, (vit.tokens,) * vit.depth, None)
     convert = CONVERSIONS.get(precision)
 
-    paired = tensorrt and vit.depth >= LEAST_BLOCKS and alike(blocks)
+    same = alike(blocks)
+    paired = tensorrt and vit.depth >= LEAST_BLOCKS and same
     total = 5 + paired + vit.prefix_pooled + sum(len(cut_pairs(vit)) for reducer in reducers.values() if reducer)
     done = 0
 
@@ -58,14 +61,25 @@ def export_profiling_models(
             write(folder / name)
         done += 1
 
+    @cache
+    def one() -> Repeatable | None:
+        return export.graph_of_block(middle, family, stream) if same else None
+
+    def trunk(path: Path, own: Sequence[torch.nn.Module]) -> None:
+        block = one()
+        if block is None:
+            export.trunk_from_module(Trunk(own, family), stream, path, convert)
+            return
+        model = chained(block, [export.weights_of(each) for each in own])
+        export.save_trunk(model if convert is None else convert(model), path)
+
     missing("vit.json", lambda p: save(vit, p))
-    missing("trunk.onnx", lambda p: export.trunk_from_module(Trunk(list(blocks), family), stream, p, convert=convert))
+    missing("trunk.onnx", lambda p: trunk(p, blocks))
     missing("fixed.onnx", lambda p: export.onnx_from_module(Fixed(module, family), images, p, convert=convert))
     missing("dense.onnx", lambda p: export.onnx_from_module(dense, images, p, convert=convert))
-    missing("block.onnx", lambda p: export.trunk_from_module(Trunk([middle], family), stream, p, convert=convert))
+    missing("block.onnx", lambda p: trunk(p, [middle]))
     if paired:
-        pair = Trunk([blocks[vit.depth // 2 - 1], middle], family)
-        missing(PAIR, lambda p: export.trunk_from_module(pair, stream, p, convert=convert))
+        missing(PAIR, lambda p: trunk(p, [blocks[vit.depth // 2 - 1], middle]))
     if vit.prefix_pooled:
         last = LastBlock(middle, family, vit.prefix)
         missing("last.onnx", lambda p: export.trunk_from_module(last, stream, p, convert=convert))
@@ -80,13 +94,10 @@ def export_profiling_models(
 
 
 def alike(blocks: Sequence[torch.nn.Module]) -> bool:
-    """Do all blocks have the same layers with parameters of the same shapes?"""
+    """Do all blocks have the same layers with the same settings, and parameters of the same shapes?"""
 
-    def shape(block: torch.nn.Module) -> list[tuple[str, type, list[tuple[int, ...]]]]:
-        return [
-            (name, type(module), [tuple(p.shape) for p in module.parameters(recurse=False)])
-            for name, module in block.named_modules()
-            if list(module.parameters(recurse=False))
-        ]
+    def shape(block: torch.nn.Module) -> list[object]:
+        layers: list[object] = [str(block), getattr(block.attn, "scale", None)]
+        return layers + [(name, tuple(tensor.shape)) for name, tensor in block.state_dict().items()]
 
     return all(shape(block) == shape(blocks[0]) for block in blocks)
