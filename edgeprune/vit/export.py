@@ -131,9 +131,20 @@ def _exported(
     convert: Convert | None,
     folder: Path,
 ) -> onnx.ModelProto:
+    """The converted graph; weights of more than graph.INLINE_BYTES are in `folder`, unless `convert` needed them."""
+    model = traced(module, example, names, symbolic_axis, folder)
+    if convert is not None:
+        load_external_data_for_model(model, str(folder))
+        model = convert(model)
+    return model
+
+
+def traced(
+    module: nn.Module, example: Tensor, names: tuple[str, str], symbolic_axis: int | None, folder: Path
+) -> onnx.ModelProto:
     """The graph from torch's dynamo exporter, with opset 17, inferred shapes and no paths of this machine.
 
-    Weights of more than graph.INLINE_BYTES are in `folder`, unless `convert` needed them.
+    Weights of more than graph.INLINE_BYTES are in `folder`. Raises ExportError.
     """
     import torch
 
@@ -167,9 +178,6 @@ def _exported(
     if symbolic_axis is None:
         infer(model)
         drop_idle_casts(model)
-    if convert is not None:
-        load_external_data_for_model(model, str(folder))
-        model = convert(model)
     return model
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from edgeprune.io import save
 from edgeprune.latency.depth import LEAST_BLOCKS, PAIR
 from edgeprune.latency.profiling import check_profiling_models, cut_pairs
 from edgeprune.onnx_graph.chain import Repeatable, chained
-from edgeprune.onnx_graph.precision import CONVERSIONS
+from edgeprune.onnx_graph.precision import CONVERSIONS, Convert
 from edgeprune.records import Progress, silent
 from edgeprune.vit import export
 from edgeprune.vit.models import Model
@@ -49,8 +49,8 @@ def export_profiling_models(
     dense = PrunedViT(module, family, vit, (vit.tokens,) * vit.depth, None)
     convert = CONVERSIONS.get(precision)
 
-    same = alike(blocks)
-    paired = tensorrt and vit.depth >= LEAST_BLOCKS and same
+    trunks = _Trunks(model, stream, convert)
+    paired = tensorrt and vit.depth >= LEAST_BLOCKS and trunks.alike
     total = 5 + paired + vit.prefix_pooled + sum(len(cut_pairs(vit)) for reducer in reducers.values() if reducer)
     done = 0
 
@@ -61,25 +61,13 @@ def export_profiling_models(
             write(folder / name)
         done += 1
 
-    @cache
-    def one() -> Repeatable | None:
-        return export.graph_of_block(middle, family, stream) if same else None
-
-    def trunk(path: Path, own: Sequence[torch.nn.Module]) -> None:
-        block = one()
-        if block is None:
-            export.trunk_from_module(Trunk(own, family), stream, path, convert)
-            return
-        model = chained(block, [export.weights_of(each) for each in own])
-        export.save_trunk(model if convert is None else convert(model), path)
-
     missing("vit.json", lambda p: save(vit, p))
-    missing("trunk.onnx", lambda p: trunk(p, blocks))
+    missing("trunk.onnx", lambda p: trunks.write(p, blocks))
     missing("fixed.onnx", lambda p: export.onnx_from_module(Fixed(module, family), images, p, convert=convert))
     missing("dense.onnx", lambda p: export.onnx_from_module(dense, images, p, convert=convert))
-    missing("block.onnx", lambda p: trunk(p, [middle]))
+    missing("block.onnx", lambda p: trunks.write(p, [middle]))
     if paired:
-        missing(PAIR, lambda p: trunk(p, [blocks[vit.depth // 2 - 1], middle]))
+        missing(PAIR, lambda p: trunks.write(p, [blocks[vit.depth // 2 - 1], middle]))
     if vit.prefix_pooled:
         last = LastBlock(middle, family, vit.prefix)
         missing("last.onnx", lambda p: export.trunk_from_module(last, stream, p, convert=convert))
@@ -91,6 +79,29 @@ def export_profiling_models(
             name = f"cut-{method}-{entering}-{leaving}.onnx"
             missing(name, lambda p, c=cut, e=example: export.onnx_from_module(  # type: ignore[misc]
                 c, e, p, ("x", "y"), convert, tensorrt=tensorrt))  # fmt: skip
+
+
+class _Trunks:
+    """Writes trunks of the blocks of a model; where all are alike only one is exported."""
+
+    def __init__(self, model: Model, stream: torch.Tensor, convert: Convert | None) -> None:
+        self.family, self.stream, self.convert = model.family, stream, convert
+        blocks: Any = model.module.blocks
+        self.middle = blocks[model.vit.depth // 2]
+        self.alike = alike(blocks)
+
+    @cached_property
+    def block(self) -> Repeatable | None:
+        """The graph to repeat; None where blocks have to be exported together."""
+        return export.graph_of_block(self.middle, self.family, self.stream) if self.alike else None
+
+    def write(self, path: Path, blocks: Sequence[torch.nn.Module]) -> None:
+        """Write the trunk of some blocks. Raises ExportError, OutputError."""
+        if self.block is None:
+            export.trunk_from_module(Trunk(blocks, self.family), self.stream, path, self.convert)
+            return
+        model = chained(self.block, [export.weights_of(each) for each in blocks])
+        export.save_trunk(model if self.convert is None else self.convert(model), path)
 
 
 def alike(blocks: Sequence[torch.nn.Module]) -> bool:
