@@ -129,7 +129,7 @@ class Source(NamedTuple):
         return alpha * (1 - ms / most) + (1 - alpha) * accuracy(tokens) / accuracy(self.vit.tokens)
 
     def setup_on(self, machine: Machine) -> Setup:
-        """The setup; simulated latencies that a noise disturbs are no longer noiseless: they are probed as measured."""
+        """The setup; under a noise simulated latencies are no longer noiseless and are probed like measured ones."""
         if machine.noise is None or not self.setup.noiseless:
             return self.setup
         return msgspec.structs.replace(self.setup, runtime="disturbed", noiseless=False)

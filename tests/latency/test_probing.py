@@ -263,7 +263,7 @@ def test_recordings(source: cost.Source) -> None:
 
 @pytest.mark.parametrize("noise", cost.NOISES)
 def test_injected_noise(noise: str) -> None:
-    """A few of the hundred runs of benchmarks/profiling_cost.py; probed as what is measured, not as what is computed."""
+    """A few of the hundred runs of benchmarks/profiling_cost.py, probed like measured latencies."""
     source = cost.simulated("orin-nano", cost.SHAPES[0], "fp16", 4)
     goal = [(0.5, cost.accuracy_of(source))]
     found = [cost.outcomes(source, goal, cost.Machine(noise, seed), cost.ROUNDS)[0] for seed in range(8)]
