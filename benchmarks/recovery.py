@@ -25,7 +25,7 @@ from edgeprune.scheduling.published import published_shapes
 from edgeprune.vit.augmentation import Augmentation
 from edgeprune.vit.fidelity import logits_of_schedule, pruned_module
 from edgeprune.vit.models import Model, load_model
-from edgeprune.vit.recovery import Recipe, distilled
+from edgeprune.vit.recovery import Recipe, recovered
 
 WEIGHTS = {
     "vit": ("vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"),
@@ -73,8 +73,8 @@ class Pictures:
     def split(self, name: str) -> tuple[str, Any, Any, Any]:
         """A name for what is judged on, pixels to train on, pixels and labels to judge by.
 
-        val650: 650 validation pictures, judged on 1,000 of nips17; nips1000: the other way round. mixN: N of the first
-        1,150 of both sources in a seeded order, always judged on the last 500.
+        val650: 650 validation pictures, judged on 1,000 of nips17; nips1000: the other way round. mixN: N of the
+        first 1,150 of both sources in a seeded order, always judged on the last 500.
         """
         if name == "val650":
             return "nips", self.pixels["val"], self.pixels["nips"], self.labels["nips"]
@@ -115,7 +115,7 @@ def run(name: str, recipe: Recipe, assets: Path, out: Path, loaded: dict[str, An
     key = f"{kind}-{where}-{method}-{'.'.join(map(str, tokens))}"
     before = cached_logits(out, key, model, method, tokens, pixels)
     start, student = time.monotonic(), pruned_module(model, method, tokens, True)
-    trained = distilled(student, training, model.preprocessing, recipe, None)
+    trained = recovered(student, training, model.preprocessing, recipe, None)
     seconds = time.monotonic() - start
     after = logits_of_schedule(replace(model, module=trained.module.model), method, tokens, pixels, True)
     change = np.asarray(stats.kl_per_image(dense, after)) - np.asarray(stats.kl_per_image(dense, before))

@@ -199,14 +199,14 @@ def recover(
     from edgeprune.images import load_pixels
     from edgeprune.pipeline.context import Options, recovery_set
     from edgeprune.vit.models import load_model
-    from edgeprune.vit.recovery import Recipe, distilled
+    from edgeprune.vit.recovery import Recipe, recovered
 
     pruned: Any = prune(model, schedule)
     how = load_model(model).preprocessing
     found = recovery_set(Options(recover=Path(images)), None)
     assert found is not None
     pixels = load_pixels(found.paths, how, progress)
-    return distilled(pruned, pixels, how, Recipe(seed=seed), _path(checkpoint), progress).module
+    return recovered(pruned, pixels, how, Recipe(seed=seed), _path(checkpoint), progress).module
 
 
 def compare(

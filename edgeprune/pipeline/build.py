@@ -65,9 +65,8 @@ def evaluated_schedule(context: Context, wider: Sequence[str] | None = None) -> 
     """All steps but the last: staircase, schedule, engine, measurement, fidelity. `wider` is as in `evaluate`."""
     options = context.options
     steps = 5 if context.recovery else 4
-    log.info(
-        "step 1 of %d: measuring the latency staircase of %s on %s", steps, context.model.vit.name, options.device
-    )
+    name = context.model.vit.name
+    log.info("step 1 of %d: measuring the latency staircase of %s on %s", steps, name, options.device)
     staircase = measured_staircase(context.target, context.model, (context.method,), options.exhaustive)
     log.info(
         "step 2 of %d: searching for a schedule (goal: %s), then building and timing the best", steps, options.goal

@@ -29,7 +29,9 @@ def recover(context: Context, schedule: Schedule) -> Recovered:
     The same model, schedule and pictures are tuned once for all precisions. Raises InputError for a schedule without
     a cut, OutputError.
     """
-    from edgeprune.vit.recovery import Recipe, load_tuned, save_tuned, tuned
+    from edgeprune.vit.fidelity import pruned_module
+    from edgeprune.vit.recovery import Recipe, recovered
+    from edgeprune.vit.recovery_files import load_recovered, save_recovered
 
     assert context.recovery is not None
     if not schedule.cuts:
@@ -41,11 +43,12 @@ def recover(context: Context, schedule: Schedule) -> Recovered:
 
     def make(path: Path) -> None:
         checkpoint = path.with_suffix(".checkpoint")
-        found = tuned(model, schedule, pictures.pixels, recipe, checkpoint, context.progress)
-        save_tuned(*found, path)
+        pruned = pruned_module(model, schedule.method, schedule.tokens, schedule.prefix_last)
+        found = recovered(pruned, pictures.pixels, pictures.how, recipe, checkpoint, context.progress)
+        save_recovered(found.module.model, found.record, path)
         checkpoint.unlink(missing_ok=True)
 
-    found = Recovered(*load_tuned(model, context.target.work.step("recovered", ".safetensors", parts, make)))
+    found = Recovered(*load_recovered(model, context.target.work.step("recovered", ".safetensors", parts, make)))
     tell(found.record)
     return found
 

@@ -1,4 +1,4 @@
-"""Random crops, flips and mixtures of pictures for recovery; the unpruned model answers for the same changed picture."""
+"""Random crops, flips and mixtures of pictures, on which recovery compares pruned and unpruned model."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def augmented(
 
 
 def crops(count: int, random: np.random.Generator, change: Augmentation) -> NDArray[np.float32]:
-    """Affine maps (count, 2, 3) from output to input coordinates, both -1 to 1: crops inside the picture, half flipped."""
+    """Affine maps (count, 2, 3) from output to input coordinates, both -1 to 1: crops of the picture, half flipped."""
     area = random.uniform(change.least_area, 1, count)
     stretch = np.exp(random.uniform(-1, 1, count) * np.log(change.aspect) / 2)
     width, height = np.minimum(np.sqrt(area) * stretch, 1), np.minimum(np.sqrt(area) / stretch, 1)
