@@ -45,7 +45,7 @@ def augmented(
 
 
 def crops(count: int, random: np.random.Generator, change: Augmentation) -> NDArray[np.float32]:
-    """Affine maps (count, 2, 3) from output to input coordinates, both -1 to 1: crops of the picture, half flipped."""
+    """Affine maps (count, 2, 3) from output to input coordinates, both -1 to 1; half of them flip."""
     area = random.uniform(change.least_area, 1, count)
     stretch = np.exp(random.uniform(-1, 1, count) * np.log(change.aspect) / 2)
     width, height = np.minimum(np.sqrt(area) * stretch, 1), np.minimum(np.sqrt(area) / stretch, 1)

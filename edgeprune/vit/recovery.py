@@ -144,7 +144,7 @@ class _Run:
                     self.state.average[name].lerp_(value.detach().cpu(), 1 - share)
 
     def judge(self) -> None:
-        """Add the held-out KL to the curve, of the weights or their average; keep the better one if it is the best."""
+        """Add the held-out KL to the curve, of the weights or of their average; keep the best state so far."""
         state, weights = self.state, weights_of(self.student)
         found = [(self.held_out_kl(), weights)]
         if self.recipe.average:
