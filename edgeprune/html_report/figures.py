@@ -33,7 +33,7 @@ def recovered_how(recovery: Recovery) -> str:
     if not recovery.epochs:
         return f"weights unchanged: no epoch of recovery lowered the KL ({on})"
     epochs = f"{recovery.epochs} epoch{'s' if recovery.epochs > 1 else ''}"
-    return f"weights recovered in {epochs} on {on}: KL {recovery.kl_before:.4f} → {recovery.kl_after:.4f}"
+    return f"weights recovered in {epochs} on {on}: KL {recovery.kl_before:.3g} → {recovery.kl_after:.3g}"
 
 
 def interval(latency: Latency | None) -> str:

@@ -57,11 +57,11 @@ def tell(record: Recovery) -> None:
     """Log what recovery gained on the pictures that it did not train on."""
     if record.epochs:
         log.info(
-            "recovery: KL %.4f → %.4f on %d pictures that it did not train on, after %d epochs",
+            "recovery: KL %.3g → %.3g on %d pictures that it did not train on, after %d epochs",
             record.kl_before, record.kl_after, record.validation_images, record.epochs,
         )  # fmt: skip
     else:
         log.warning(
-            "recovery: nothing was better than the original weights (KL %.4f), so they stay: pass more pictures",
+            "recovery: nothing was better than the original weights (KL %.3g), so they stay: pass more pictures",
             record.kl_before,
         )

@@ -150,3 +150,29 @@ def test_what_cannot_be_recovered_is_refused_in_one_line(
         assert not (tmp_path / "bundle").exists()
     code, _, err = without_torch("build", "--device", "cpu", "--recover", *work)
     assert code == 1 and "needs torch" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ((), False),
+        (("--recover",), True),
+        (("--recover", "--json"), True),
+        (("--recover", "folder"), Path("folder")),
+        (("--recover=folder", "--json"), Path("folder")),
+    ],
+)
+def test_the_value_of_the_option_may_be_left_out(
+    given: tuple[str, ...], wanted: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+
+    def stopped(options: Options, *_: object) -> None:
+        seen.append(options.recover)
+        raise InputError("stop")
+
+    monkeypatch.setattr("edgeprune.pipeline.build.build", stopped)
+    monkeypatch.setattr("edgeprune.pipeline.compare.compare", stopped)
+    for command in ("build", "compare"):
+        assert call(capsys, command, *given)[0] == 1
+    assert seen == [wanted, wanted]
