@@ -511,7 +511,8 @@ class Manifest(Record, frozen=True, kw_only=True):
 
 
 # Called with what is being done, how many items are done, and how many there are. A `what` may end with the unit
-# ("measuring 14 token counts, round"), after which the command line puts "3 of 27".
+# ("measuring 14 token counts, round"), after which the command line puts "3 of 27". What is in brackets behind it
+# may change while the work goes on.
 Progress = Callable[[str, int, int], None]
 
 

@@ -117,8 +117,8 @@ class _Run:
         """One pass over the training pictures; its randomness depends on the seed and the epoch alone."""
         recipe, state = self.recipe, self.state
         random, steps = np.random.default_rng([recipe.seed, state.epoch]), recipe.epochs * self.steps
-        kl, before = min(state.curve), state.curve[0]
-        what = f"recovering: held-out KL {kl:.3g} ({before:.3g} before), epoch {state.epoch + 1}, step"
+        kl = f"held-out KL {min(state.curve):.3g}, {state.curve[0]:.3g} before"
+        what = f"recovering, step (epoch {state.epoch + 1} of {recipe.epochs}, {kl})"
         for index, part in enumerate(np.array_split(random.permutation(len(self.training)), self.steps)):
             step = state.epoch * self.steps + index
             self.progress(what, step, steps)

@@ -99,7 +99,7 @@ def test_the_seed_decides() -> None:
 
 def dies_in_epoch_3(checkpoint: Path) -> None:
     def progress(what: str, done: int, total: int) -> None:
-        if "epoch 3, step" in what and done % 5 == 2:
+        if "epoch 3 of 4" in what and done % 5 == 2:
             die()
 
     run(checkpoint=checkpoint, progress=progress)
@@ -111,7 +111,7 @@ def test_kill_9_and_ctrl_c_change_nothing(tmp_path: Path) -> None:
     alone = run()
 
     def interrupt(what: str, done: int, total: int) -> None:
-        if "epoch 2, step" in what:
+        if "epoch 2 of 4" in what:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -122,7 +122,7 @@ def test_kill_9_and_ctrl_c_change_nothing(tmp_path: Path) -> None:
     seen: list[str] = []
     again = run(checkpoint=checkpoint, progress=lambda what, done, total: seen.append(what))
     assert same(alone, again)
-    assert "epoch 3, step" in seen[0] and not list(tmp_path.glob(".*.tmp"))
+    assert "epoch 3 of 4" in seen[0] and not list(tmp_path.glob(".*.tmp"))
 
 
 def test_recovered_weights_as_a_file(tmp_path: Path) -> None:
