@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from edgeprune.images import normalise
+from edgeprune.io import key_of, sha256_bytes
 from edgeprune.records import Preprocessing, Progress, Recovery, silent
 from edgeprune.vit.augmentation import Augmentation, augmented
 from edgeprune.vit.models import weights_sha256
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK = 26  # pictures at a time where nothing is trained
+DIVERGED = 100.0  # nats: a larger KL, or one that is no number, counts as this
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def recovered(
     same augmented picture (Hinton et al., arXiv 1503.02531; Beyer et al., arXiv 2106.05237). A seeded share of the
     pictures is never trained on; the state with the lowest KL on it is returned, the original weights (epochs = 0)
     where none is lower. `pruned` itself is not changed. With `checkpoint`, an interrupted run continues after its
-    last whole epoch, with the same result. Raises OutputError.
+    last whole epoch, with the same result. Raises InputError for a checkpoint of another run, OutputError.
     """
     run = _Run(pruned, pixels, how, recipe, progress)
     state = run.state
@@ -111,7 +113,8 @@ class _Run:
         self.wanted = self.answers(self.teacher)
         optimiser = torch.optim.AdamW(self.student.parameters(), lr=recipe.rate, weight_decay=0.0)
         start = weights_of(self.student)
-        self.state = State(self.student, optimiser, dict(start), dict(start), 0, [self.held_out_kl()])
+        key = key_of(recipe.parts, weights_sha256(pruned.model), pruned.tokens, how, sha256_bytes(pixels.tobytes()))
+        self.state = State(self.student, optimiser, dict(start), dict(start), 0, [self.held_out_kl()], key)
 
     def train_epoch(self) -> None:
         """One pass over the training pictures; its randomness depends on the seed and the epoch alone."""
@@ -185,8 +188,9 @@ class _Run:
         return torch.cat(rows)
 
     def held_out_kl(self) -> float:
-        """Mean KL of the student on the held-out pictures, nats."""
-        return float(divergence(self.wanted, self.answers(self.student)))
+        """Mean KL of the student on the held-out pictures, nats; DIVERGED at most."""
+        kl = float(divergence(self.wanted, self.answers(self.student)))
+        return kl if kl < DIVERGED else DIVERGED
 
     def mixed_precision(self) -> torch.autocast:
         """bfloat16 for matmuls on a GPU; fp32 on a CPU."""

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from edgeprune.errors import InputError
 from edgeprune.io import replacing
 from edgeprune.records import Recovery
 from edgeprune.vit.models import Model
@@ -31,6 +32,7 @@ class State:
     best: dict[str, Tensor]
     best_epoch: int
     curve: list[float]  # held-out KL before the first epoch and after each, nats
+    key: str  # hash of all that the result depends on
 
     @property
     def epoch(self) -> int:
@@ -39,7 +41,7 @@ class State:
 
     def save(self, path: Path) -> None:
         """Write the checkpoint atomically. Raises OutputError."""
-        names = ("average", "best", "best_epoch", "curve")
+        names = ("average", "best", "best_epoch", "curve", "key")
         saved = {name: getattr(self, name) for name in names} | {
             "student": self.student.state_dict(), "optimiser": self.optimiser.state_dict(),
         }  # fmt: skip
@@ -47,8 +49,17 @@ class State:
             torch.save(saved, temporary)
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint; nothing but tensors and numbers is read from it."""
-        saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        """Continue from a checkpoint; nothing but tensors, numbers and text is read from it.
+
+        Raises InputError for the checkpoint of another run, and for other files.
+        """
+        try:
+            saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+            known = saved["key"]
+        except Exception as error:  # pickle, zip and torch each raise their own
+            raise InputError(f"{path}: not a checkpoint of a recovery ({type(error).__name__}): remove it") from None
+        if known != self.key:
+            raise InputError(f"{path} is the checkpoint of another recovery: remove it or name another file")
         self.student.load_state_dict(saved.pop("student"))
         self.optimiser.load_state_dict(saved.pop("optimiser"))
         for name, value in saved.items():

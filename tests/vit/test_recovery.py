@@ -16,6 +16,7 @@ from support.processes import die, fork, shallow_vit
 from torch import Tensor
 
 from edgeprune import stats, zoo
+from edgeprune.errors import InputError
 from edgeprune.images import load_images, load_pixels, normalise
 from edgeprune.vit import recovery
 from edgeprune.vit.augmentation import Augmentation, augmented
@@ -123,6 +124,29 @@ def test_kill_9_and_ctrl_c_change_nothing(tmp_path: Path) -> None:
     again = run(checkpoint=checkpoint, progress=lambda what, done, total: seen.append(what))
     assert same(alone, again)
     assert "epoch 3 of 4" in seen[0] and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    run(replace(QUICK, epochs=1), checkpoint=checkpoint)
+    with pytest.raises(InputError, match="of another recovery: remove it"):
+        run(replace(QUICK, epochs=1, seed=1), checkpoint=checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"not a checkpoint of a recovery \(\w+\): remove it"):
+        run(checkpoint=checkpoint)
+
+
+def test_a_run_that_diverges_keeps_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even a KL that is no number gets in the way."""
+    real, calls = recovery.divergence, []
+
+    def broken(*logits: Tensor, **options: Any) -> Tensor:
+        calls.append(1)
+        return real(*logits, **options) * (float("nan") if len(calls) > 1 else 1.0)
+
+    monkeypatch.setattr(recovery, "divergence", broken)
+    record = run(replace(QUICK, patience=1)).record
+    assert record.epochs == 0 and record.curve[1] == 100.0 and len(record.curve) == 2
 
 
 def test_recovered_weights_as_a_file(tmp_path: Path) -> None:
