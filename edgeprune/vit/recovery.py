@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from math import ceil, cos, pi
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ class Recipe:
     average: float = 0.95  # of the weights so far in their moving average; 0: none is kept
     patience: int = 4  # epochs without a better state, after which it stops
     temperature: float = 1.0  # of both softmaxes (arXiv 1503.02531)
+    features: float = 1.0  # weight of the relative error of the prefix tokens after every block
     augmentation: Augmentation = Augmentation()  # noqa: RUF009 it is a tuple
     seed: int = 0
 
@@ -104,7 +106,7 @@ class _Run:
         self, pruned: PrunedViT, pixels: NDArray[np.uint8], how: Preprocessing, recipe: Recipe, progress: Progress
     ) -> None:
         self.recipe, self.how, self.device, self.progress = recipe, how, device(), progress
-        self.teacher = copy.deepcopy(pruned.model).to(self.device).eval().requires_grad_(False)
+        self.teacher = unpruned(pruned).to(self.device).eval().requires_grad_(False)
         self.student = with_own_weights(pruned).to(self.device).eval().requires_grad_(True)
         order = np.random.default_rng(recipe.seed).permutation(len(pixels))
         held = max(1, round(recipe.validation * len(pixels)))
@@ -130,10 +132,13 @@ class _Run:
             images = augmented(self.training[part], self.how, random, recipe.augmentation).to(self.device)
             with self.mixed_precision():
                 with torch.no_grad():
-                    wanted = self.teacher(images)
-                answers = self.student(images)
+                    wanted, passed = traced(self.teacher, images)
+                answers, own = traced(self.student, images)
+            loss = divergence(wanted, answers, recipe.temperature)
+            if recipe.features and own:
+                loss = loss + recipe.features * relative_error(passed, own)
             state.optimiser.zero_grad(set_to_none=True)
-            divergence(wanted, answers, recipe.temperature).backward()
+            loss.backward()
             nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
             state.optimiser.step()
             self.add_to_average(step)
@@ -201,6 +206,35 @@ def with_own_weights(pruned: PrunedViT) -> PrunedViT:
     """The same pruned model with a copy of the parameters."""
     module = copy.deepcopy(pruned.model)
     return PrunedViT(module, pruned.family, pruned.vit, pruned.tokens, pruned.reducer, pruned.prefix_last)
+
+
+def unpruned(pruned: PrunedViT) -> PrunedViT:
+    """The model with all its tokens and a copy of the parameters."""
+    every = (pruned.vit.tokens,) * pruned.vit.depth
+    return PrunedViT(copy.deepcopy(pruned.model), pruned.family, pruned.vit, every, None, pruned.prefix_last)
+
+
+def traced(pruned: PrunedViT, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """`pruned.forward`: logits (B, classes), and the prefix tokens (B, prefix, C) after every block; none where there is no prefix."""
+    blocks: Any = pruned.model.blocks
+    vit, family, passed = pruned.vit, pruned.family, []
+    x, sizes = family.embed(pruned.model, images), None
+    for block in range(vit.depth - pruned.prefix_last):
+        x, sizes = pruned.blocks(x, sizes, block, block + 1)
+        passed.append(x[:, : vit.prefix])
+    if pruned.prefix_last:
+        x = family.prefix_only(blocks[-1], x, sizes, vit.prefix)
+        passed.append(x)
+    return family.classify(pruned.model, x), passed if vit.prefix else []
+
+
+def relative_error(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
+    """Mean over blocks of the squared error of tokens (B, prefix, C), as a share of their variance over the batch."""
+    shares = []
+    for w, f in zip(wanted, found, strict=True):
+        w, f = w.float(), f.float()
+        shares.append((f - w).square().sum() / (w - w.mean(dim=0)).square().sum().clamp(min=1e-6))
+    return torch.stack(shares).mean()
 
 
 def divergence(wanted: Tensor, answers: Tensor, temperature: float = 1.0) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -182,6 +183,24 @@ def test_mixed_pictures_lie_between_two() -> None:
     levels = grey.amax(dim=(1, 2, 3))
     assert torch.allclose(levels, grey.amin(dim=(1, 2, 3)), atol=1e-4)
     assert ((levels > -0.99) & (levels < 0.99)).any() and levels.abs().max() <= 1.0001
+
+
+@pytest.mark.parametrize("kind", ["cls", "distilled", "gap"])
+def test_prefix_tokens_on_their_way(tiny: Callable[..., Any], kind: str) -> None:
+    """The logits are those of the module; all prefix tokens after every block, none where there is no prefix."""
+    model = tiny(kind)
+    vit, images = model.vit, torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    pruned = pruned_module(model, "fold", (9, 5, 5), vit.prefix_pooled)
+    with torch.no_grad():
+        logits, passed = recovery.traced(pruned, images)
+        whole, wanted = recovery.traced(recovery.unpruned(pruned), images)
+        assert torch.equal(logits, pruned(images)) and torch.allclose(whole, model.module(images), atol=1e-5)
+    assert [p.shape for p in passed] == [(4, vit.prefix, 48)] * (3 if vit.prefix else 0)
+    if vit.prefix:
+        assert float(recovery.relative_error(wanted, wanted)) == 0
+        assert float(recovery.relative_error(wanted, passed)) > 0
+        means = [w.mean(dim=0, keepdim=True).expand_as(w) for w in wanted]
+        assert float(recovery.relative_error(wanted, means)) == pytest.approx(1)
 
 
 def test_divergence_is_that_of_the_figures() -> None:
