@@ -20,7 +20,7 @@ class Augmentation(NamedTuple):
 
     least_area: float = 0.35  # of the picture that a crop keeps; 1: no crops
     aspect: float = 4 / 3  # the most by which a crop is stretched
-    mixed: float = 0.5  # share of batches whose pictures are mixed in pairs (mixup, arXiv 1710.09412)
+    mixed: float = 1.0  # share of batches whose pictures are mixed in pairs (mixup, arXiv 1710.09412)
 
 
 def augmented(

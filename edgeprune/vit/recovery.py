@@ -36,15 +36,16 @@ DIVERGED = 100.0  # nats: a larger KL, or one that is no number, counts as this
 class Recipe:
     """How weights are tuned; the defaults were chosen by measurement (docs/benchmarks.md)."""
 
-    epochs: int = 16
-    rate: float = 3e-5  # largest learning rate
+    epochs: int = 8
+    least_steps: int = 150  # few pictures get more epochs
+    rate: float = 4e-5  # largest learning rate
     batch: int = 26
     warmup: int = 20  # steps
     validation: float = 0.25  # share of the pictures that is never trained on
     average: float = 0.95  # of the weights so far in their moving average; 0: none is kept
-    patience: int = 4  # epochs without a better state, after which it stops
+    patience: float = 0.5  # share of all epochs without a better state, after which it stops
     temperature: float = 1.0  # of both softmaxes (arXiv 1503.02531)
-    features: float = 1.0  # weight of the relative error of the prefix tokens after every block
+    features: float = 5.0  # weight of the relative error of the prefix tokens after every block
     augmentation: Augmentation = Augmentation()  # noqa: RUF009 it is a tuple
     seed: int = 0
 
@@ -86,13 +87,13 @@ def recovered(
     state = run.state
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint)
-        log.info("recovery: continuing after epoch %d of %d", state.epoch, recipe.epochs)
-    while state.epoch < recipe.epochs and state.epoch - state.best_epoch < recipe.patience:
+        log.info("recovery: continuing after epoch %d of %d", state.epoch, run.epochs)
+    while state.epoch < run.epochs and state.epoch - state.best_epoch < recipe.patience * run.epochs:
         run.train_epoch()
         run.judge()
         log.info(
             "recovery: epoch %d of %d, held-out KL %.3g (%.3g before)",
-            state.epoch, recipe.epochs, state.curve[-1], state.curve[0],
+            state.epoch, run.epochs, state.curve[-1], state.curve[0],
         )  # fmt: skip
         if checkpoint is not None:
             state.save(checkpoint)
@@ -112,6 +113,7 @@ class _Run:
         held = max(1, round(recipe.validation * len(pixels)))
         self.training, self.validation = pixels[np.sort(order[held:])], pixels[np.sort(order[:held])]
         self.steps = ceil(len(self.training) / recipe.batch)  # per epoch
+        self.epochs = max(recipe.epochs, ceil(recipe.least_steps / self.steps))
         self.wanted = self.answers(self.teacher)
         optimiser = torch.optim.AdamW(self.student.parameters(), lr=recipe.rate, weight_decay=0.0)
         start = weights_of(self.student)
@@ -121,9 +123,9 @@ class _Run:
     def train_epoch(self) -> None:
         """One pass over the training pictures; its randomness depends on the seed and the epoch alone."""
         recipe, state = self.recipe, self.state
-        random, steps = np.random.default_rng([recipe.seed, state.epoch]), recipe.epochs * self.steps
+        random, steps = np.random.default_rng([recipe.seed, state.epoch]), self.epochs * self.steps
         kl = f"held-out KL {min(state.curve):.3g}, {state.curve[0]:.3g} before"
-        what = f"recovering, step (epoch {state.epoch + 1} of {recipe.epochs}, {kl})"
+        what = f"recovering, step (epoch {state.epoch + 1} of {self.epochs}, {kl})"
         for index, part in enumerate(np.array_split(random.permutation(len(self.training)), self.steps)):
             step = state.epoch * self.steps + index
             self.progress(what, step, steps)
@@ -215,7 +217,10 @@ def unpruned(pruned: PrunedViT) -> PrunedViT:
 
 
 def traced(pruned: PrunedViT, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """`pruned.forward`: logits (B, classes), and the prefix tokens (B, prefix, C) after every block; none where there is no prefix."""
+    """As `pruned.forward`, logits (B, classes); and the prefix tokens (B, prefix, C) after every block.
+
+    The list is empty where there is no prefix.
+    """
     blocks: Any = pruned.model.blocks
     vit, family, passed = pruned.vit, pruned.family, []
     x, sizes = family.embed(pruned.model, images), None

@@ -27,7 +27,7 @@ from edgeprune.vit.recovery import Recipe, divergence, rate_at, recovered
 from edgeprune.vit.recovery_files import load_recovered, save_recovered
 
 TOKENS = (20, 5)
-QUICK = Recipe(epochs=4, rate=1e-4, batch=8, warmup=2)
+QUICK = Recipe(epochs=4, least_steps=0, rate=1e-4, batch=8, warmup=2, patience=1)
 
 
 @cache
@@ -85,7 +85,7 @@ def test_held_out_pictures_are_never_trained_on(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_weights_stay_where_nothing_is_better() -> None:
-    found = run(Recipe(epochs=6, rate=10.0, batch=8, warmup=0, average=0, patience=2))
+    found = run(replace(QUICK, epochs=6, rate=10.0, warmup=0, average=0, patience=1 / 3))
     assert found.record.epochs == 0 and found.record.kl_after == found.record.kl_before
     assert len(found.record.curve) == 3, "it stops when two epochs were not better"
     assert found.record.weights_sha256 == weights_sha256(digits_model().module)
@@ -127,6 +127,11 @@ def test_kill_9_and_ctrl_c_change_nothing(tmp_path: Path) -> None:
     assert "epoch 3 of 4" in seen[0] and not list(tmp_path.glob(".*.tmp"))
 
 
+def test_few_pictures_get_more_epochs() -> None:
+    """36 pictures in batches of 8 are 5 steps an epoch."""
+    assert len(run(replace(QUICK, least_steps=26)).record.curve) == 1 + 6
+
+
 def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "checkpoint"
     run(replace(QUICK, epochs=1), checkpoint=checkpoint)
@@ -146,7 +151,7 @@ def test_a_run_that_diverges_keeps_the_weights(monkeypatch: pytest.MonkeyPatch) 
         return real(*logits, **options) * (float("nan") if len(calls) > 1 else 1.0)
 
     monkeypatch.setattr(recovery, "divergence", broken)
-    record = run(replace(QUICK, patience=1)).record
+    record = run(replace(QUICK, patience=0.25)).record
     assert record.epochs == 0 and record.curve[1] == 100.0 and len(record.curve) == 2
 
 
