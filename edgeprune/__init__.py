@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 from edgeprune.version import __version__
 
 if TYPE_CHECKING:
-    from edgeprune.api import Goal, bench, build, compare, profile, prune, schedule
+    from edgeprune.api import Goal, bench, build, compare, profile, prune, recover, schedule
     from edgeprune.bundles.bundle import Bundle
 
-__all__ = ["Bundle", "Goal", "__version__", "bench", "build", "compare", "profile", "prune", "schedule"]
+__all__ = ["Bundle", "Goal", "__version__", "bench", "build", "compare", "profile", "prune", "recover", "schedule"]
 
 
 def __getattr__(name: str) -> Any:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgeprune.benchmark.result import Bench
     from edgeprune.pipeline.compare import Comparison
 
-__all__ = ["Goal", "bench", "build", "compare", "profile", "prune", "schedule"]
+__all__ = ["Goal", "bench", "build", "compare", "profile", "prune", "recover", "schedule"]
 
 
 def build(
@@ -38,6 +38,7 @@ def build(
     search_images: int = 128,
     rounds: int = 60,
     neighbours: int = 3,
+    recover: str | Path | bool | None = None,
     preprocessing: Mapping[str, Any] | None = None,
     host: str | None = None,
     host_program: str = "edgeprune",
@@ -64,6 +65,8 @@ def build(
         search_images: Number of pictures used to choose the schedule; figures are of the other pictures.
         rounds: Interleaved rounds of the final measurement.
         neighbours: Number of similar schedules to build and time in addition to the best.
+        recover: Pictures without labels (a folder or a CSV) on which the weights of the pruned model are tuned to the
+            answers of the unpruned one; True takes half of `images`. Figures are of other pictures, with and without.
         preprocessing: Overrides of the model's data config: crop_pct, interpolation, mean, std, crop_mode.
         host: USER@HOST of the device, used over ssh.
         host_program: Path of edgeprune on that host.
@@ -96,6 +99,7 @@ def build(
         search_images=search_images,
         rounds=rounds,
         neighbours=neighbours,
+        recover=_pictures(recover),
         overrides=preprocessing or {},
         host=Host(host, host_program) if host else None,
     )
@@ -176,6 +180,35 @@ def prune(model: nn.Module, schedule: Schedule | str | Path) -> nn.Module:
     return pruned_from_module(model, found)
 
 
+def recover(
+    model: nn.Module,
+    schedule: Schedule | str | Path,
+    *,
+    images: str | Path,
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    progress: Progress = silent,
+) -> nn.Module:
+    """`prune`, with weights tuned to the answers of `model` on pictures; labels are never used.
+
+    A quarter of the pictures is never trained on, and the state with the lowest KL on it is returned: the weights of
+    `model` where none is better. `model` is not changed. Trains on a GPU where torch sees one; the result is on the
+    CPU. With `checkpoint`, a file, an interrupted run continues after its last whole epoch. Raises InputError,
+    ModelError, ImageError, OutputError.
+    """
+    from edgeprune.images import load_pixels
+    from edgeprune.pipeline.context import Options, recovery_set
+    from edgeprune.vit.models import load_model
+    from edgeprune.vit.recovery import Recipe, recovered
+
+    pruned: Any = prune(model, schedule)
+    how = load_model(model).preprocessing
+    found = recovery_set(Options(recover=Path(images)), None)
+    assert found is not None
+    pixels = load_pixels(found.paths, how, progress)
+    return recovered(pruned, pixels, how, Recipe(seed=seed), _path(checkpoint), progress).module
+
+
 def compare(
     model: str | nn.Module = zoo.EMBEDDED,
     *,
@@ -190,6 +223,7 @@ def compare(
     exhaustive: bool = False,
     search_images: int = 128,
     rounds: int = 40,
+    recover: str | Path | bool | None = None,
     work: str | Path = WORK,
     progress: Progress = silent,
 ) -> Comparison:
@@ -204,6 +238,7 @@ def compare(
     options = Options(
         device=device, model=model, weights=weights, images=_path(images), precision=precision, batch=batch,
         work=Path(work), simulate=simulate, exhaustive=exhaustive, search_images=search_images, rounds=rounds,
+        recover=_pictures(recover),
     )  # fmt: skip
     return run(options, list(methods), list(speedups), progress)
 
@@ -225,6 +260,10 @@ def bench(
 
     paths = [bundle.path if isinstance(bundle, Bundle) else Path(bundle) for bundle in bundles]
     return bench_bundles(paths, rounds, progress, _path(baseline), end_to_end=end_to_end)
+
+
+def _pictures(recover: str | Path | bool | None) -> Path | bool:
+    return recover if isinstance(recover, bool) else _path(recover) or False
 
 
 def _path(place: str | Path | None) -> Path | None:

@@ -57,15 +57,16 @@ def calibration_indices(images: int) -> NDArray[np.int64]:
     return drawn(images, CALIBRATION_IMAGES)
 
 
-def load_images(source: Path) -> ImageSet:
+def load_images(source: Path, option: str = "--images", anywhere: bool = False) -> ImageSet:
     """A CSV `image[,label]`, a folder of class folders, or a folder of loose pictures.
 
-    Class folders are numbered in sorted order of their names. Raises ImageError.
+    Class folders are numbered in sorted order of their names. `option` is named in the advice of an error. The
+    pictures of a CSV are in its folder, or, with `anywhere`, at any path. Raises ImageError.
     """
     if os.path.isfile(source):  # unlike Path's own, False for a name that is too long
-        return _from_csv(source)
+        return _from_csv(source, anywhere)
     if not os.path.isdir(source):
-        raise ImageError(f"{source}: no such folder or CSV: pass --images DIR or --images FILE.csv")
+        raise ImageError(f"{source}: no such folder or CSV: pass {option} DIR or {option} FILE.csv")
     loose = _pictures(source)
     if loose:
         return ImageSet(loose, None, None)
@@ -81,7 +82,7 @@ def _pictures(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()))
 
 
-def _from_csv(source: Path) -> ImageSet:
+def _from_csv(source: Path, anywhere: bool) -> ImageSet:
     if source.stat().st_size > MAX_CSV_BYTES:
         raise ImageError(f"{source}: is larger than {MAX_CSV_BYTES >> 20} MiB: split it into smaller CSV files")
     paths: list[Path] = []
@@ -95,7 +96,7 @@ def _from_csv(source: Path) -> ImageSet:
             for row in reader:
                 where = f"{source}:{reader.line_num}"
                 path = (base / (row["image"] or "")).resolve()
-                if not path.is_relative_to(base):
+                if not anywhere and not path.is_relative_to(base):
                     raise ImageError(
                         f"{where}: {row['image']} leads out of {base.name}/: use paths inside the folder of the CSV"
                     )

@@ -348,6 +348,24 @@ class Int8Ranges(Record, frozen=True, kw_only=True):
     kl: float  # to the fp32 model on the calibration pictures, nats
 
 
+class Unrecovered(Record, frozen=True, kw_only=True):
+    """Figures of the same schedule with the original weights, on the same pictures as those of the report.
+
+    Each error is the standard error of the mean change by recovery, paired by picture, in the unit of its figure.
+    """
+
+    agreement: float
+    kl: float
+    top1: float | None = None
+    agreement_error: float
+    kl_error: float
+    top1_error: float | None = None
+
+    def __post_init__(self) -> None:
+        check_figures([self.agreement, self.kl, self.top1], -1.0)
+        check_figures([self.agreement_error, self.kl_error, self.top1_error], 0.0)
+
+
 class Report(Record, frozen=True, kw_only=True):
     """Measured figures: latency in ms, top-1 and agreement in percent, KL in nats; None where unknown."""
 
@@ -365,10 +383,31 @@ class Report(Record, frozen=True, kw_only=True):
     predicted_ms: float | None = None
     fusable_attention: int | None = None  # attention layers in the form that TensorRT fuses
     fused_attention: int | None = None  # those that the engine runs as one kernel; None: unknown
+    unrecovered: Unrecovered | None = None  # None where the weights were not tuned
 
     def __post_init__(self) -> None:
         check_figures([self.speedup, *(self.speedup_interval or ()), self.predicted_ms])
         check_figures([self.agreement, self.kl, self.top1, self.dense_top1, self.images, self.probes], -1.0)
+
+
+class Recovery(Record, frozen=True, kw_only=True):
+    """How the weights of a pruned model were tuned to the unpruned one (vit/recovery.py); KL in nats."""
+
+    images: int  # pictures that were used, those held out to choose the best state included
+    validation_images: int  # of these, never trained on: all KL here are on them
+    epochs: int  # of the state that was kept; 0: none was better, the weights are the original ones
+    kl_before: float
+    kl_after: float
+    curve: tuple[float, ...]  # KL before the first epoch and after each
+    rate: float  # largest learning rate
+    seed: int
+    weights_sha256: str  # of the kept weights
+
+    def __post_init__(self) -> None:
+        check_figures([self.kl_before, self.kl_after, *self.curve], -1.0)
+        check_figures([self.images, self.validation_images], 1.0)
+        if not 0 <= self.epochs < len(self.curve):
+            raise ValueError("the curve needs a KL for every epoch")
 
 
 class PrecisionResult(Record, frozen=True, kw_only=True):
@@ -391,6 +430,7 @@ class ModelMetadata(Record, frozen=True, kw_only=True):
     schedule: Schedule
     preprocessing: Preprocessing
     labels: tuple[str, ...]
+    recovery: Recovery | None = None
 
 
 class Candidate(Record, frozen=True):
@@ -456,6 +496,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     report: Report
     preprocessing: Preprocessing
     labels: tuple[str, ...]
+    recovery: Recovery | None = None  # None where the weights are those of the model
     files: dict[str, str]  # name in the bundle -> sha256
     tolerance: float  # largest allowed difference between the golden output and a run
 
@@ -470,7 +511,8 @@ class Manifest(Record, frozen=True, kw_only=True):
 
 
 # Called with what is being done, how many items are done, and how many there are. A `what` may end with the unit
-# ("measuring 14 token counts, round"), after which the command line puts "3 of 27".
+# ("measuring 14 token counts, round"), after which the command line puts "3 of 27". What is in brackets behind it
+# may change while the work goes on.
 Progress = Callable[[str, int, int], None]
 
 

@@ -87,8 +87,14 @@ def typical_difference(found: NDArray[np.float32], wanted: NDArray[np.float32]) 
 
 def kl_divergence(dense: NDArray[np.float32], pruned: NDArray[np.float32]) -> float:
     """Mean over images of KL(unpruned || pruned) of the class distributions, nats."""
+    return float(kl_per_image(dense, pruned).mean())
+
+
+def kl_per_image(dense: NDArray[np.float32], pruned: NDArray[np.float32]) -> NDArray[np.float64]:
+    """KL(unpruned || pruned) of the class distributions for each image, nats."""
     p, q = log_softmax(dense), log_softmax(pruned)
-    return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+    each: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(axis=1)
+    return each
 
 
 def agreement(dense: NDArray[np.float32], pruned: NDArray[np.float32]) -> float:
@@ -99,6 +105,12 @@ def agreement(dense: NDArray[np.float32], pruned: NDArray[np.float32]) -> float:
 def top1(logits: NDArray[np.float32], labels: Sequence[int]) -> float:
     """Share of images for which the label is predicted, percent."""
     return float((logits.argmax(1) == np.asarray(labels)).mean() * 100)
+
+
+def standard_error(differences: NDArray[np.float64]) -> float:
+    """Standard error of the mean of paired differences; 0 for fewer than two."""
+    count = len(differences)
+    return float(differences.std(ddof=1) / count**0.5) if count > 1 else 0.0
 
 
 def signed_rank(differences: NDArray[np.float64]) -> float:

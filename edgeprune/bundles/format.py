@@ -15,7 +15,7 @@ import numpy as np
 from edgeprune.defaults import ENGINES
 from edgeprune.errors import InputError
 from edgeprune.io import code_key, decode, encode, load, read_bytes, sha256_file, writable
-from edgeprune.records import Engine, Manifest, Preprocessing, Report, Schedule, Setup, Staircase, Vit
+from edgeprune.records import Engine, Manifest, Preprocessing, Recovery, Report, Schedule, Setup, Staircase, Vit
 from edgeprune.version import __version__
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ def write_bundle(
     report: Report,
     preprocessing: Preprocessing,
     labels: tuple[str, ...],
+    recovery: Recovery | None = None,
     golden: tuple[NDArray[np.float32], NDArray[np.float32]],
     extra: dict[str, bytes] | None = None,
 ) -> Manifest:
@@ -82,6 +83,7 @@ def write_bundle(
                 report=report,
                 preprocessing=preprocessing,
                 labels=labels,
+                recovery=recovery,
                 files={p.name: sha256_file(p) for p in sorted(fresh.iterdir())},
                 tolerance=TOLERANCE,
             )

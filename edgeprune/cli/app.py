@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from edgeprune.errors import EdgepruneError
 
+
+class Commands(TyperGroup):
+    """All commands. Typer has no options whose value may be left out: `--recover` alone becomes `--recover=`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        after = [*args[1:], "-"]
+        alone = (arg == "--recover" and following.startswith("-") for arg, following in zip(args, after, strict=True))
+        return super().parse_args(ctx, [f"{a}=" if is_alone else a for a, is_alone in zip(args, alone, strict=True)])
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

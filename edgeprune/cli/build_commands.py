@@ -30,6 +30,7 @@ from edgeprune.cli.options import (
     OnHost,
     Policy,
     Precision,
+    Recover,
     SearchImages,
     Simulate,
     Speedup,
@@ -39,6 +40,7 @@ from edgeprune.cli.options import (
     Work,
     goal_from,
     overrides_from,
+    recover_from,
 )
 from edgeprune.defaults import METHODS, WORK
 from edgeprune.zoo import EMBEDDED
@@ -64,6 +66,7 @@ def build(
     lock_clocks: LockClocks = False,
     exhaustive: Exhaustive = False,
     search_images: SearchImages = 128,
+    recover: Recover = None,
     rounds: Annotated[int, typer.Option(help="interleaved rounds of the final measurement", min=5)] = 60,
     neighbours: Annotated[int, typer.Option(help="similar schedules to build and time", min=0)] = 3,
     crop_pct: CropPct = None,
@@ -105,6 +108,7 @@ def build(
         search_images=search_images,
         rounds=rounds,
         neighbours=neighbours,
+        recover=recover_from(recover),
         overrides=overrides_from(crop_pct, interpolation, mean, std),
         host=Host(host, host_program) if host else None,
         lock_clocks=lock_clocks,
@@ -117,7 +121,7 @@ def build(
         output.show(precision_table(built.precisions, manifest.engine.setup), as_json)
     output.tell(f"bundle: {built.path}", as_json)
     if as_json:
-        row = row_of(manifest.engine.setup, manifest.schedule, manifest.report, built.path)
+        row = row_of(manifest.engine.setup, manifest.schedule, manifest.report, built.path, manifest.recovery)
         output.json_line(row | ({"precisions": precision_rows(built.precisions)} if built.precisions else {}))
 
 
@@ -135,6 +139,7 @@ def compare(
     exhaustive: Exhaustive = False,
     whole_last: WholeLast = False,
     search_images: SearchImages = 128,
+    recover: Recover = None,
     rounds: Annotated[int, typer.Option(help="interleaved rounds of a measurement", min=5)] = 40,
     work: Work = WORK,
     plot: Annotated[Path | None, typer.Option(help="file for a plot of the results (.svg)")] = None,
@@ -165,6 +170,7 @@ def compare(
         whole_last=whole_last,
         search_images=search_images,
         rounds=rounds,
+        recover=recover_from(recover),
     )
     with output.progress() as progress:
         comparison = run(options, [name.strip() for name in methods.split(",")], targets, progress)
@@ -264,4 +270,4 @@ def compile_(
     output.show(build_table(manifest), as_json)
     output.tell(f"bundle: {path}", as_json)
     if as_json:
-        output.json_line(row_of(manifest.engine.setup, manifest.schedule, manifest.report, path))
+        output.json_line(row_of(manifest.engine.setup, manifest.schedule, manifest.report, path, manifest.recovery))

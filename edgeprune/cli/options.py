@@ -63,6 +63,19 @@ OnHost = Annotated[
 HostProgram = Annotated[str, typer.Option(help="path of edgeprune on that host, if it is not in its PATH")]
 SearchImages = Annotated[int, typer.Option(help="pictures on which schedules are compared", min=1)]
 
+Recover = Annotated[
+    str | None,
+    typer.Option(
+        metavar="[DIR|CSV]",
+        help="tune the pruned model to the unpruned one on these pictures without labels; alone: on half of --images",
+    ),
+]
+
+
+def recover_from(value: str | None) -> Path | bool:
+    """The value of --recover for Options; without a value it is empty (app.Commands)."""
+    return Path(value) if value else value is not None
+
 
 def goal_from(alpha: Any, speedup: Any, budget_ms: Any, max_drop: Any) -> Any:
     from edgeprune.scheduling.goals import Goal

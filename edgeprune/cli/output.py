@@ -51,17 +51,19 @@ class ProgressBar:
 
     def __call__(self, what: str, done: int, total: int) -> None:
         count = f" {min(done + 1, total)} of {total}" if 1 < total <= MOST_COUNTED else ""
-        task, before = self.tasks.get(what, (None, 0))
+        name, bracket, rest = what.partition(" (")
+        task, before = self.tasks.get(name, (None, 0))
         if task is not None and done < before:  # the same work once more
             self.bar.remove_task(task)
             task = None
         if task is None:
             pulse = total == 1 and not done  # a single piece of work: its progress is not known
-            task = self.bar.add_task(what + count, total=None if pulse else total)
+            task = self.bar.add_task(name, total=None if pulse else total)
         for other in self.bar.task_ids:
             self.bar.update(other, visible=other == task)
-        self.bar.update(task, completed=done, total=total if done or total > 1 else None, description=what + count)
-        self.tasks[what] = task, done
+        text = f"{name}{count}{bracket}{rest}"
+        self.bar.update(task, completed=done, total=total if done or total > 1 else None, description=text)
+        self.tasks[name] = task, done
 
 
 @contextmanager

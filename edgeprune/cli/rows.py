@@ -10,7 +10,7 @@ import msgspec
 
 from edgeprune.latency.depth import PAIR_BLOCKS
 from edgeprune.latency.probing import confirmed_edges
-from edgeprune.records import SCHEMA, PrecisionResult, Report, Schedule, Setup, Staircase
+from edgeprune.records import SCHEMA, PrecisionResult, Recovery, Report, Schedule, Setup, Staircase
 from edgeprune.version import __version__
 
 if TYPE_CHECKING:
@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from edgeprune.pipeline.compare import Comparison
 
 
-def row_of(setup: Setup, schedule: Schedule, report: Report, bundle: Path | None) -> dict[str, Any]:
+def row_of(
+    setup: Setup, schedule: Schedule, report: Report, bundle: Path | None, recovery: Recovery | None = None
+) -> dict[str, Any]:
     """A measured schedule as the JSON row of the command contract; an unknown figure is None."""
     row: dict[str, Any] = {
         "bundle": str(bundle) if bundle else None,
@@ -39,6 +41,8 @@ def row_of(setup: Setup, schedule: Schedule, report: Report, bundle: Path | None
         "probes": report.probes,
         "fusable_attention": report.fusable_attention,
         "fused_attention": report.fused_attention,
+        "recovery": msgspec.structs.asdict(recovery) if recovery else None,
+        "unrecovered": msgspec.structs.asdict(report.unrecovered) if report.unrecovered else None,
     }
     if setup.simulated:
         row["simulated"] = True
@@ -112,7 +116,8 @@ def compare_rows(comparison: Comparison) -> list[dict[str, Any]]:
     rows = []
     for entry in comparison.entries:
         assert entry.report is not None
-        rows.append({"target": entry.target, **row_of(comparison.setup, entry.schedule, entry.report, None)})
+        row = row_of(comparison.setup, entry.schedule, entry.report, None, entry.recovery)
+        rows.append({"target": entry.target, **row})
     return rows
 
 

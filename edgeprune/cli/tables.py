@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.html_report.figures import UNKNOWN, evaluated_on, interval, number
+from edgeprune.html_report.figures import UNKNOWN, evaluated_on, interval, number, recovered_how, unrecovered_figures
 from edgeprune.latency.probing import confirmed_edges
 from edgeprune.records import Latency, Manifest, PrecisionResult, Setup, Staircase
 
@@ -28,25 +28,41 @@ def build_table(manifest: Manifest) -> Table:
         f"{setup.precision}, batch {setup.batch}{simulated})"
     )
     table.add_column("")
-    table.add_column("unpruned", justify="right")
-    table.add_column(f"{schedule.method} ({schedule.policy})", justify="right")
-    table.add_row("tokens per block", f"{manifest.vit.tokens} x {manifest.vit.depth}", runs(schedule.tokens))
-    table.add_row("latency, ms (95 % interval)", _ms(report.dense_latency), _ms(report.latency))
-    if report.speedup is not None and report.speedup_interval is not None:
-        low, high = report.speedup_interval
-        table.add_row("speed-up (95 % interval)", "1", f"{report.speedup:.3f} ({low:.3f} to {high:.3f})")
-    if report.predicted_ms is not None:
-        off = 100 * (report.predicted_ms / report.latency.median_ms - 1)
-        table.add_row("predicted, ms", "", f"{report.predicted_ms:.3f} ({off:+.1f} %)")
-    table.add_row("top-1, %", number(report.dense_top1), number(report.top1))
-    compared = report.agreement is not None
-    table.add_row("agreement, %", "100" if compared else UNKNOWN, number(report.agreement))
-    table.add_row("KL, nats", "0" if compared else UNKNOWN, number(report.kl, 4))
-    if report.fused_attention is not None:
-        table.add_row("fused attention, layers", "", f"{report.fused_attention} of {report.fusable_attention}")
+    before = report.unrecovered
+    for column in ("unpruned", *(["without recovery"] if before else []), f"{schedule.method} ({schedule.policy})"):
+        table.add_column(column, justify="right")
+    unrecovered = unrecovered_figures(before) if before else None
+    for name, dense, pruned in _build_rows(manifest):
+        table.add_row(name, dense, *([unrecovered.get(name, "")] if unrecovered else []), pruned)
     rounds = f"{len(report.latency.samples_ms)} interleaved rounds"
     table.caption = f"{evaluated_on(report.images, report.held_out)}; {rounds}" if report.images else rounds
+    if manifest.recovery is not None:
+        table.caption += f"; {recovered_how(manifest.recovery)}"
     return table
+
+
+def _build_rows(manifest: Manifest) -> list[tuple[str, str, str]]:
+    """Names, and figures of the unpruned and of the pruned model."""
+    schedule, report = manifest.schedule, manifest.report
+    rows = [
+        ("tokens per block", f"{manifest.vit.tokens} x {manifest.vit.depth}", runs(schedule.tokens)),
+        ("latency, ms (95 % interval)", _ms(report.dense_latency), _ms(report.latency)),
+    ]
+    if report.speedup is not None and report.speedup_interval is not None:
+        low, high = report.speedup_interval
+        rows.append(("speed-up (95 % interval)", "1", f"{report.speedup:.3f} ({low:.3f} to {high:.3f})"))
+    if report.predicted_ms is not None:
+        off = 100 * (report.predicted_ms / report.latency.median_ms - 1)
+        rows.append(("predicted, ms", "", f"{report.predicted_ms:.3f} ({off:+.1f} %)"))
+    compared = report.agreement is not None
+    rows += [
+        ("top-1, %", number(report.dense_top1), number(report.top1)),
+        ("agreement, %", "100" if compared else UNKNOWN, number(report.agreement)),
+        ("KL, nats", "0" if compared else UNKNOWN, number(report.kl, 4)),
+    ]
+    if report.fused_attention is not None:
+        rows.append(("fused attention, layers", "", f"{report.fused_attention} of {report.fusable_attention}"))
+    return rows
 
 
 def precision_table(results: Sequence[PrecisionResult], setup: Setup) -> Table:
@@ -186,9 +202,15 @@ def compare_table(rows: list[dict[str, Any]]) -> Table:
             row["policy"],
             f"{row['speedup']:.2f} ({low:.2f}–{high:.2f})",
             f"{row['dense_latency_ms']['median'] / row['predicted_ms']:.2f}",
-            number(row["top1"]),
-            number(row["agreement"]),
-            number(row["kl"], 4),
+            _both(row, "top1"),
+            _both(row, "agreement"),
+            _both(row, "kl", 4),
             runs(tuple(row["tokens"])),
         )
     return table
+
+
+def _both(row: dict[str, Any], figure: str, digits: int = 2) -> str:
+    """A figure of a comparison, after the one without recovery if weights were recovered."""
+    before = number(row["unrecovered"][figure], digits) + " → " if row["unrecovered"] else ""
+    return before + number(row[figure], digits)

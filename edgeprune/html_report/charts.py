@@ -9,7 +9,7 @@ from math import ceil, cos, floor, log10, pi, sin
 from typing import NamedTuple
 
 from edgeprune.latency.staircase import treads, trunk_ms
-from edgeprune.records import Candidate, Latency, Schedule, Staircase, Trial
+from edgeprune.records import Candidate, Latency, Recovery, Schedule, Staircase, Trial
 
 WIDTH, HEIGHT = 440, 280  # user units; text of size 12 is readable on a phone and not too large on a desktop
 LEFT, RIGHT, TOP, BOTTOM = 40, 18, 30, 40
@@ -228,4 +228,19 @@ def trials_chart(trials: Sequence[Trial], schedule: Schedule) -> Chart:
         chart.line([(x(low), middle), (x(high), middle)], "interval")
         chart.dot(x(trial.predicted_ms), middle, "predicted", f"predicted {trial.predicted_ms:.3f} ms", 5)
         chart.dot(x(ms), middle, "chosen" if chosen else "measured", f"measured {ms:.3f} ms", 5)
+    return chart
+
+
+def recovery_chart(recovery: Recovery) -> Chart:
+    """KL on the pictures that recovery did not train on, before the first epoch and after each; the kept state."""
+    curve = recovery.curve
+    x = across(0, len(curve) - 1)
+    y = Axis(0, 1.06 * max(*curve, LEAST_KL), HEIGHT - BOTTOM, TOP)
+    chart = Chart("Recovery: KL over epochs", x, y, ("epochs", "KL, nats"))
+    chart.line([(x(epoch), y(kl)) for epoch, kl in enumerate(curve)], "tread")
+    for epoch, kl in enumerate(curve):
+        if epoch != recovery.epochs:
+            chart.dot(x(epoch), y(kl), "point", f"epoch {epoch}: {kl:.4f} nats")
+    kept = recovery.epochs
+    chart.star(x(kept), y(curve[kept]), "chosen", f"epoch {kept}, kept: {curve[kept]:.4f} nats")
     return chart

@@ -11,12 +11,19 @@ from markupsafe import Markup
 
 from edgeprune.bundles.format import PAGE, STAIRCASE, TRACE, load_bundle, staircase_of
 from edgeprune.errors import InputError
-from edgeprune.html_report.charts import LEAST_KL, front_chart, staircase_chart, tokens_chart, trials_chart
-from edgeprune.html_report.figures import UNKNOWN, evaluated_on, interval, number
+from edgeprune.html_report.charts import (
+    LEAST_KL,
+    front_chart,
+    recovery_chart,
+    staircase_chart,
+    tokens_chart,
+    trials_chart,
+)
+from edgeprune.html_report.figures import UNKNOWN, evaluated_on, interval, number, recovered_how, unrecovered_figures
 from edgeprune.html_report.gallery import pictures
 from edgeprune.io import load, sha256_bytes, write_bytes
 from edgeprune.latency.staircase import treads
-from edgeprune.records import BuildTrace, Engine, Preprocessing, Report, Schedule, Setup, Staircase, Trial
+from edgeprune.records import BuildTrace, Engine, Preprocessing, Recovery, Report, Schedule, Setup, Staircase, Trial
 from edgeprune.scheduling.goals import pareto
 from edgeprune.version import __version__
 
@@ -31,6 +38,7 @@ def page_html(
     preprocessing: Preprocessing,
     staircase: Staircase | None,
     trace: BuildTrace,
+    recovery: Recovery | None = None,
 ) -> str:
     """The HTML text. The same records give the same text; the template escapes every string in them."""
     return _template().render(
@@ -47,8 +55,11 @@ def page_html(
         candidates=len(trace.candidates),
         least_kl=f"{LEAST_KL:.5f}" if any(c.kl <= LEAST_KL for c in trace.candidates) else None,
         trials=_trials(schedule, report, trace),
+        recovery=recovery and Markup(recovery_chart(recovery)),
+        recovery_note=recovery and recovered_how(recovery),
         pictures=pictures(schedule, trace.samples),
         figures=_figures(schedule, report),
+        before_recovery=["without recovery"] if report.unrecovered else [],
         setup_rows=_setup(engine, schedule, report, preprocessing),
         points=_points(staircase) if staircase else [],
     )
@@ -71,6 +82,7 @@ def page_of_bundle(bundle: Path, out: Path | None = None) -> Path:
         manifest.preprocessing,
         staircase_of(bundle) if STAIRCASE in manifest.files else None,
         load(bundle / TRACE, BuildTrace),
+        manifest.recovery,
     ).encode()
     if out is None:
         if manifest.files.get(PAGE) == sha256_bytes(text):
@@ -164,7 +176,11 @@ def _figures(schedule: Schedule, report: Report) -> Rows:
     ]
     if report.fused_attention is not None:
         rows.append(("fused attention, layers", "", f"{report.fused_attention} of {report.fusable_attention}"))
-    return rows
+    before = report.unrecovered
+    if before is None:
+        return rows
+    figures = unrecovered_figures(before)
+    return [(name, dense, figures.get(name, ""), pruned) for name, dense, pruned in rows]
 
 
 def _setup(engine: Engine, schedule: Schedule, report: Report, preprocessing: Preprocessing) -> Rows:

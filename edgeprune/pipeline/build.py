@@ -17,6 +17,7 @@ from edgeprune.pipeline.evaluate import Evaluated, evaluate
 from edgeprune.pipeline.export import metadata_of
 from edgeprune.pipeline.measure import warn_if_missed
 from edgeprune.pipeline.profile import measured_staircase
+from edgeprune.pipeline.recovery import Recovered, recover
 from edgeprune.pipeline.refine import Refined, refine
 from edgeprune.pipeline.scores import ScheduleScores
 from edgeprune.pipeline.write import bundle_from_onnx, noise_batch
@@ -63,21 +64,32 @@ def build(options: Options, progress: Progress = silent) -> Built:
 def evaluated_schedule(context: Context, wider: Sequence[str] | None = None) -> tuple[Refined, Evaluated]:
     """All steps but the last: staircase, schedule, engine, measurement, fidelity. `wider` is as in `evaluate`."""
     options = context.options
-    log.info("step 1 of 4: measuring the latency staircase of %s on %s", context.model.vit.name, options.device)
+    steps = 5 if context.recovery else 4
+    name = context.model.vit.name
+    log.info("step 1 of %d: measuring the latency staircase of %s on %s", steps, name, options.device)
     staircase = measured_staircase(context.target, context.model, (context.method,), options.exhaustive)
-    log.info("step 2 of 4: searching for a schedule (goal: %s), then building and timing the best", options.goal)
+    log.info(
+        "step 2 of %d: searching for a schedule (goal: %s), then building and timing the best", steps, options.goal
+    )
     refined = refine(context, staircase, ScheduleScores(context))
-    log.info("step 3 of 4: measuring and evaluating the chosen schedule against the unpruned model")
-    evaluated = evaluate(context, refined.staircase, refined.schedule, wider)
+    recovered = None
+    if context.recovery is not None:
+        log.info("step 3 of %d: recovering accuracy on %d pictures", steps, len(context.recovery.files))
+        recovered = recover(context, refined.schedule)
+    log.info(
+        "step %d of %d: measuring and evaluating the chosen schedule against the unpruned model", steps - 1, steps
+    )
+    evaluated = evaluate(context, refined.staircase, refined.schedule, wider, recovered)
     warn_if_missed(options.goal, evaluated.report)
     return refined, evaluated
 
 
 def written(context: Context, refined: Refined, evaluated: Evaluated) -> Built:
     """The last step: write the bundle. Raises EngineError, OutputError."""
-    log.info("step 4 of 4: writing the bundle %s", context.out)
-    pictures, batch = context.pictures, context.options.batch
-    metadata = metadata_of(context.model, refined.schedule, pictures.files.class_names if pictures else None)
+    log.info("last step: writing the bundle %s", context.out)
+    pictures, batch, recovered = context.pictures, context.options.batch, evaluated.recovered
+    record = recovered.record if recovered else None
+    metadata = metadata_of(context.model, refined.schedule, pictures.files.class_names if pictures else None, record)
     if pictures is not None and evaluated.steadiest is not None:
         golden = pictures.pixels[np.resize(evaluated.steadiest, batch)]
         example = normalise(golden, pictures.how)
@@ -85,12 +97,14 @@ def written(context: Context, refined: Refined, evaluated: Evaluated) -> Built:
         example = noise_batch(metadata.vit, batch)
     manifest = bundle_from_onnx(
         context.target, context.out, evaluated.onnx, metadata, evaluated.report, example, refined.staircase,
-        trace=lambda: build_trace(context, metadata, refined),
+        trace=lambda: build_trace(context, metadata, refined, recovered),
     )  # fmt: skip
     return Built(context.out, manifest, refined.staircase)
 
 
-def build_trace(context: Context, metadata: ModelMetadata, refined: Refined) -> BuildTrace:
+def build_trace(
+    context: Context, metadata: ModelMetadata, refined: Refined, recovered: Recovered | None = None
+) -> BuildTrace:
     """How a build chose its schedule: what it evaluated, what it built and timed, the effect on a few pictures."""
     from edgeprune.vit.token_groups import samples_of
 
@@ -99,8 +113,9 @@ def build_trace(context: Context, metadata: ModelMetadata, refined: Refined) -> 
     if pictures is not None and metadata.schedule.cuts:
         shown = np.unique(np.linspace(0, len(pictures.pixels) - 1, SHOWN).astype(int))
         samples = samples_of(
-            context.model, metadata.schedule, pictures.pixels[shown], pictures.labels(shown), metadata.labels
-        )
+            context.model, metadata.schedule, pictures.pixels[shown], pictures.labels(shown), metadata.labels,
+            recovered.model if recovered else None,
+        )  # fmt: skip
     trials = (
         Trial(tokens=m.schedule.tokens, predicted_ms=m.predicted_ms, latency=m.measured.latency)
         for m in refined.measured

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 
 from edgeprune.errors import InputError, ScheduleError
 from edgeprune.pipeline.context import Context, Options, context_for
-from edgeprune.pipeline.evaluate import logits_on, with_fidelity
+from edgeprune.pipeline.evaluate import logits_on, with_fidelity, with_unrecovered
 from edgeprune.pipeline.measure import MISS, MeasuredSchedule, corrected_goal, measured_schedules, report_of
 from edgeprune.pipeline.onnx_files import dense_onnx, pruned_onnx
 from edgeprune.pipeline.profile import confirmed, measured_staircase
+from edgeprune.pipeline.recovery import recover
 from edgeprune.pipeline.scores import ScheduleScores
 from edgeprune.pipeline.solve import solve, with_confirmed_edges
-from edgeprune.records import Progress, Report, Schedule, Setup, Staircase, silent
+from edgeprune.records import Progress, Recovery, Report, Schedule, Setup, Staircase, silent
 from edgeprune.scheduling.goals import Goal, finished
 from edgeprune.scheduling.published import published_schedule
 from edgeprune.vit.reducers import check_method
@@ -34,6 +35,7 @@ class Entry:
     schedule: Schedule
     goal: Goal  # as given to the additive model, after correction by measurement
     report: Report | None = None
+    recovery: Recovery | None = None
 
 
 @dataclass(frozen=True)
@@ -156,9 +158,14 @@ class _Methods:
         reported = []
         for entry, result in zip(entries, measured, strict=True):
             own = self.contexts[entry.method]
-            logits = logits_on(own, pictures, pruned_onnx(own, entry.schedule))[kept]
+            recovered = recover(own, entry.schedule) if own.recovery and entry.schedule.cuts else None
+            logits = logits_on(own, pictures, pruned_onnx(own, entry.schedule, recovered))[kept]
             report = report_of(result.measured, entry.schedule, self.staircase)
-            reported.append(replace(entry, report=with_fidelity(report, dense, logits, labels, held_out)))
+            report = with_fidelity(report, dense, logits, labels, held_out)
+            if recovered is not None:
+                before = logits_on(own, pictures, pruned_onnx(own, entry.schedule))[kept]
+                report = with_unrecovered(report, dense, before, logits, labels)
+            reported.append(replace(entry, report=report, recovery=recovered.record if recovered else None))
         return reported
 
 

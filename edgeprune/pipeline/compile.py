@@ -90,7 +90,9 @@ def described(onnx: Path) -> tuple[ModelMetadata, Manifest | None]:
     """The metadata of an ONNX file, and the manifest of its bundle if it is part of one. Raises InputError."""
     if onnx.name == ONNX and (onnx.parent / MANIFEST).is_file():
         manifest = load_bundle(onnx.parent)
-        fields = {name: getattr(manifest, name) for name in ("vit", "schedule", "preprocessing", "labels")}
+        fields = {
+            name: getattr(manifest, name) for name in ("vit", "schedule", "preprocessing", "labels", "recovery")
+        }
         return ModelMetadata(**fields), manifest
     metadata = metadata_in(onnx)
     if metadata is None:

@@ -11,7 +11,7 @@ from edgeprune import zoo
 from edgeprune.bundles.format import default_folder
 from edgeprune.defaults import WORK
 from edgeprune.errors import InputError
-from edgeprune.images import ImageSet, load_images
+from edgeprune.images import ImageSet, drawn, load_images
 from edgeprune.pipeline.pictures import Pictures
 from edgeprune.records import Progress, silent
 from edgeprune.runtimes.remote.ssh import Host
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgeprune.vit.models import Model
 
 ROUNDS = 60
+LEAST_RECOVERY = 16  # pictures
 POLICIES = ("search", "paper")
 
 
@@ -49,6 +50,7 @@ class Options:
     block: int = PAPER_BLOCK
     whole_last: bool = False  # compute the whole last block even if the head reads only the prefix
     search_images: int = 128
+    recover: Path | bool = False  # pictures to tune the weights on; True: half of `images`
     rounds: int = ROUNDS
     neighbours: int = 3  # similar schedules to build and time in addition to the best
     calib: Path = Path("calib")  # where INT8 ranges are kept
@@ -66,6 +68,7 @@ class Context:
     model: Model
     pictures: Pictures | None
     progress: Progress = silent
+    recovery: Pictures | None = None  # to tune the weights on
 
     @property
     def method(self) -> str:
@@ -120,14 +123,33 @@ def context_for(options: Options, progress: Progress = silent) -> Context:
             f"label {max(found.labels)} is out of range: {model.vit.name} has classes 0 to "
             f"{model.vit.classes - 1}: check the CSV or the weights"
         )
-    pictures = Pictures(found, model.preprocessing, target, options.search_images) if found else None
-    return Context(options, target, model, pictures, progress)
+    training = recovery_set(options, found)
+    pictures = Pictures(found, model.preprocessing, target, options.search_images, training) if found else None
+    recovery = Pictures(training, model.preprocessing, target, 0) if training else None
+    return Context(options, target, model, pictures, progress, recovery)
 
 
 def check_policy(policy: str) -> None:
     """Raise InputError for an unknown policy."""
     if policy not in POLICIES:
         raise InputError(f"unknown policy {policy!r}: choose from {', '.join(POLICIES)}")
+
+
+def recovery_set(options: Options, images: ImageSet | None) -> ImageSet | None:
+    """The pictures of --recover, without labels; None where nothing is recovered. Raises InputError, ImageError."""
+    if options.recover is False:
+        return None
+    if options.method == "none":
+        raise InputError("--recover has nothing to do with --method none: leave it out or choose another method")
+    if options.recover is not True:
+        found = load_images(options.recover, "--recover", anywhere=True).paths
+    elif images is None:
+        raise InputError("--recover needs pictures: pass --images DIR|CSV or --recover DIR|CSV")
+    else:
+        found = tuple(images.paths[i] for i in drawn(len(images), len(images) // 2))
+    if len(found) < LEAST_RECOVERY:
+        raise InputError(f"--recover needs at least {LEAST_RECOVERY} pictures, not {len(found)}: pass more of them")
+    return ImageSet(found, None, None)
 
 
 def image_set(options: Options) -> ImageSet | None:

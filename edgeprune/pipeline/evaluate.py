@@ -18,7 +18,8 @@ from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.measure import Measured, measured_engines, report_of
 from edgeprune.pipeline.onnx_files import dense_onnx, nominal_onnx, precise_onnx, pruned_onnx
 from edgeprune.pipeline.pictures import Pictures
-from edgeprune.records import Report, Schedule, Staircase
+from edgeprune.pipeline.recovery import Recovered
+from edgeprune.records import Report, Schedule, Staircase, Unrecovered
 from edgeprune.runtimes.inference import logits_of
 from edgeprune.scheduling.goals import Goal
 
@@ -39,22 +40,27 @@ class Evaluated(NamedTuple):
     report: Report
     steadiest: NDArray[np.int64] | None
     refused: str | None = None  # why its precision is not worth it
+    recovered: Recovered | None = None  # the weights in it, where they were tuned
 
 
 def evaluate(
-    context: Context, staircase: Staircase, schedule: Schedule, wider: Sequence[str] | None = None
+    context: Context,
+    staircase: Staircase,
+    schedule: Schedule,
+    wider: Sequence[str] | None = None,
+    recovered: Recovered | None = None,
 ) -> Evaluated:
     """Compile, time with the unpruned model, and compare outputs on pictures that were not used to choose anything.
 
     In fp16, INT8 and FP8 the unpruned model is timed in the same precision, and outputs are compared with those of
     the unpruned model in fp32. The pruned model is also built and timed in the precisions `wider`, by default fp32
-    unless the precision is that or simulated, and must gain enough over each (`gate`). Raises ExportError,
-    EngineError.
+    unless the precision is that or simulated, and must gain enough over each (`gate`). With recovered weights, the
+    report also has the figures without recovery. Raises ExportError, EngineError.
     """
     target, options = context.target, context.options
     lowered = target.onnx_precision != "fp32"
     exact = context.at("fp32") if lowered else context
-    reference, whole_file = dense_onnx(context), pruned_onnx(context, schedule)
+    reference, whole_file = dense_onnx(context), pruned_onnx(context, schedule, recovered)
     file = precise_onnx(context, whole_file)
     fusable = attention_fusion.expected(file, schedule, target.setup)
     if wider is None:
@@ -66,10 +72,10 @@ def evaluate(
     report = msgspec.structs.replace(report, fusable_attention=fusable)
     pictures = context.pictures
     if pictures is None:
-        return Evaluated(file, report, None)
+        return Evaluated(file, report, None, None, recovered)
     dense, whole = (logits_on(exact, pictures, each) for each in (reference, whole_file))
     pruned = logits_on(context, pictures, file)
-    steadiest = check_parity(context, pictures, schedule, whole)
+    steadiest = check_parity(context, pictures, schedule, whole, recovered)
     kept, held_out = pictures.held_out(schedule.method, target.onnx_precision)
     labels = pictures.labels(kept)
     refused = None
@@ -78,7 +84,10 @@ def evaluate(
         names = (target.setup.precision, other.target.setup.precision)
         refused = refused or gate(names, options.goal, (own, measured), pruned[kept], logits, labels)
     report = with_fidelity(report, dense[kept], pruned[kept], labels, held_out)
-    return Evaluated(file, report, steadiest, refused)
+    if recovered is not None:
+        original = logits_on(context, pictures, precise_onnx(context, pruned_onnx(context, schedule)))
+        report = with_unrecovered(report, dense[kept], original[kept], pruned[kept], labels)
+    return Evaluated(file, report, steadiest, refused, recovered)
 
 
 def with_fidelity(
@@ -103,8 +112,37 @@ def with_fidelity(
     )
 
 
+def with_unrecovered(
+    report: Report,
+    dense: NDArray[np.float32],
+    before: NDArray[np.float32],
+    after: NDArray[np.float32],
+    labels: Sequence[int] | None,
+) -> Report:
+    """The report with the figures without recovery; logits (images, classes) of the same pictures."""
+
+    def error(answers: Sequence[int] | NDArray[np.int64]) -> float:
+        hits = [(logits.argmax(1) == np.asarray(answers)).astype(float) for logits in (before, after)]
+        return 100 * stats.standard_error(hits[1] - hits[0])
+
+    change = stats.kl_per_image(dense, after) - stats.kl_per_image(dense, before)
+    unrecovered = Unrecovered(
+        agreement=stats.agreement(dense, before),
+        kl=stats.kl_divergence(dense, before),
+        top1=stats.top1(before, labels) if labels else None,
+        agreement_error=error(dense.argmax(1)),
+        kl_error=stats.standard_error(change),
+        top1_error=error(labels) if labels else None,
+    )
+    return msgspec.structs.replace(report, unrecovered=unrecovered)
+
+
 def check_parity(
-    context: Context, pictures: Pictures, schedule: Schedule, logits: NDArray[np.float32]
+    context: Context,
+    pictures: Pictures,
+    schedule: Schedule,
+    logits: NDArray[np.float32],
+    recovered: Recovered | None = None,
 ) -> NDArray[np.int64]:
     """Compare the engine's logits (images, classes) with PyTorch's on a few images, by stats.typical_difference.
 
@@ -114,7 +152,11 @@ def check_parity(
 
     count = min(PARITY_IMAGES, len(logits))
     wanted = logits_of_schedule(
-        context.model, schedule.method, schedule.tokens, pictures.pixels[:count], schedule.prefix_last
+        recovered.model if recovered else context.model,
+        schedule.method,
+        schedule.tokens,
+        pictures.pixels[:count],
+        schedule.prefix_last,
     )
     typical, most = stats.typical_difference(logits[:count], wanted), context.target.runtime.parity
     if not typical <= most:  # written so that NaN, even of one image, fails

@@ -10,7 +10,7 @@ from edgeprune.images import ImageSet, batches, calibration_indices, load_pixels
 from edgeprune.io import load
 from edgeprune.onnx_graph.calibration import calibrated
 from edgeprune.onnx_graph.precision import CONVERSIONS, QUANTISED, onnx_precision
-from edgeprune.records import ModelMetadata, Progress, Schedule, silent
+from edgeprune.records import ModelMetadata, Progress, Recovery, Schedule, silent
 
 if TYPE_CHECKING:
     import onnx
@@ -18,12 +18,16 @@ if TYPE_CHECKING:
     from edgeprune.vit.models import Model
 
 
-def metadata_of(model: Model, schedule: Schedule, class_names: tuple[str, ...] | None) -> ModelMetadata:
+def metadata_of(
+    model: Model, schedule: Schedule, class_names: tuple[str, ...] | None, recovery: Recovery | None = None
+) -> ModelMetadata:
     """The metadata of an exported file."""
     from edgeprune.vit.models import class_labels
 
     labels = class_labels(model.vit, class_names)
-    return ModelMetadata(vit=model.vit, schedule=schedule, preprocessing=model.preprocessing, labels=labels)
+    return ModelMetadata(
+        vit=model.vit, schedule=schedule, preprocessing=model.preprocessing, labels=labels, recovery=recovery
+    )
 
 
 def export_model(

@@ -15,6 +15,7 @@ from edgeprune.onnx_graph.graph import save_graph, static_or_raise
 from edgeprune.onnx_graph.precision import CONVERSIONS, QUANTISED, Convert
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.profile import profiling_models
+from edgeprune.pipeline.recovery import Recovered
 from edgeprune.records import Int8Ranges, Schedule
 
 log = logging.getLogger(__name__)
@@ -28,26 +29,31 @@ def dense_onnx(context: Context) -> Path:
     return dense if dense.is_file() else profiling_models(context.target, context.model, ()) / "dense.onnx"
 
 
-def pruned_onnx(context: Context, schedule: Schedule) -> Path:
-    """The pruned model's fp32 ONNX. Raises ExportError."""
+def pruned_onnx(context: Context, schedule: Schedule, recovered: Recovered | None = None) -> Path:
+    """The pruned model's fp32 ONNX, with the model's own weights or with recovered ones. Raises ExportError."""
     if not schedule.cuts and not schedule.prefix_last:
         return dense_onnx(context)
-    return _exported(context, schedule.method, schedule.tokens, schedule.prefix_last)
+    return _exported(context, schedule.method, schedule.tokens, schedule.prefix_last, recovered)
 
 
-def _exported(context: Context, method: str, tokens: tuple[int, ...], prefix_last: bool) -> Path:
+def _exported(
+    context: Context, method: str, tokens: tuple[int, ...], prefix_last: bool, recovered: Recovered | None = None
+) -> Path:
+    model = recovered.model if recovered else context.model
+    weights = recovered.record.weights_sha256 if recovered else model.vit.weights_sha256
+
     def make(path: Path) -> None:
         from edgeprune.vit.export import onnx_of_schedule
 
         context.progress("exporting ONNX", 0, 1)
         onnx_of_schedule(
-            context.model, method, tokens, prefix_last, context.options.batch, path,
+            model, method, tokens, prefix_last, context.options.batch, path,
             tensorrt=context.target.for_tensorrt,
         )  # fmt: skip
         context.progress("exporting ONNX", 1, 1)
 
     target = context.target  # a file that was exported for a CPU may be beyond TensorRT's limits
-    parts = (context.model.vit, method, tokens, prefix_last, context.options.batch, target.for_tensorrt)
+    parts = (model.vit, weights, method, tokens, prefix_last, context.options.batch, target.for_tensorrt)
     return context.target.work.step("model", ".onnx", parts, make)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgeprune.images import ImageSet, calibration_indices, drawn, load_pixels
-from edgeprune.io import save_array
+from edgeprune.io import save_array, sha256_file
 from edgeprune.onnx_graph.precision import QUANTISED
 from edgeprune.records import Preprocessing
 from edgeprune.runtimes.target import Target
@@ -33,6 +33,7 @@ class Pictures:
     how: Preprocessing
     target: Target
     search_images: int  # number of them used to choose a schedule
+    recovery: ImageSet | None = None  # the pictures that weights are tuned on; some may be among `files`
 
     @cached_property
     def pixels(self) -> NDArray[np.uint8]:
@@ -55,8 +56,17 @@ class Pictures:
         """Sorted indices of the pictures on which schedules are compared, chosen at random with a fixed seed."""
         return drawn(len(self.files), self.search_images)
 
+    @cached_property
+    def tuned_on(self) -> NDArray[np.int64]:
+        """Indices of the pictures that weights are tuned on, by content."""
+        known = {sha256_file(path) for path in self.recovery.paths} if self.recovery else set()
+        found = [i for i, path in enumerate(self.files.paths) if known and sha256_file(path) in known]
+        return np.array(found, np.int64)
+
     def held_out(self, method: str, precision: str) -> tuple[NDArray[np.int64], bool]:
-        """Indices of the pictures for the figures, and whether none of them was used for the schedule or INT8 ranges.
+        """Indices of the pictures for the figures, and whether none of them was used for anything else.
+
+        Other uses are the choice of the schedule, INT8 ranges and recovery.
 
         All pictures, False and a logged warning where fewer than LEAST_HELD_OUT would be left.
         """
@@ -64,12 +74,12 @@ class Pictures:
         seen = self.search if method != "none" else everything[:0]
         if precision in QUANTISED:
             seen = np.union1d(seen, calibration_indices(len(everything)))
-        left = np.setdiff1d(everything, seen)
-        if len(left) >= LEAST_HELD_OUT or not len(seen):
+        left = np.setdiff1d(everything, np.union1d(seen, self.tuned_on))
+        if len(left) >= LEAST_HELD_OUT or len(left) == len(everything):
             return left, True
         log.warning(
-            "figures are of all %d images, including those used to choose the schedule: "
-            "pass more --images to avoid bias", len(everything),
+            "figures are of all %d images, including those used to choose the schedule%s: "
+            "pass more --images to avoid bias", len(everything), " and to recover" if len(self.tuned_on) else "",
         )  # fmt: skip
         return everything, False
 

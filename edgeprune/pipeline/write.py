@@ -76,11 +76,12 @@ def bundle_from_onnx(
     attention_fusion.warn_if_lost(fused, report.fusable_attention, target.setup.precision)
     report = msgspec.structs.replace(report, fused_attention=fused)
     old = _bundle_in(out)
-    if old and (old.code, old.engine, old.schedule, old.report) == (code_key(), engine, metadata.schedule, report):
+    same = (code_key(), engine, metadata.schedule, report, metadata.recovery)
+    if old and (old.code, old.engine, old.schedule, old.report, old.recovery) == same:
         log.info("bundle: reused %s", out)
         return old
     traced = trace()
-    page = page_html(engine, metadata.schedule, report, metadata.preprocessing, staircase, traced)
+    page = page_html(engine, metadata.schedule, report, metadata.preprocessing, staircase, traced, metadata.recovery)
     build_log = engine_file.with_suffix(".log")
     return write_bundle(
         out,
@@ -93,6 +94,7 @@ def bundle_from_onnx(
         report=report,
         preprocessing=metadata.preprocessing,
         labels=metadata.labels,
+        recovery=metadata.recovery,
         golden=(example, golden),
         extra={DEVICE: encode(target.device), TRACE: encode(traced), PAGE: page.encode()}
         | ({PLOT: staircase_svg(staircase, metadata.schedule)} if staircase else {}),

@@ -66,12 +66,17 @@ def load_model(
     key, family = family_of(module)
     if state is not None:
         _fill(module, state, str(weights))
-    digest = hashlib.sha256()
-    for tensor_name, tensor in sorted(module.state_dict().items()):
-        digest.update(tensor_name.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    vit = family.describe(module, name, digest.hexdigest())
+    vit = family.describe(module, name, weights_sha256(module))
     assert vit.family == key
     return Model(module.eval(), family, vit, _preprocessing(module, vit, config, overrides or {}))
+
+
+def weights_sha256(module: nn.Module) -> str:
+    """Hash of a module's state: names and values."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _config_of(module: Any) -> dict[str, Any]:

@@ -32,14 +32,16 @@ def samples_of(
     pixels: NDArray[np.uint8],
     labels: Sequence[int] | None,
     names: Sequence[str],
+    recovered: Model | None = None,
 ) -> tuple[Sample, ...]:
     """Samples for a bundle from pictures (images, P, P, 3): small, with their groups of patches after every cut.
 
-    Groups are computed with PyTorch in fp32. `labels` are class indices, `names` the names of the classes.
+    Groups are computed with PyTorch in fp32. `labels` are class indices, `names` the names of the classes. The pruned
+    model has the weights of `recovered`, if that is given.
     """
     images = torch.from_numpy(normalise(pixels, model.preprocessing))
     with torch.no_grad():
-        groups, pruned = groups_of(model, schedule, images)
+        groups, pruned = groups_of(recovered or model, schedule, images)
         dense = model.module(images)
     samples = []
     for index, picture in enumerate(pixels):

@@ -62,3 +62,12 @@ def test_work_done_once_more_starts_its_clock_again() -> None:
     update("evaluating images", 0, 8)
     assert len(rich.tasks) == 1 and not rich.tasks[0].finished and rich.tasks[0].id != first
     assert shown(rich) == [("evaluating images 1 of 8", 0)]
+
+
+def test_what_is_in_brackets_may_change_while_the_clock_goes_on() -> None:
+    rich, update = bar()
+    update("recovering, step (held-out KL 0.4)", 0, 8)
+    started = rich.tasks[0].start_time
+    update("recovering, step (held-out KL 0.3)", 4, 8)
+    assert shown(rich) == [("recovering, step 5 of 8 (held-out KL 0.3)", 50)]
+    assert [task.start_time for task in rich.tasks] == [started]

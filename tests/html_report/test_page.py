@@ -17,7 +17,7 @@ from support.page_records import HOSTILE, records
 
 from edgeprune.errors import InputError
 from edgeprune.html_report.page import page_html, page_of_bundle
-from edgeprune.records import BuildTrace, Sample
+from edgeprune.records import BuildTrace, Recovery, Sample, Unrecovered
 
 
 class Tags(html.parser.HTMLParser):
@@ -111,6 +111,31 @@ def test_what_is_unknown_is_left_out_or_said() -> None:
     predicted = msgspec.structs.replace(bare, predicted_ms=8.4)
     page = page_html(**given | {"report": predicted, "trace": BuildTrace()})
     assert "1, chosen: predicted 8.4, measured 8 ms (+5.0 %)" in page
+
+
+RECOVERY = Recovery(
+    images=650, validation_images=162, epochs=2, kl_before=0.4, kl_after=0.19, curve=(0.4, 0.25, 0.19, 0.2),
+    rate=3e-5, seed=0, weights_sha256="0" * 64,
+)  # fmt: skip
+
+
+def test_recovery_is_drawn_and_its_gain_is_told() -> None:
+    before = Unrecovered(agreement=80.5, kl=0.387, top1=73.25, agreement_error=1.2, kl_error=0.0123, top1_error=1.1)
+    page = page_html(**records(unrecovered=before), recovery=RECOVERY)
+    text = Tags(page).text
+    assert "weights recovered in 2 epochs on 488 pictures without labels, judged on 162 others" in text
+    assert "KL 0.4 → 0.19" in text and "epoch 2, kept: 0.1900 nats" in page and "epoch 3: 0.2000 nats" in page
+    rows = ("top-1, %|82.80|73.25 (±1.10)|81.90", "KL, nats|0|0.3870 (±0.0123)|0.0310")
+    for row in rows:
+        name, *cells = row.split("|")
+        assert f'<tr><th scope="row">{name}</th>' + "".join(f"<td>{c}</td>" for c in cells) in page
+    assert "standard error of the change" in text and "recovery" not in Tags(page_html(**records())).text
+
+
+def test_a_recovery_without_gain_says_so() -> None:
+    same = msgspec.structs.replace(RECOVERY, epochs=0, kl_after=0.4, curve=(0.4, 0.5))
+    text = Tags(page_html(**records(), recovery=same)).text
+    assert "weights unchanged: no epoch of recovery lowered the KL" in text
 
 
 def test_no_search_and_no_cut() -> None:

@@ -1,0 +1,67 @@
+"""Between refine and evaluate: the pruned model's weights tuned to the unpruned one, kept in the work folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from edgeprune.errors import InputError
+from edgeprune.pipeline.context import Context
+from edgeprune.records import Recovery, Schedule
+
+if TYPE_CHECKING:
+    from edgeprune.vit.models import Model
+
+log = logging.getLogger(__name__)
+
+
+class Recovered(NamedTuple):
+    """The model with tuned weights (its record is still that of the original), and how they came about."""
+
+    model: Model
+    record: Recovery
+
+
+def recover(context: Context, schedule: Schedule) -> Recovered:
+    """Tune the weights of the pruned model on the pictures of --recover; an interrupted run continues.
+
+    The same model, schedule and pictures are tuned once for all precisions. Raises InputError for a schedule without
+    a cut, OutputError.
+    """
+    from edgeprune.vit.fidelity import pruned_module
+    from edgeprune.vit.recovery import Recipe, recovered
+    from edgeprune.vit.recovery_files import load_recovered, save_recovered
+
+    assert context.recovery is not None
+    if not schedule.cuts:
+        raise InputError("this schedule removes no tokens, so there is nothing to recover: leave out --recover")
+    model, pictures, recipe = context.model, context.recovery, Recipe()
+    parts = (
+        model.vit, schedule.method, schedule.tokens, schedule.prefix_last, pictures.key, pictures.how, recipe.parts,
+    )  # fmt: skip
+
+    def make(path: Path) -> None:
+        checkpoint = path.with_suffix(".checkpoint")
+        pruned = pruned_module(model, schedule.method, schedule.tokens, schedule.prefix_last)
+        found = recovered(pruned, pictures.pixels, pictures.how, recipe, checkpoint, context.progress)
+        save_recovered(found.module.model, found.record, path)
+        checkpoint.unlink(missing_ok=True)
+
+    found = Recovered(*load_recovered(model, context.target.work.step("recovered", ".safetensors", parts, make)))
+    tell(found.record)
+    return found
+
+
+def tell(record: Recovery) -> None:
+    """Log what recovery gained on the pictures that it did not train on."""
+    if record.epochs:
+        log.info(
+            "recovery: KL %.3g → %.3g on %d pictures that it did not train on, after %d epochs",
+            record.kl_before, record.kl_after, record.validation_images, record.epochs,
+        )  # fmt: skip
+    else:
+        log.warning(
+            "recovery: nothing was better than the original weights (KL %.3g), so they stay: pass more pictures",
+            record.kl_before,
+        )

@@ -1,0 +1,256 @@
+"""Recovery: tune the weights of a pruned model to the answers of the unpruned one, on pictures without labels."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import ceil, cos, pi
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax
+
+from edgeprune.images import normalise
+from edgeprune.io import key_of, sha256_bytes
+from edgeprune.records import Preprocessing, Progress, Recovery, silent
+from edgeprune.vit.augmentation import Augmentation, augmented
+from edgeprune.vit.models import weights_sha256
+from edgeprune.vit.pruned import PrunedViT
+from edgeprune.vit.recovery_files import State, weights_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+CHUNK = 26  # pictures at a time where nothing is trained
+DIVERGED = 100.0  # nats: a larger KL, or one that is no number, counts as this
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How weights are tuned; the defaults were chosen by measurement (docs/benchmarks.md)."""
+
+    epochs: int = 8
+    least_steps: int = 150  # few pictures get more epochs
+    rate: float = 4e-5  # largest learning rate
+    batch: int = 26
+    warmup: int = 20  # steps
+    validation: float = 0.25  # share of the pictures that is never trained on
+    average: float = 0.95  # of the weights so far in their moving average; 0: none is kept
+    patience: float = 0.5  # share of all epochs without a better state, after which it stops
+    temperature: float = 1.0  # of both softmaxes (arXiv 1503.02531)
+    features: float = 5.0  # weight of the relative error of the prefix tokens after every block
+    augmentation: Augmentation = Augmentation()  # noqa: RUF009 it is a tuple
+    seed: int = 0
+
+    @property
+    def parts(self) -> dict[str, object]:
+        """Everything that the result depends on besides model and pictures, for the key of a step."""
+        return {**asdict(self), "trained_on": device().type}
+
+
+class Recovered(NamedTuple):
+    """A pruned model with the best weights, on the CPU, and how they came about."""
+
+    module: PrunedViT
+    record: Recovery
+
+
+def device() -> torch.device:
+    """A GPU where torch sees one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def recovered(
+    pruned: PrunedViT,
+    pixels: NDArray[np.uint8],
+    how: Preprocessing,
+    recipe: Recipe = Recipe(),
+    checkpoint: Path | None = None,
+    progress: Progress = silent,
+) -> Recovered:
+    """Self-distillation: `pruned` with weights with which it answers most like the unpruned model.
+
+    pixels: (images, P, P, 3). The loss is the KL divergence from the unpruned model's class probabilities for the
+    same augmented picture (Hinton et al., arXiv 1503.02531; Beyer et al., arXiv 2106.05237). A seeded share of the
+    pictures is never trained on; the state with the lowest KL on it is returned, the original weights (epochs = 0)
+    where none is lower. `pruned` itself is not changed. With `checkpoint`, an interrupted run continues after its
+    last whole epoch, with the same result. Raises InputError for a checkpoint of another run, OutputError.
+    """
+    run = _Run(pruned, pixels, how, recipe, progress)
+    state = run.state
+    if checkpoint is not None and checkpoint.exists():
+        state.load(checkpoint)
+        log.info("recovery: continuing after epoch %d of %d", state.epoch, run.epochs)
+    while state.epoch < run.epochs and state.epoch - state.best_epoch < recipe.patience * run.epochs:
+        run.train_epoch()
+        run.judge()
+        log.info(
+            "recovery: epoch %d of %d, held-out KL %.3g (%.3g before)",
+            state.epoch, run.epochs, state.curve[-1], state.curve[0],
+        )  # fmt: skip
+        if checkpoint is not None:
+            state.save(checkpoint)
+    return run.finished()
+
+
+class _Run:
+    """One run of self-distillation."""
+
+    def __init__(
+        self, pruned: PrunedViT, pixels: NDArray[np.uint8], how: Preprocessing, recipe: Recipe, progress: Progress
+    ) -> None:
+        self.recipe, self.how, self.device, self.progress = recipe, how, device(), progress
+        self.teacher = unpruned(pruned).to(self.device).eval().requires_grad_(False)
+        self.student = with_own_weights(pruned).to(self.device).eval().requires_grad_(True)
+        order = np.random.default_rng(recipe.seed).permutation(len(pixels))
+        held = max(1, round(recipe.validation * len(pixels)))
+        self.training, self.validation = pixels[np.sort(order[held:])], pixels[np.sort(order[:held])]
+        self.steps = ceil(len(self.training) / recipe.batch)  # per epoch
+        self.epochs = max(recipe.epochs, ceil(recipe.least_steps / self.steps))
+        self.wanted = self.answers(self.teacher)
+        optimiser = torch.optim.AdamW(self.student.parameters(), lr=recipe.rate, weight_decay=0.0)
+        start = weights_of(self.student)
+        key = key_of(recipe.parts, weights_sha256(pruned.model), pruned.tokens, how, sha256_bytes(pixels.tobytes()))
+        self.state = State(self.student, optimiser, dict(start), dict(start), 0, [self.held_out_kl()], key)
+
+    def train_epoch(self) -> None:
+        """One pass over the training pictures; its randomness depends on the seed and the epoch alone."""
+        recipe, state = self.recipe, self.state
+        random, steps = np.random.default_rng([recipe.seed, state.epoch]), self.epochs * self.steps
+        kl = f"held-out KL {min(state.curve):.3g}, {state.curve[0]:.3g} before"
+        what = f"recovering, step (epoch {state.epoch + 1} of {self.epochs}, {kl})"
+        for index, part in enumerate(np.array_split(random.permutation(len(self.training)), self.steps)):
+            step = state.epoch * self.steps + index
+            self.progress(what, step, steps)
+            for group in state.optimiser.param_groups:
+                group["lr"] = recipe.rate * rate_at(step, recipe.warmup, steps)
+            images = augmented(self.training[part], self.how, random, recipe.augmentation).to(self.device)
+            with self.mixed_precision():
+                with torch.no_grad():
+                    wanted, passed = traced(self.teacher, images)
+                answers, own = traced(self.student, images)
+            loss = divergence(wanted, answers, recipe.temperature)
+            if recipe.features and own:
+                loss = loss + recipe.features * relative_error(passed, own)
+            state.optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
+            state.optimiser.step()
+            self.add_to_average(step)
+
+    def add_to_average(self, step: int) -> None:
+        """Move the average towards the weights; after few steps faster, so that it forgets the original weights."""
+        share = min(self.recipe.average, (step + 1) / (step + 10))
+        if share:
+            for name, value in self.student.state_dict().items():
+                if value.is_floating_point():
+                    self.state.average[name].lerp_(value.detach().cpu(), 1 - share)
+
+    def judge(self) -> None:
+        """Add the held-out KL to the curve, of the weights or of their average; keep the best state so far."""
+        state, weights = self.state, weights_of(self.student)
+        found = [(self.held_out_kl(), weights)]
+        if self.recipe.average:
+            self.student.load_state_dict(state.average)
+            found.append((self.held_out_kl(), state.average))
+            self.student.load_state_dict(weights)
+        kl, best = min(found, key=lambda pair: pair[0])
+        log.debug("recovery: held-out KL %s", [round(each, 4) for each, _ in found])
+        if kl < min(state.curve):
+            state.best, state.best_epoch = {name: value.clone() for name, value in best.items()}, state.epoch + 1
+        state.curve.append(kl)
+
+    def finished(self) -> Recovered:
+        """The module with the best weights."""
+        state = self.state
+        self.student.load_state_dict(state.best)
+        self.student.cpu().requires_grad_(False)
+        record = Recovery(
+            images=len(self.training) + len(self.validation),
+            validation_images=len(self.validation),
+            epochs=state.best_epoch,
+            kl_before=state.curve[0],
+            kl_after=state.curve[state.best_epoch],
+            curve=tuple(state.curve),
+            rate=self.recipe.rate,
+            seed=self.recipe.seed,
+            weights_sha256=weights_sha256(self.student.model),
+        )
+        return Recovered(self.student, record)
+
+    def answers(self, module: nn.Module) -> Tensor:
+        """Logits (images, classes) on the held-out pictures."""
+        rows = []
+        with torch.no_grad():
+            for start in range(0, len(self.validation), CHUNK):
+                images = normalise(self.validation[start : start + CHUNK], self.how)
+                rows.append(module(torch.from_numpy(images).to(self.device)))
+        return torch.cat(rows)
+
+    def held_out_kl(self) -> float:
+        """Mean KL of the student on the held-out pictures, nats; DIVERGED at most."""
+        kl = float(divergence(self.wanted, self.answers(self.student)))
+        return kl if kl < DIVERGED else DIVERGED
+
+    def mixed_precision(self) -> torch.autocast:
+        """bfloat16 for matmuls on a GPU; fp32 on a CPU."""
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda")
+
+
+def with_own_weights(pruned: PrunedViT) -> PrunedViT:
+    """The same pruned model with a copy of the parameters."""
+    module = copy.deepcopy(pruned.model)
+    return PrunedViT(module, pruned.family, pruned.vit, pruned.tokens, pruned.reducer, pruned.prefix_last)
+
+
+def unpruned(pruned: PrunedViT) -> PrunedViT:
+    """The model with all its tokens and a copy of the parameters."""
+    every = (pruned.vit.tokens,) * pruned.vit.depth
+    return PrunedViT(copy.deepcopy(pruned.model), pruned.family, pruned.vit, every, None, pruned.prefix_last)
+
+
+def traced(pruned: PrunedViT, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """As `pruned.forward`, logits (B, classes); and the prefix tokens (B, prefix, C) after every block.
+
+    The list is empty where there is no prefix.
+    """
+    blocks: Any = pruned.model.blocks
+    vit, family, passed = pruned.vit, pruned.family, []
+    x, sizes = family.embed(pruned.model, images), None
+    for block in range(vit.depth - pruned.prefix_last):
+        x, sizes = pruned.blocks(x, sizes, block, block + 1)
+        passed.append(x[:, : vit.prefix])
+    if pruned.prefix_last:
+        x = family.prefix_only(blocks[-1], x, sizes, vit.prefix)
+        passed.append(x)
+    return family.classify(pruned.model, x), passed if vit.prefix else []
+
+
+def relative_error(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
+    """Mean over blocks of the squared error of tokens (B, prefix, C), as a share of their variance over the batch."""
+    shares = []
+    for w, f in zip(wanted, found, strict=True):
+        w, f = w.float(), f.float()
+        shares.append((f - w).square().sum() / (w - w.mean(dim=0)).square().sum().clamp(min=1e-6))
+    return torch.stack(shares).mean()
+
+
+def divergence(wanted: Tensor, answers: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean KL divergence, nats, of the softmaxes of logits (B, classes), times the squared temperature."""
+    p, q = (log_softmax(logits.float() / temperature, dim=1) for logits in (wanted, answers))
+    return kl_div(q, p, reduction="batchmean", log_target=True) * temperature**2
+
+
+def rate_at(step: int, warmup: int, steps: int) -> float:
+    """Learning rate as a share of the largest: linear warm-up, then a cosine to 0 (arXiv 1608.03983)."""
+    warmup = min(warmup, steps // 4)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + cos(pi * (step - warmup) / (steps - warmup)))

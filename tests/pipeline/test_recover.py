@@ -1,0 +1,178 @@
+"""`--recover` from the command line to the bundle: figures, interruptions, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+from support.builds import QUICK, Shallow, call, few_digits, row_of, without_torch
+from support.evaluation import labelled, logits_of
+
+import edgeprune
+from edgeprune.bundles.format import load_bundle
+from edgeprune.errors import InputError
+from edgeprune.images import drawn, load_images
+from edgeprune.pipeline.context import Options, recovery_set
+from edgeprune.records import Manifest, Schedule
+from edgeprune.vit import recovery
+
+SIMULATED = ("--simulate", "--device", "orin-nano", "--method", "topk")
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two epochs, at a rate for few pictures."""
+    monkeypatch.setattr(recovery, "Recipe", partial(recovery.Recipe, epochs=2, least_steps=0, rate=1e-4, batch=8))
+
+
+def test_a_build_recovers_and_can_be_interrupted(
+    shallow: Shallow, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C in the second epoch, then the same command again: half of the pictures are tuned on, the others judge.
+
+    The bundle verifies and runs, and the record goes with it to a compilation elsewhere.
+    """
+    digits, work, bundle = few_digits(tmp_path / "digits", 80), shallow.work(tmp_path / "work"), tmp_path / "bundle"
+    command = (
+        "build", *SIMULATED, "--speedup", "2", "--batch", "32", *QUICK, "--model", shallow.model, "--images", digits,
+        "--work", work, "--out", bundle, "--recover",
+    )  # fmt: skip
+    judge, epochs = recovery._Run.judge, []
+
+    def interrupted(run: recovery._Run) -> None:
+        epochs.append(run.state.epoch)
+        if len(epochs) == 2:
+            raise KeyboardInterrupt
+        judge(run)
+
+    monkeypatch.setattr(recovery._Run, "judge", interrupted)
+    code, _, err = call(capsys, *command, "--json")
+    assert code == 130 and "run the same command again to continue" in err and not bundle.exists()
+    row = row_of(capsys, *command)
+    assert epochs == [0, 1, 1] and not list(work.glob("*.checkpoint"))
+
+    record, before = row["recovery"], row["unrecovered"]
+    assert (record["images"], record["validation_images"], row["images"]) == (40, 10, 40) and row["held_out"]
+    assert record["epochs"] and record["kl_after"] < record["kl_before"] == record["curve"][0]
+    assert row["kl"] < before["kl"] and 0 < before["kl_error"] < before["kl"]
+    others = np.random.default_rng(0).permutation(80)[40:]
+    pictures, labels = labelled(digits)
+    answers = logits_of(bundle / "model.onnx", pictures)[others].argmax(1)
+    assert row["top1"] == pytest.approx(100 * (answers == labels[others]).mean())
+
+    code, out, err = call(capsys, "verify", bundle, "--json")
+    assert code == 0 and json.loads(out.splitlines()[-1]), err
+    assert row_of(capsys, "run", bundle, tmp_path / "digits" / "images")["rows"]
+    assert "without recovery" in (bundle / "report.html").read_text()
+    there = row_of(capsys, "compile", bundle / "model.onnx", "--work", tmp_path / "w", "--out", tmp_path / "there")
+    manifest = load_bundle(tmp_path / "there")
+    assert there["recovery"] == record and there["unrecovered"] is None and manifest.recovery is not None
+
+    old = json.loads((bundle / "manifest.json").read_text())  # of a version that knew no recovery
+    del old["recovery"], old["report"]["unrecovered"]
+    assert msgspec.json.decode(json.dumps(old), type=Manifest).recovery is None
+
+
+def test_compare_recovers_on_pictures_from_anywhere(
+    shallow: Shallow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Pictures that weights are tuned on give no figures; they are recognised by content."""
+    digits, work = few_digits(tmp_path / "digits", 80), shallow.work(tmp_path / "work")
+    pictures = sorted((tmp_path / "digits" / "images").iterdir())
+    (tmp_path / "elsewhere").mkdir()
+    copies = [shutil.copy(path, tmp_path / "elsewhere" / f"copy-{path.name}") for path in pictures[:30]]
+    some = tmp_path / "some" / "some.csv"
+    some.parent.mkdir()
+    some.write_text("\n".join(["image,label", *(f"{path},0" for path in [*copies, pictures[30]])]) + "\n")
+    rows = row_of(
+        capsys, "compare", "--simulate", "--device", "orin-nano", "--model", shallow.model, "--images", digits,
+        "--methods", "topk,none", "--speedup", "2", "--batch", "32", "--search-images", "4", "--work", work,
+        "--recover", some,
+    )["rows"]  # fmt: skip
+    with open(digits, newline="") as file:
+        names = [Path(line["image"]).name for line in csv.DictReader(file)]
+    searched = {names[i] for i in np.random.default_rng(0).permutation(80)[:4]}
+    left = 80 - len(searched | {path.name for path in pictures[:31]})
+    assert {(row["images"], row["held_out"]) for row in rows} == {(left, True)}
+    tuned = [row for row in rows if row["recovery"]]
+    assert tuned and all(row["method"] == "topk" and row["recovery"]["images"] == 31 for row in tuned)
+    assert all(row["unrecovered"]["kl"] != row["kl"] for row in tuned if row["recovery"]["epochs"])
+    assert all(row["unrecovered"] is None for row in rows if row not in tuned)
+
+
+def test_labels_are_not_even_read(tmp_path: Path) -> None:
+    images = load_images(few_digits(tmp_path / "digits", 40))
+    assert images.labels is not None
+    found = [recovery_set(Options(recover=recover), images) for recover in (True, tmp_path / "digits" / "labels.csv")]
+    assert [set_.labels for set_ in found if set_] == [None, None]
+    assert [len(set_) for set_ in found if set_] == [20, 40]
+    searched = drawn(40, 15)
+    assert found[0] is not None and {images.paths[i] for i in searched} <= set(found[0].paths)
+
+
+def test_a_module_is_recovered_in_pytorch(shallow: Shallow, tmp_path: Path) -> None:
+    """edgeprune.recover leaves the module as it was and returns one that takes any batch."""
+    import timm
+    import torch
+
+    from edgeprune.vit.models import load_model, weights_sha256
+
+    module = timm.create_model(shallow.model, pretrained=True).eval()
+    vit = load_model(module).vit
+    schedule = Schedule(vit=vit, method="topk", policy="search", tokens=(40, 20, 5))
+    before = weights_sha256(module)
+    found = edgeprune.recover(module, schedule, images=few_digits(tmp_path / "digits", 24))
+    assert weights_sha256(module) == before != weights_sha256(found.model)  # type: ignore[arg-type]
+    assert found(torch.zeros(3, 3, 28, 28)).shape == (3, 10)
+    with pytest.raises(InputError, match="at least 16 pictures, not 5"):
+        edgeprune.recover(module, schedule, images=few_digits(tmp_path / "few", 5))
+
+
+def test_what_cannot_be_recovered_is_refused_in_one_line(
+    shallow: Shallow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few, work = few_digits(tmp_path / "few", 20), ("--work", tmp_path / "work", "--out", tmp_path / "bundle")
+    cases = {
+        "at least 16 pictures, not 10": ("--images", few, "--recover"),
+        "nowhere: no such folder or CSV: pass --recover DIR": ("--recover", "nowhere"),
+        "nothing to do with --method none": ("--recover", "--method", "none"),
+        "pass --images DIR|CSV or --recover DIR|CSV": ("--model", shallow.model, "--recover"),
+    }
+    for message, options in cases.items():
+        code, out, err = call(capsys, "build", "--simulate", "--device", "orin-nano", *options, *work)
+        assert code == 1 and out == "" and message in err.splitlines()[-1], err
+        assert not (tmp_path / "bundle").exists()
+    code, _, err = without_torch("build", "--device", "cpu", "--recover", *work)
+    assert code == 1 and "needs torch" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ((), False),
+        (("--recover",), True),
+        (("--recover", "--json"), True),
+        (("--recover", "folder"), Path("folder")),
+        (("--recover=folder", "--json"), Path("folder")),
+    ],
+)
+def test_the_value_of_the_option_may_be_left_out(
+    given: tuple[str, ...], wanted: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+
+    def stopped(options: Options, *_: object) -> None:
+        seen.append(options.recover)
+        raise InputError("stop")
+
+    monkeypatch.setattr("edgeprune.pipeline.build.build", stopped)
+    monkeypatch.setattr("edgeprune.pipeline.compare.compare", stopped)
+    for command in ("build", "compare"):
+        assert call(capsys, command, *given)[0] == 1
+    assert seen == [wanted, wanted]

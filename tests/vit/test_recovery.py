@@ -1,0 +1,222 @@
+"""Self-distillation of a pruned model: it gains, it never loses, and an interruption changes nothing."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from support.processes import die, fork, shallow_vit
+from torch import Tensor
+
+from edgeprune import stats, zoo
+from edgeprune.errors import InputError
+from edgeprune.images import load_images, load_pixels, normalise
+from edgeprune.vit import recovery
+from edgeprune.vit.augmentation import Augmentation, augmented
+from edgeprune.vit.fidelity import logits_of_schedule, pruned_module
+from edgeprune.vit.models import load_model, weights_sha256
+from edgeprune.vit.recovery import Recipe, divergence, rate_at, recovered
+from edgeprune.vit.recovery_files import load_recovered, save_recovered
+
+TOKENS = (20, 5)
+QUICK = Recipe(epochs=4, least_steps=0, rate=1e-4, batch=8, warmup=2, patience=1)
+
+
+@cache
+def digits_model() -> Any:
+    """The first two blocks of the embedded model, which classify 82 % of the digits."""
+    return load_model(shallow_vit())
+
+
+@cache
+def pictures(count: int = 48) -> NDArray[np.uint8]:
+    """Digits, (count, 28, 28, 3)."""
+    return load_pixels(load_images(zoo.images_dir() / "labels.csv").paths[:count], digits_model().preprocessing)
+
+
+def run(recipe: Recipe = QUICK, **options: Any) -> recovery.Recovered:
+    model = digits_model()
+    return recovered(pruned_module(model, "topk", TOKENS), pictures(), model.preprocessing, recipe, **options)
+
+
+def same(one: recovery.Recovered, other: recovery.Recovered) -> bool:
+    """Equal records, which name the hash of the weights."""
+    return one.record == other.record
+
+
+def test_a_pruned_model_comes_closer_to_the_unpruned_one() -> None:
+    model = digits_model()
+    before = weights_sha256(model.module)
+    found = run()
+    record = found.record
+    assert record.epochs and record.kl_after < 0.8 * record.kl_before
+    assert weights_sha256(model.module) == before != record.weights_sha256 == weights_sha256(found.module.model)
+    assert (record.images, record.validation_images) == (48, 12)
+    order = np.random.default_rng(QUICK.seed).permutation(48)
+    held = pictures()[np.sort(order[:12])]
+    dense = logits_of_schedule(model, "none", (model.vit.tokens,) * 2, held)
+    with torch.no_grad():
+        after = found.module(torch.from_numpy(normalise(held, model.preprocessing))).numpy()
+    pruned = logits_of_schedule(model, "topk", TOKENS, held)
+    assert record.kl_before == record.curve[0] == pytest.approx(stats.kl_divergence(dense, pruned), rel=1e-4)
+    assert record.kl_after == min(record.curve) == pytest.approx(stats.kl_divergence(dense, after), rel=1e-4)
+
+
+def test_held_out_pictures_are_never_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bytes] = []
+
+    def watched(pixels: NDArray[np.uint8], *rest: Any) -> Tensor:
+        seen.extend(picture.tobytes() for picture in pixels)
+        return augmented(pixels, *rest)
+
+    monkeypatch.setattr(recovery, "augmented", watched)
+    record = run().record
+    order = np.random.default_rng(QUICK.seed).permutation(48)
+    assert set(seen) == {pictures()[i].tobytes() for i in order[12:]}
+    assert len(seen) == 36 * (len(record.curve) - 1)
+
+
+def test_weights_stay_where_nothing_is_better() -> None:
+    found = run(replace(QUICK, epochs=6, rate=10.0, warmup=0, average=0, patience=1 / 3))
+    assert found.record.epochs == 0 and found.record.kl_after == found.record.kl_before
+    assert len(found.record.curve) == 3, "it stops when two epochs were not better"
+    assert found.record.weights_sha256 == weights_sha256(digits_model().module)
+
+
+def test_the_seed_decides() -> None:
+    first = run()
+    torch.manual_seed(7)
+    np.random.seed(7)
+    assert same(first, run())
+    assert not same(first, run(replace(QUICK, seed=1)))
+
+
+def dies_in_epoch_3(checkpoint: Path) -> None:
+    def progress(what: str, done: int, total: int) -> None:
+        if "epoch 3 of 4" in what and done % 5 == 2:
+            die()
+
+    run(checkpoint=checkpoint, progress=progress)
+
+
+def test_kill_9_and_ctrl_c_change_nothing(tmp_path: Path) -> None:
+    """Both continue after the last whole epoch, and end with the weights of a run that was left alone."""
+    checkpoint = tmp_path / "checkpoint"
+    alone = run()
+
+    def interrupt(what: str, done: int, total: int) -> None:
+        if "epoch 2 of 4" in what:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(checkpoint=checkpoint, progress=interrupt)
+    process = fork(dies_in_epoch_3, checkpoint)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    seen: list[str] = []
+    again = run(checkpoint=checkpoint, progress=lambda what, done, total: seen.append(what))
+    assert same(alone, again)
+    assert "epoch 3 of 4" in seen[0] and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_few_pictures_get_more_epochs() -> None:
+    """36 pictures in batches of 8 are 5 steps an epoch."""
+    assert len(run(replace(QUICK, least_steps=26)).record.curve) == 1 + 6
+
+
+def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+    run(replace(QUICK, epochs=1), checkpoint=checkpoint)
+    with pytest.raises(InputError, match="of another recovery: remove it"):
+        run(replace(QUICK, epochs=1, seed=1), checkpoint=checkpoint)
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"not a checkpoint of a recovery \(\w+\): remove it"):
+        run(checkpoint=checkpoint)
+
+
+def test_a_run_that_diverges_keeps_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even a KL that is no number gets in the way."""
+    real, calls = recovery.divergence, []
+
+    def broken(*logits: Tensor, **options: Any) -> Tensor:
+        calls.append(1)
+        return real(*logits, **options) * (float("nan") if len(calls) > 1 else 1.0)
+
+    monkeypatch.setattr(recovery, "divergence", broken)
+    record = run(replace(QUICK, patience=0.25)).record
+    assert record.epochs == 0 and record.curve[1] == 100.0 and len(record.curve) == 2
+
+
+def test_recovered_weights_as_a_file(tmp_path: Path) -> None:
+    model = digits_model()
+    found = run()
+    save_recovered(found.module.model, found.record, tmp_path / "weights.safetensors")
+    loaded, record = load_recovered(model, tmp_path / "weights.safetensors")
+    assert record == found.record and weights_sha256(loaded.module) == record.weights_sha256
+    assert loaded.vit == model.vit and weights_sha256(model.module) != record.weights_sha256
+
+
+def test_augmented_pictures() -> None:
+    """The same generator gives the same pictures; without crops and mixing, a picture or its mirror image."""
+    how, pixels = digits_model().preprocessing, pictures(8)
+    first, second = (augmented(pixels, how, np.random.default_rng(5), Augmentation()) for _ in range(2))
+    assert torch.equal(first, second) and first.shape == (8, 3, 28, 28)
+    assert not torch.equal(first, augmented(pixels, how, np.random.default_rng(6), Augmentation()))
+    plain = Augmentation(least_area=1, aspect=1, mixed=0)
+    wanted = torch.from_numpy(normalise(pixels, how))
+    flipped = 0
+    for picture, original in zip(augmented(pixels, how, np.random.default_rng(5), plain), wanted, strict=True):
+        mirrored = torch.allclose(picture, original.flip(-1), atol=1e-4)
+        assert mirrored or torch.allclose(picture, original, atol=1e-4)
+        flipped += mirrored
+    assert 0 < flipped < 8
+
+
+def test_mixed_pictures_lie_between_two() -> None:
+    """Black and white pictures mix to greys; a crop of one colour stays that colour."""
+    pixels = np.repeat(np.array([0, 255], np.uint8), 8)[:, None, None, None] * np.ones((1, 28, 28, 3), np.uint8)
+    how, change = digits_model().preprocessing, Augmentation(mixed=1)
+    grey = augmented(pixels, how, np.random.default_rng(0), change)
+    levels = grey.amax(dim=(1, 2, 3))
+    assert torch.allclose(levels, grey.amin(dim=(1, 2, 3)), atol=1e-4)
+    assert ((levels > -0.99) & (levels < 0.99)).any() and levels.abs().max() <= 1.0001
+
+
+@pytest.mark.parametrize("kind", ["cls", "distilled", "gap"])
+def test_prefix_tokens_on_their_way(tiny: Callable[..., Any], kind: str) -> None:
+    """The logits are those of the module; all prefix tokens after every block, none where there is no prefix."""
+    model = tiny(kind)
+    vit, images = model.vit, torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    pruned = pruned_module(model, "fold", (9, 5, 5), vit.prefix_pooled)
+    with torch.no_grad():
+        logits, passed = recovery.traced(pruned, images)
+        whole, wanted = recovery.traced(recovery.unpruned(pruned), images)
+        assert torch.equal(logits, pruned(images)) and torch.allclose(whole, model.module(images), atol=1e-5)
+    assert [p.shape for p in passed] == [(4, vit.prefix, 48)] * (3 if vit.prefix else 0)
+    if vit.prefix:
+        assert float(recovery.relative_error(wanted, wanted)) == 0
+        assert float(recovery.relative_error(wanted, passed)) > 0
+        means = [w.mean(dim=0, keepdim=True).expand_as(w) for w in wanted]
+        assert float(recovery.relative_error(wanted, means)) == pytest.approx(1)
+
+
+def test_divergence_is_that_of_the_figures() -> None:
+    random = np.random.default_rng(0)
+    dense, pruned = (random.standard_normal((5, 7)).astype(np.float32) for _ in range(2))
+    found = float(divergence(torch.from_numpy(dense), torch.from_numpy(pruned)))
+    assert found == pytest.approx(stats.kl_divergence(dense, pruned), rel=1e-5)
+
+
+def test_learning_rate() -> None:
+    rates = [rate_at(step, 20, 100) for step in range(100)]
+    assert rates[0] == 1 / 20 and max(rates) == rates[20] == 1.0 and 0 < rates[-1] < 0.001
+    assert rates[:21] == sorted(rates[:21]) and rates[20:] == sorted(rates[20:], reverse=True)
+    assert max(rate_at(step, 20, 8) for step in range(8)) == 1.0, "a short run has a short warm-up"
