@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+import msgspec
 import numpy as np
 
 from edgeprune import devices
@@ -24,6 +25,7 @@ from edgeprune.latency.probing import FEW, all_counts, confirmed_edges, on_confi
 from edgeprune.latency.staircase import DENSE, FIXED, SampleKey, treads
 from edgeprune.latency.timing import WARMUP
 from edgeprune.records import Setup, Staircase, Vit
+from edgeprune.runtimes import RUNS_PER_TIMING
 from edgeprune.runtimes.inference import Open
 from edgeprune.runtimes.kernel_times import latency_ms
 from edgeprune.runtimes.simulated import operations_of_trunk
@@ -86,7 +88,7 @@ class Machine:
             ms *= self.rng.uniform(1.5, 5)
         if self.noise == "throttling":  # half as slow again, in the middle of the probing
             ms *= 1 + 0.5 * min(max((run - 0.15) / 0.5, 0), 1)
-        self.spent_ms += ms
+        self.spent_ms += RUNS_PER_TIMING * ms
         return float(ms)
 
 
@@ -126,6 +128,12 @@ class Source(NamedTuple):
         ms, most = median(self.trunk[tokens]), median(self.trunk[self.vit.tokens])
         return alpha * (1 - ms / most) + (1 - alpha) * accuracy(tokens) / accuracy(self.vit.tokens)
 
+    def setup_on(self, machine: Machine) -> Setup:
+        """The setup; under a noise simulated latencies are no longer noiseless and are probed like measured ones."""
+        if machine.noise is None or not self.setup.noiseless:
+            return self.setup
+        return msgspec.structs.replace(self.setup, runtime="disturbed", noiseless=False)
+
     def best(self, alpha: float, accuracy: Accuracy) -> int:
         """What probing every count chooses: the highest utility; of a recording that of its treads."""
         counts = self.trunk if self.recorded is None else treads(self.recorded)
@@ -154,7 +162,7 @@ def outcomes(
     """Probe; then for each goal choose by the paper's utility and probe the edge of the choice, as `build` does."""
     trunks = {n: machine.opener(ms) for n, ms in source.trunk.items()}
     others = {name: machine.opener(ms) for name, ms in source.others.items()}
-    how = (source.vit, source.setup, trunks.__getitem__, others, rounds)
+    how = (source.vit, source.setup_on(machine), trunks.__getitem__, others, rounds)
     probed, samples = probe(*how)
     spent_s = machine.spent_ms / 1e3
     found = []
@@ -213,7 +221,7 @@ def accuracy_of(source: Source) -> Accuracy:
 def exhaustive_s(source: Source, rounds: int) -> float:
     """Inference that probing every count takes, s: warm-up, and an untimed one for each that is timed."""
     each = sum(median(ms) for ms in (*source.trunk.values(), *source.others.values()))
-    return each * (WARMUP + 2 * rounds) / 1e3
+    return each * RUNS_PER_TIMING * (WARMUP + rounds) / 1e3
 
 
 NOISE_HEAD = """

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support import exports
 from support.builds import ONE_THREAD, Shallow, copied, shallow_model, shared_build
 from support.loopback import server
 from support.models import KINDS, shake
@@ -41,6 +42,15 @@ LONGEST = (
     "runtimes/test_trt.py",
     "pipeline/test_onnx_files.py",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_exports(tmp_path_factory: pytest.TempPathFactory) -> None:
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exports"
+    folder.mkdir(exist_ok=True)
+    os.environ[exports.FOLDER] = str(folder)
+    exports.share()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

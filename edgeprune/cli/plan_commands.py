@@ -44,7 +44,7 @@ def profile(
     model: Model = EMBEDDED,
     weights: Weights = None,
     trunk: Annotated[Path | None, typer.Option(help="trunk.onnx of `export --trunk`; needs no torch")] = None,
-    method: Method = "none",
+    method: Annotated[str, typer.Option(help="measure the cost of cuts by this method, too")] = "none",
     precision: Precision = "fp32",
     batch: Batch = 1,
     simulate: Simulate = False,

@@ -59,6 +59,11 @@ def parse(data: bytes, source: str) -> Device:
     return device
 
 
+def has_capability(known: str | None, least: tuple[int, int]) -> bool:
+    """Is a compute capability such as "8.7" at least `least`? An unknown one (None) counts as that."""
+    return known is None or tuple(map(int, known.split("."))) >= least
+
+
 def _problem(device: Device) -> str | None:
     """The first field with an unusable value, and why; None where all are good."""
     if not re.fullmatch(r"[a-z0-9][a-z0-9_-]{0,63}", device.name):

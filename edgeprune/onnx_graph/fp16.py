@@ -11,6 +11,7 @@ import onnx.numpy_helper
 from onnx import TensorProto
 
 from edgeprune.onnx_graph.graph import infer, linear_layers
+from edgeprune.onnx_graph.passes import drop_unused
 
 REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2"}
 # In fp32 wherever they are: norms can overflow (TRT#2564), and the scores of a cut decide which tokens are kept.
@@ -75,10 +76,8 @@ def fp16(model: onnx.ModelProto, in_fp32: Collection[str] | None = None) -> onnx
     nodes += [onnx.helper.make_node("Cast", [end + "_made"], [end], end, to=FP32) for end in ends]
     del graph.node[:]
     graph.node.extend(nodes)
-    used = {name for node in nodes for name in node.input}
-    left = [tensor for tensor in (*graph.initializer, *halves) if tensor.name in used]
-    del graph.initializer[:]
-    graph.initializer.extend(left)
+    graph.initializer.extend(halves)
+    drop_unused(graph)
     del graph.value_info[:]  # the types of before
     infer(out)
     return out

@@ -12,6 +12,7 @@ import onnx.numpy_helper
 
 from edgeprune.onnx_graph.fp16 import fp16, islands
 from edgeprune.onnx_graph.graph import infer, linear_layers
+from edgeprune.onnx_graph.passes import drop_unused
 
 LARGEST = 127  # quantised values are -127 to 127: symmetric, as TensorRT requires
 NOMINAL = 8.0  # range of an activation when only latency matters, so that no picture is needed
@@ -61,7 +62,7 @@ def int8(
     del out.graph.node[:]
     out.graph.node.extend(nodes)
     out.graph.initializer.extend(onnx.numpy_helper.from_array(values, name) for name, values in tensors.items())
-    _drop_unused(out)
+    drop_unused(out.graph)
     infer(out)
     return out
 
@@ -81,10 +82,3 @@ def int8_on_fp16(
 def _node(kind: str, name: str, entering: str, leaving: str, axis: dict[str, Any]) -> onnx.NodeProto:
     scale, zero = f"{name}_scale", f"{name}_zero"
     return onnx.helper.make_node(kind, [entering, scale, zero], [leaving], f"{name}_{kind}", **axis)
-
-
-def _drop_unused(model: onnx.ModelProto) -> None:
-    used = {name for node in model.graph.node for name in node.input}
-    left = [tensor for tensor in model.graph.initializer if tensor.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(left)

@@ -38,11 +38,16 @@ def lower_opset(model: onnx.ModelProto) -> None:
     for opset in model.opset_import:
         if opset.domain in ("", "ai.onnx"):
             opset.version = OPSET
-    used = {name for node in model.graph.node for name in node.input}
-    weights = [t for t in model.graph.initializer if t.name in used]
-    del model.graph.initializer[:]
-    model.graph.initializer.extend(weights)
+    drop_unused(model.graph)
     model.ir_version = 8  # the ONNX IR of opset 17
+
+
+def drop_unused(graph: onnx.GraphProto) -> None:
+    """Remove, in place, the initializers that no node reads."""
+    used = {name for node in graph.node for name in node.input}
+    left = [tensor for tensor in graph.initializer if tensor.name in used]
+    del graph.initializer[:]
+    graph.initializer.extend(left)
 
 
 def raise_opset(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -16,12 +16,12 @@ from edgeprune.pipeline.evaluate import Evaluated
 from edgeprune.pipeline.measure import Measured, interleaved, meets
 from edgeprune.pipeline.refine import Refined
 from edgeprune.records import PrecisionResult, Progress, silent
+from edgeprune.runtimes.kernel_times import BYTES
 from edgeprune.runtimes.target import PRECISIONS
 from edgeprune.scheduling.goals import Goal
 
 log = logging.getLogger(__name__)
 
-BITS = {"fp32": 32, "fp16": 16, "int8": 8, "fp8": 8}
 # What keeps one precision from being built; anything else ends the whole build.
 OBSTACLES = (DeviceError, EngineError, ExportError, MissingError, ScheduleError)
 
@@ -81,7 +81,7 @@ def _candidate(first: Context, precision: str, results: Sequence[PrecisionResult
 
 def wider_of(precision: str, results: Sequence[PrecisionResult]) -> tuple[str, ...]:
     """What a precision is judged against: the next wider one that was accepted, and fp32."""
-    accepted = [r.precision for r in results if r.accepted and BITS[r.precision] > BITS[precision]]
+    accepted = [r.precision for r in results if r.accepted and BYTES[r.precision] > BYTES[precision]]
     return tuple(dict.fromkeys([*accepted[-1:], PRECISIONS[0]])) if precision != PRECISIONS[0] else ()
 
 

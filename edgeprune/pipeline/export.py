@@ -53,7 +53,7 @@ def export_model(
         found = load(schedule, Schedule)
         if found.vit != vit:
             raise InputError(f"{schedule} was made for another model or other weights: make one for this model")
-    if precision in ("int8", "fp8") and pictures is None:
+    if precision in QUANTISED and pictures is None:
         raise InputError(f"{precision.upper()} needs pictures for calibration: pass --images DIR|CSV")
     kind = onnx_precision(precision, "trt" if tensorrt else "ort")
     metadata = metadata_of(model, found, pictures.class_names if pictures else None)

@@ -25,7 +25,8 @@ def schedule_from_staircase(
     """The best schedule for a goal on a measured staircase.
 
     Token counts are the tread ends as far as they are measured; a log line names those that `build` would still
-    confirm. Raises InputError where the staircase is of another model, ScheduleError where the goal is out of reach.
+    confirm, and a warning says where the staircase has no costs of cuts. Raises InputError where the staircase is of
+    another model, ScheduleError where the goal is out of reach.
     """
     options = replace(options, device="cpu", precision="fp32", batch=staircase.setup.batch)
     context = context_for(options, progress)
@@ -36,6 +37,11 @@ def schedule_from_staircase(
         )
     staircase = msgspec.structs.replace(staircase, vit=vit)
     schedule = solve(context, staircase, ScheduleScores(context), options.goal).schedule
+    if schedule.cuts and schedule.method not in staircase.cuts:
+        log.warning(
+            "%s has no costs of cuts by %s, so cuts are predicted to cost nothing: run edgeprune profile --method %s",
+            source, schedule.method, schedule.method,
+        )  # fmt: skip
     if open_ends := unconfirmed(staircase, schedule.tokens):
         counts = ", ".join(map(str, open_ends))
         log.info("tread ends that are not confirmed: %s tokens; edgeprune build measures them", counts)

@@ -36,7 +36,6 @@ from edgeprune.onnx_graph.operations import Attention, Elementwise, Matmul, Oper
 from edgeprune.records import Device, Simulation
 
 BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "int8": 1, "fp8": 1}
-QUANTISED = ("int8", "fp8")
 # Rows and columns of a thread block's output: the tiles of CUTLASS's and TensorRT's kernels for these precisions.
 TILES = ((32, 64), (64, 32), (64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (256, 64), (128, 256), (256, 128))
 SPLITS = (1, 2, 4, 8)  # blocks that share the inner dimension of one tile
@@ -87,10 +86,8 @@ class _Gpu:
         self.model, self.sm_count = model_of(device, precision)
         rates = self.model.fma_per_clock_per_sm
         self.linear = precision  # of linear layers in blocks
-        self.other = "fp16" if precision in QUANTISED and "fp16" in rates else precision
-        known = device.compute_capability
-        recent = known is None or tuple(map(int, known.split("."))) >= FUSES_FROM
-        self.fuses = self.other == "fp16" and recent
+        self.other = "fp16" if BYTES[precision] == 1 and "fp16" in rates else precision
+        self.fuses = self.other == "fp16" and devices.has_capability(device.compute_capability, FUSES_FROM)
 
     def time_us(self, operation: Operation) -> float:
         """Time of one kernel, µs."""
@@ -101,7 +98,7 @@ class _Gpu:
         if isinstance(operation, Matmul):
             kind = self.linear if operation.linear else self.other
             quantise_us = 0.0
-            if kind in QUANTISED and operation.quantises:  # reads the values of the other precision, writes one byte
+            if BYTES[kind] == 1 and operation.quantises:  # reads the values of the other precision, writes one byte
                 quantise_us = self.time_us(Elementwise(operation.rows, ceil(1.5 * operation.inner)))
             return launch + quantise_us + self._matmul_us(operation, kind)
         if self.fuses:

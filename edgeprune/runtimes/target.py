@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from edgeprune.defaults import WORK
-from edgeprune.devices import check_is_here, load_device
+from edgeprune.devices import check_is_here, has_capability, load_device
 from edgeprune.errors import DeviceError, InputError
 from edgeprune.io import sha256_file
 from edgeprune.onnx_graph.precision import onnx_precision
@@ -102,7 +102,7 @@ def check_fp8(setup: Setup) -> None:
 
 def _check_capability(capability: str | None, device: str) -> None:
     """Raise DeviceError for a compute capability below FP8_CAPABILITY; an unknown one (None) passes."""
-    if capability is not None and tuple(map(int, capability.split("."))) < FP8_CAPABILITY:
+    if not has_capability(capability, FP8_CAPABILITY):
         needed = ".".join(map(str, FP8_CAPABILITY))
         raise DeviceError(
             f"device {device} has no FP8: its compute capability is {capability}, FP8 needs {needed}: choose fp16 or "

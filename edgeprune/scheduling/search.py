@@ -55,9 +55,12 @@ class Search:
         return self.found[tokens]
 
     def front(self, limit_ms: float | None = None) -> list[Candidate]:
-        """Pareto front, fastest first: most schedules close to `limit_ms`, or over all latencies without a limit."""
+        """Pareto front, fastest first: most schedules close to `limit_ms`, or over all latencies without a limit.
+
+        The first is the fastest schedule there is, so a limit that it misses is out of reach.
+        """
         losses = self.losses()
-        plans = sorted(self.plans(losses, limit_ms))  # in this order neighbours share their first blocks
+        plans = sorted({*self.plans(losses, limit_ms), self.fastest()})  # neighbours share their first blocks
         for done, tokens in enumerate(plans):
             self.progress("evaluating schedules", done, len(plans))
             self.candidate(tokens, tokens)
@@ -95,17 +98,39 @@ class Search:
                 taken[step] += 1
                 yield tokens
 
-    def _paths(self, losses: NDArray[np.float64], limit_ms: float) -> list[tuple[float, float, Tokens]]:
-        """The best schedules by bucket of latency and last token count, as (loss, ms, tokens)."""
-        levels, depth, scale = self.levels, len(self.dense), unit(self.staircase)
-        ends = range(len(levels))
+    def fastest(self) -> Tokens:
+        """The schedule with the lowest predicted latency.
+
+        Mostly one cut to the lowest count, but not where a cut was measured to cost less than nothing.
+        """
+        inner, final = self._costs()
+        paths: dict[int, tuple[float, Tokens]] = {len(self.levels) - 1: (0.0, ())}  # the fastest, by last count
+        for block in range(len(self.dense)):
+            cost = final if block == len(self.dense) - 1 else inner
+            reached: dict[int, list[tuple[float, Tokens]]] = {}
+            for a, (ms, tokens) in paths.items():
+                for b in range(a + 1) if block <= self.last else (a,):
+                    reached.setdefault(b, []).append((ms + cost[a][b], (*tokens, self.levels[b])))
+            paths = {b: min(found) for b, found in reached.items()}
+        return min(paths.values())[1]
+
+    def _costs(self) -> tuple[list[list[float]], list[list[float]]]:
+        """Latency of a block, ms, by the levels entering and leaving; and that of the last block."""
+        scale, ends = unit(self.staircase), range(len(self.levels))
 
         def costs(last: bool) -> list[list[float]]:
             shape = (self.staircase, self.method)
-            return [[block_ms(*shape, levels[a], levels[b], last) * scale for b in range(a + 1)] for a in ends]
+            return [
+                [block_ms(*shape, self.levels[a], self.levels[b], last) * scale for b in range(a + 1)] for a in ends
+            ]
 
-        inner, final = costs(False), costs(self.prefix_last)
-        start = self.staircase.fixed.median_ms * scale
+        return costs(False), costs(self.prefix_last)
+
+    def _paths(self, losses: NDArray[np.float64], limit_ms: float) -> list[tuple[float, float, Tokens]]:
+        """The best schedules by bucket of latency and last token count, as (loss, ms, tokens)."""
+        levels, depth = self.levels, len(self.dense)
+        inner, final = self._costs()
+        start = self.staircase.fixed.median_ms * unit(self.staircase)
         states: dict[tuple[int, int], list[tuple[float, float, Tokens]]] = {(len(levels) - 1, 0): [(0.0, start, ())]}
         for block in range(depth):
             cost = final if block == depth - 1 else inner

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 import warnings
@@ -17,14 +18,18 @@ from onnx.external_data_helper import load_external_data_for_model
 from edgeprune.errors import REPORT, ExportError
 from edgeprune.io import writable
 from edgeprune.onnx_graph import graph
+from edgeprune.onnx_graph.chain import Repeatable, repeatable
 from edgeprune.onnx_graph.graph import attach, infer, save_apart, save_graph, sorts_or_raise, static_or_raise
 from edgeprune.onnx_graph.passes import canonical_gelu, drop_idle_casts, lower_opset, strip_traces
 from edgeprune.onnx_graph.precision import Convert
 from edgeprune.records import ModelMetadata
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch import Tensor, nn
 
+    from edgeprune.vit.families import Family
     from edgeprune.vit.models import Model
 
 
@@ -79,15 +84,43 @@ def trunk_from_module(module: nn.Module, example: Tensor, path: Path, convert: C
     The weights are a separate file, which the trunks at all token counts share. Raises ExportError, OutputError.
     """
     with _scratch(path) as folder:
-        model = _exported(module, example, ("x", "y"), 1, convert, folder)
-        folded = [node.op_type for node in model.graph.node if node.op_type == "Shape"]
-        if folded:
-            raise ExportError(f"the trunk computes {len(folded)} shapes at run time: {REPORT}")
-        for value in (*model.graph.input, *model.graph.output):
-            if not value.type.tensor_type.shape.dim[1].HasField("dim_value"):
-                value.type.tensor_type.shape.dim[1].dim_param = "tokens"
-        del model.graph.value_info[:]
-        save_apart(model, path, path.with_suffix(".weights"), folder)
+        save_trunk(_exported(module, example, ("x", "y"), 1, convert, folder), path, folder)
+
+
+def save_trunk(model: onnx.ModelProto, path: Path, folder: Path | None = None) -> None:
+    """Write a graph with a symbolic token axis; arguments and errors are those of save_apart, and ExportError."""
+    folded = [node.op_type for node in model.graph.node if node.op_type == "Shape"]
+    if folded:
+        raise ExportError(f"the trunk computes {len(folded)} shapes at run time: {REPORT}")
+    for value in (*model.graph.input, *model.graph.output):
+        if not value.type.tensor_type.shape.dim[1].HasField("dim_value"):
+            value.type.tensor_type.shape.dim[1].dim_param = "tokens"
+    del model.graph.value_info[:]
+    save_apart(model, path, path.with_suffix(".weights"), folder)
+
+
+def graph_of_block(block: nn.Module, family: Family, example: Tensor) -> Repeatable | None:
+    """The graph of a block without a cut on (B, N, C), to be repeated with other weights; None as in `repeatable`.
+
+    It is exported with random weights: no two are equal, so that each is found in the graph. Raises ExportError.
+    """
+    import torch
+
+    from edgeprune.vit.pruned import Trunk
+
+    own, generator = copy.deepcopy(block), torch.Generator().manual_seed(0)
+    for tensor in own.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator))
+    with tempfile.TemporaryDirectory() as folder:
+        model = _exported(Trunk([own], family), example, ("x", "y"), 1, None, Path(folder))
+        load_external_data_for_model(model, folder)
+    return repeatable(model, weights_of(own))
+
+
+def weights_of(block: nn.Module) -> dict[str, NDArray[np.float32]]:
+    """The weights of a block by name."""
+    return {name: tensor.numpy() for name, tensor in block.state_dict().items() if tensor.is_floating_point()}
 
 
 def _exported(
@@ -98,9 +131,20 @@ def _exported(
     convert: Convert | None,
     folder: Path,
 ) -> onnx.ModelProto:
+    """The converted graph; weights of more than graph.INLINE_BYTES are in `folder`, unless `convert` needed them."""
+    model = traced(module, example, names, symbolic_axis, folder)
+    if convert is not None:
+        load_external_data_for_model(model, str(folder))
+        model = convert(model)
+    return model
+
+
+def traced(
+    module: nn.Module, example: Tensor, names: tuple[str, str], symbolic_axis: int | None, folder: Path
+) -> onnx.ModelProto:
     """The graph from torch's dynamo exporter, with opset 17, inferred shapes and no paths of this machine.
 
-    Weights of more than graph.INLINE_BYTES are in `folder`, unless `convert` needed them.
+    Weights of more than graph.INLINE_BYTES are in `folder`. Raises ExportError.
     """
     import torch
 
@@ -134,9 +178,6 @@ def _exported(
     if symbolic_axis is None:
         infer(model)
         drop_idle_casts(model)
-    if convert is not None:
-        load_external_data_for_model(model, str(folder))
-        model = convert(model)
     return model
 
 

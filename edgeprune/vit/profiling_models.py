@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from edgeprune.io import save
 from edgeprune.latency.depth import LEAST_BLOCKS, PAIR
 from edgeprune.latency.profiling import check_profiling_models, cut_pairs
-from edgeprune.onnx_graph.precision import CONVERSIONS
+from edgeprune.onnx_graph.chain import Repeatable, chained
+from edgeprune.onnx_graph.precision import CONVERSIONS, Convert
 from edgeprune.records import Progress, silent
 from edgeprune.vit import export
 from edgeprune.vit.models import Model
@@ -47,7 +49,8 @@ def export_profiling_models(
     dense = PrunedViT(module, family, vit, (vit.tokens,) * vit.depth, None)
     convert = CONVERSIONS.get(precision)
 
-    paired = tensorrt and vit.depth >= LEAST_BLOCKS and alike(blocks)
+    trunks = _Trunks(model, stream, convert)
+    paired = tensorrt and vit.depth >= LEAST_BLOCKS and trunks.alike
     total = 5 + paired + vit.prefix_pooled + sum(len(cut_pairs(vit)) for reducer in reducers.values() if reducer)
     done = 0
 
@@ -59,13 +62,12 @@ def export_profiling_models(
         done += 1
 
     missing("vit.json", lambda p: save(vit, p))
-    missing("trunk.onnx", lambda p: export.trunk_from_module(Trunk(list(blocks), family), stream, p, convert=convert))
+    missing("trunk.onnx", lambda p: trunks.write(p, blocks))
     missing("fixed.onnx", lambda p: export.onnx_from_module(Fixed(module, family), images, p, convert=convert))
     missing("dense.onnx", lambda p: export.onnx_from_module(dense, images, p, convert=convert))
-    missing("block.onnx", lambda p: export.trunk_from_module(Trunk([middle], family), stream, p, convert=convert))
+    missing("block.onnx", lambda p: trunks.write(p, [middle]))
     if paired:
-        pair = Trunk([blocks[vit.depth // 2 - 1], middle], family)
-        missing(PAIR, lambda p: export.trunk_from_module(pair, stream, p, convert=convert))
+        missing(PAIR, lambda p: trunks.write(p, [blocks[vit.depth // 2 - 1], middle]))
     if vit.prefix_pooled:
         last = LastBlock(middle, family, vit.prefix)
         missing("last.onnx", lambda p: export.trunk_from_module(last, stream, p, convert=convert))
@@ -79,14 +81,34 @@ def export_profiling_models(
                 c, e, p, ("x", "y"), convert, tensorrt=tensorrt))  # fmt: skip
 
 
-def alike(blocks: Sequence[torch.nn.Module]) -> bool:
-    """Do all blocks have the same layers with parameters of the same shapes?"""
+class _Trunks:
+    """Writes trunks of the blocks of a model; where all are alike only one is exported."""
 
-    def shape(block: torch.nn.Module) -> list[tuple[str, type, list[tuple[int, ...]]]]:
-        return [
-            (name, type(module), [tuple(p.shape) for p in module.parameters(recurse=False)])
-            for name, module in block.named_modules()
-            if list(module.parameters(recurse=False))
-        ]
+    def __init__(self, model: Model, stream: torch.Tensor, convert: Convert | None) -> None:
+        self.family, self.stream, self.convert = model.family, stream, convert
+        blocks: Any = model.module.blocks
+        self.middle = blocks[model.vit.depth // 2]
+        self.alike = alike(blocks)
+
+    @cached_property
+    def block(self) -> Repeatable | None:
+        """The graph to repeat; None where blocks have to be exported together."""
+        return export.graph_of_block(self.middle, self.family, self.stream) if self.alike else None
+
+    def write(self, path: Path, blocks: Sequence[torch.nn.Module]) -> None:
+        """Write the trunk of some blocks. Raises ExportError, OutputError."""
+        if self.block is None:
+            export.trunk_from_module(Trunk(blocks, self.family), self.stream, path, self.convert)
+            return
+        model = chained(self.block, [export.weights_of(each) for each in blocks])
+        export.save_trunk(model if self.convert is None else self.convert(model), path)
+
+
+def alike(blocks: Sequence[torch.nn.Module]) -> bool:
+    """Do all blocks have the same layers with the same settings, and parameters of the same shapes?"""
+
+    def shape(block: torch.nn.Module) -> list[object]:
+        layers: list[object] = [str(block), getattr(block.attn, "scale", None)]
+        return layers + [(name, tuple(tensor.shape)) for name, tensor in block.state_dict().items()]
 
     return all(shape(block) == shape(blocks[0]) for block in blocks)

@@ -307,7 +307,7 @@ def test_unknown_method(
         started.append("export")
         raise RuntimeError("the export has started")
 
-    monkeypatch.setattr(export, "trunk_from_module", exported)
+    monkeypatch.setattr(export, "_exported", exported)
     device = ("--device", "orin-nano") if "--simulate" in command else ()
     line = fails(*command.split(), *device, "--method", "sculpt")
     assert "'sculpt'" in line and "pomt" in line and "topk" in line

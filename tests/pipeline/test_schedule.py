@@ -15,7 +15,7 @@ from edgeprune.io import load, save
 from edgeprune.latency.probing import confirmed_edges, unconfirmed
 from edgeprune.pipeline.context import Options
 from edgeprune.pipeline.schedule import schedule_from_file, schedule_from_staircase
-from edgeprune.records import Staircase, Vit
+from edgeprune.records import CutCost, Staircase, Vit
 from edgeprune.scheduling.goals import Goal
 
 
@@ -30,20 +30,40 @@ def options(tmp_path: Path, speedup: float) -> Options:
     return Options(policy="paper", goal=Goal(speedup=speedup), work=tmp_path / "work")
 
 
+def said(caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What the module logged."""
+    return [r.getMessage() for r in caplog.records if r.name == "edgeprune.pipeline.schedule"]
+
+
+def priced(staircase: Staircase) -> Staircase:
+    """The staircase with the cost of a cut."""
+    costs = (CutCost(tokens_in=197, tokens_out=118, cost_ms=0.0),)
+    return msgspec.structs.replace(staircase, cuts={Options().method: costs})
+
+
+def test_a_staircase_without_the_cost_of_cuts_is_told(
+    machine: Machine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    schedule_from_staircase(priced(machine.truth), options(tmp_path, 1.2))
+    assert not said(caplog)
+    schedule_from_staircase(machine.truth, options(tmp_path, 1.2))
+    assert "profile --method fold" in said(caplog)[0]
+
+
 def test_counts_that_are_not_confirmed_are_told(
     machine: Machine, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Probing has found 144, where the tread ends at 157; all other edges are exact."""
-    staircase = machine.staircase()
+    staircase = priced(machine.staircase())
     caplog.set_level(logging.INFO, "edgeprune.pipeline.schedule")
     schedule = schedule_from_staircase(staircase, options(tmp_path, 1.05))
     assert {*schedule.tokens} == {144, 197} and unconfirmed(staircase, schedule.tokens) == (144,)
-    (told,) = [r.getMessage() for r in caplog.records if r.name == "edgeprune.pipeline.schedule"]
+    (told,) = said(caplog)
     assert "144 tokens" in told and "197" not in told and "build" in told
     caplog.clear()
     schedule = schedule_from_staircase(staircase, options(tmp_path, 1.2))
     assert {*schedule.tokens} <= {*confirmed_edges(staircase)}
-    assert not [r for r in caplog.records if r.name == "edgeprune.pipeline.schedule"]
+    assert not said(caplog)
 
 
 def test_from_a_file_with_the_unpruned_latency(machine: Machine, tmp_path: Path) -> None:

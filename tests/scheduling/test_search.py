@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from itertools import combinations_with_replacement, pairwise
 from typing import NamedTuple
@@ -9,8 +10,10 @@ from typing import NamedTuple
 import msgspec
 import pytest
 
+from edgeprune.errors import ScheduleError
 from edgeprune.latency.staircase import predict_ms
 from edgeprune.records import Candidate, CutCost, LastShare, Staircase, check_tokens
+from edgeprune.scheduling.goals import Goal, choose
 from edgeprune.scheduling.search import Search, Tokens
 
 LEVELS = (16, 24, 32, 40, 48, 56, 64)
@@ -98,6 +101,28 @@ def test_without_a_limit_the_front_covers_all_latencies(staircase: Staircase) ->
     assert times[0] == pytest.approx(lowest) and times[-1] == staircase.dense.median_ms
     gaps = [b - a for a, b in pairwise(times)]
     assert max(gaps) < 0.15 * (times[-1] - times[0])
+
+
+@pytest.mark.parametrize("prefix_last", [False, True])
+def test_a_goal_is_out_of_reach_only_where_the_fastest_schedule_misses_it(
+    staircase: Staircase, prefix_last: bool
+) -> None:
+    """Cuts below 64 tokens that cost less than nothing: several of them are faster than one to the lowest count."""
+    costs = (CutCost(tokens_in=64, tokens_out=32, cost_ms=1.0), CutCost(tokens_in=40, tokens_out=24, cost_ms=-2.0))
+    priced = msgspec.structs.replace(staircase, cuts={"fold": costs})
+    every = every_schedule(5, 3 if prefix_last else 4)
+    fastest = min(every, key=lambda t: predict_ms(priced, t, "fold", prefix_last))
+    best = predict_ms(priced, fastest, "fold", prefix_last)
+    assert len({*fastest}) > 2
+
+    def chosen(limit: float) -> Candidate:
+        front = Search(priced, "fold", Model(5), prefix_last).front(limit)
+        return choose(front, priced, "fold", Goal(budget_ms=limit), lambda tokens: 0.0)
+
+    assert chosen(best * 1.0001).tokens == fastest
+    said = f"{best:.3g} ms at best with fold ({priced.dense.median_ms / best:.2f}x)"
+    with pytest.raises(ScheduleError, match=re.escape(said)):
+        chosen(best * 0.98)
 
 
 def test_front_falls_and_every_base_was_visited(staircase: Staircase) -> None:

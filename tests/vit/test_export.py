@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import site
 import socket
@@ -24,12 +25,14 @@ from edgeprune.devices import load_device
 from edgeprune.errors import InputError
 from edgeprune.onnx_graph import graph
 from edgeprune.onnx_graph.attention_fusion import attention_forms
+from edgeprune.onnx_graph.chain import chained, repeatable
 from edgeprune.onnx_graph.graph import fix_tokens, load_graph
 from edgeprune.onnx_graph.operations import Elementwise, operations_of_onnx
 from edgeprune.onnx_graph.precision import CONVERSIONS
 from edgeprune.runtimes.kernel_times import latency_ms
 from edgeprune.runtimes.simulated import operations_of_ends, operations_of_trunk
 from edgeprune.vit import export
+from edgeprune.vit.profiling_models import alike
 from edgeprune.vit.pruned import LastBlock, PrunedViT, Trunk
 from edgeprune.vit.reducers import reducer_named
 
@@ -349,3 +352,34 @@ def test_the_table_of_operators_is_read_once(tmp_path: Path, monkeypatch: pytest
     for name in ("a", "b"):
         export.onnx_from_module(torch.nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / f"{name}.onnx")
     assert len(reads) == 1 and apis.get_torchlib_ops is read
+
+
+@pytest.mark.parametrize("kind", ["cls", "registers", "post-norm", "packed-mlp", "norms", "gated-attention"])
+def test_one_block_repeated_is_the_trunk(kind: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny(kind)
+    blocks, tokens = list(model.module.blocks), model.vit.tokens
+    stream = torch.randn(2, tokens, 48, generator=torch.Generator().manual_seed(0))
+    block = export.graph_of_block(blocks[1], model.family, stream)
+    assert block is not None and len(block.places) == len(blocks[1].state_dict())
+    weights = [export.weights_of(each) for each in blocks]
+    export.save_trunk(chained(block, weights), tmp_path / "trunk.onnx")
+    fix_tokens(tmp_path / "trunk.onnx", tokens, tmp_path / "fixed.onnx")
+    onnx.checker.check_model(os.fspath(tmp_path / "fixed.onnx"), full_check=True)
+    with torch.inference_mode():
+        wanted = Trunk(blocks, model.family)(stream).numpy()
+    np.testing.assert_allclose(run(tmp_path / "fixed.onnx", stream.numpy()), wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_a_weight_that_the_exporter_computed_is_not_repeated(tiny: Callable[..., Any]) -> None:
+    model = tiny("cls")
+    block = export.graph_of_block(model.module.blocks[1], model.family, torch.zeros(1, 17, 48))
+    assert block is not None
+    assert repeatable(block.graph, export.weights_of(model.module.blocks[1])) is None, "the block's own are not in it"
+
+
+def test_blocks_of_one_shape_and_other_settings_are_not_alike(tiny: Callable[..., Any]) -> None:
+    blocks = list(tiny("cls").module.blocks)
+    assert alike(blocks)
+    other = copy.deepcopy(blocks[1])
+    other.norm1.eps = 0.5
+    assert not alike([blocks[0], other])
