@@ -362,7 +362,6 @@ class ClassFidelity(Record, frozen=True, kw_only=True, tag_field="task", tag="cl
         check_figures([self.kl, self.agreement, self.top1], -1.0)
 
 
-
 class EmbedFidelity(Record, frozen=True, kw_only=True, tag_field="task", tag="embed"):
     """Embeddings against those of the unpruned model on the same pictures; None where unknown, shares in percent."""
 

@@ -39,7 +39,8 @@ def recover(context: Context, schedule: Schedule) -> Recovered:
         raise InputError("this schedule removes no tokens, so there is nothing to recover: leave out --recover")
     model, pictures, recipe = context.model, context.recovery, Recipe()
     parts = (
-        model.vit, model.task, schedule.method, schedule.tokens, schedule.prefix_last, pictures.key, pictures.how, recipe.parts,
+        model.vit, model.task, schedule.method, schedule.tokens, schedule.prefix_last, pictures.key, pictures.how,
+        recipe.parts,
     )  # fmt: skip
 
     def make(path: Path) -> None:

@@ -25,10 +25,11 @@ Evaluate = Callable[[Tokens, Tokens], Fidelity]  # of a schedule; the second is 
 class Search:
     """Dynamic programming over blocks with an additive model of the loss; the best schedules are then evaluated.
 
-    The loss (KL in nats, or 1 - cosine of embeddings) of single cuts is evaluated and gives the loss that each block adds when it runs on n tokens. With the
-    additive latency model, dynamic programming then finds the schedules with the lowest sum of losses. Such sums
-    rank schedules only roughly, so the best of them are evaluated. Greedy descent found worse schedules with three
-    to five times the evaluations (docs/benchmarks.md). The search is deterministic.
+    The loss is the KL in nats, or 1 - cosine of embeddings. That of single cuts is evaluated and gives the loss that
+    each block adds when it runs on n tokens. With the additive latency model, dynamic programming then finds the
+    schedules with the lowest sum of losses. Such sums rank schedules only roughly, so the best of them are evaluated.
+    Greedy descent found worse schedules with three to five times the evaluations (docs/benchmarks.md). The search is
+    deterministic.
     """
 
     def __init__(

@@ -123,7 +123,9 @@ class _Run:
         self.wanted = self.answers(self.teacher)
         optimiser = torch.optim.AdamW(self.student.parameters(), lr=recipe.rate, weight_decay=0.0)
         start = weights_of(self.student)
-        key = key_of(recipe.parts, task, weights_sha256(pruned.model), pruned.tokens, how, sha256_bytes(pixels.tobytes()))
+        key = key_of(
+            recipe.parts, task, weights_sha256(pruned.model), pruned.tokens, how, sha256_bytes(pixels.tobytes())
+        )
         self.state = State(self.student, optimiser, dict(start), dict(start), 0, [self.held_out_loss()], key)
 
     def train_epoch(self) -> None:
