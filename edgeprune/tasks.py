@@ -189,11 +189,10 @@ def neighbours(outputs: NDArray[np.float32]) -> tuple[NDArray[np.int64], NDArray
     count, most = len(unit), min(NEAREST, len(unit) - 1)
     near, cosines = np.empty((count, most), np.int64), np.empty((count, most))
     for rows in np.array_split(np.arange(count), -(-count * count // AT_ONCE)):
-        similar = unit[rows] @ unit.T
-        similar[np.arange(len(rows)), rows] = -np.inf  # the picture itself
-        found = np.argpartition(-similar, most - 1, axis=1)[:, :most]
-        found.sort(axis=1)  # of equal ones the first
-        values = np.take_along_axis(similar, found, axis=1)
-        order = np.argsort(-values, axis=1, kind="stable")
-        near[rows], cosines[rows] = np.take_along_axis(found, order, 1), np.take_along_axis(values, order, 1)
+        similar, own = unit[rows] @ unit.T, np.arange(len(rows))
+        similar[own, rows] = -np.inf  # the picture itself
+        for place in range(most):
+            best = similar.argmax(axis=1)  # of equal ones the first
+            near[rows, place], cosines[rows, place] = best, similar[own, best]
+            similar[own, best] = -np.inf
     return near, cosines

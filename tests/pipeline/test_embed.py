@@ -108,7 +108,7 @@ def test_figures_are_those_of_the_engine_on_the_other_pictures(
 def test_the_bundle_verifies_runs_and_goes_to_triton(
     headless: Headless, built: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    bundle, row = built
+    bundle, _ = built
     manifest = load_bundle(bundle)
     assert (manifest.task, manifest.labels, manifest.vit.classes) == ("embed", (), 64)
     assert row_of(capsys, "verify", bundle)["ok"]
@@ -179,14 +179,14 @@ def test_what_does_not_fit_the_task_is_refused_in_one_line(
     headless: Headless, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few = few_digits(tmp_path / "few", 5)
-    digits = ("--images", headless.digits)
     cases: dict[str, tuple[object, ...]] = {
         "--min-cosine is for embeddings, and vit_digits classifies": ("--min-cosine", "0.9"),
         "unknown task 'depth': choose from classify, embed": ("--task", "depth"),
         "at least 6 pictures, not 5": ("--model", headless.model, "--images", few),
         "at least 6 pictures, not 3": ("--task", "embed", "--search-images", "3"),
         "has no accuracy bound: pass --policy search with --min-cosine": (
-            "--model", headless.model, *digits, *SIMULATED, "--policy", "paper", "--block", "1", "--min-cosine", "0.9",
+            "--model", headless.model, "--images", headless.digits, *SIMULATED, "--policy", "paper", "--block", "1",
+            "--min-cosine", "0.9",
         ),
     }  # fmt: skip
     for message, options in cases.items():
