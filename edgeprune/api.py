@@ -27,6 +27,7 @@ def build(
     *,
     device: str = "cpu",
     images: str | Path | None = None,
+    task: str | None = None,
     goal: Goal | None = None,
     weights: str | None = None,
     method: str = "fold",
@@ -53,7 +54,10 @@ def build(
             (copied, never changed). The embedded digit classifier by default.
         device: `cpu`, `cuda`, a Jetson of `edgeprune devices`, or a path to your own .toml.
         images: A folder of class folders, a CSV `image[,label]`, or a folder of pictures. Labels are optional.
-        goal: A speed-up, a latency budget, a bound on lost top-1, or a trade-off, which is the default (Goal()).
+        task: What the output is for, `classify` or `embed`; by default `embed` for a model without a head. Embeddings
+            are compared by cosine and nearest neighbours, and `Bundle.figures.fidelity` has the figures.
+        goal: A speed-up, a latency budget, a bound on lost top-1 or on the cosine of embeddings, or a trade-off,
+            which is the default (Goal()).
         weights: `pretrained`, `embedded`, `random`, or a checkpoint file; for names only.
         method: How tokens are removed: fold, pomt, tome, evit, topk, none.
         policy: `search` (cuts in any blocks, lowest KL) or `paper` (one cut, highest utility).
@@ -100,6 +104,7 @@ def build(
         rounds=rounds,
         neighbours=neighbours,
         recover=_pictures(recover),
+        task=task,
         overrides=preprocessing or {},
         host=Host(host, host_program) if host else None,
     )
@@ -141,6 +146,7 @@ def schedule(
     model: str | nn.Module = zoo.EMBEDDED,
     *,
     images: str | Path | None = None,
+    task: str | None = None,
     goal: Goal | None = None,
     weights: str | None = None,
     method: str = "fold",
@@ -161,7 +167,7 @@ def schedule(
     measured = staircase if isinstance(staircase, Staircase) else load(Path(staircase), Staircase)
     options = Options(
         model=model, weights=weights, images=_path(images), method=method, policy=policy, goal=goal or Goal(),
-        search_images=search_images, work=Path(work),
+        search_images=search_images, work=Path(work), task=task,
     )  # fmt: skip
     return schedule_from_staircase(measured, options, progress)
 
@@ -202,11 +208,12 @@ def recover(
     from edgeprune.vit.recovery import Recipe, recovered
 
     pruned: Any = prune(model, schedule)
-    how = load_model(model).preprocessing
+    loaded = load_model(model)
+    how = loaded.preprocessing
     found = recovery_set(Options(recover=Path(images)), None)
     assert found is not None
     pixels = load_pixels(found.paths, how, progress)
-    return recovered(pruned, pixels, how, Recipe(seed=seed), _path(checkpoint), progress).module
+    return recovered(pruned, pixels, how, Recipe(seed=seed), _path(checkpoint), progress, loaded.task).module
 
 
 def compare(
@@ -214,6 +221,7 @@ def compare(
     *,
     device: str = "cpu",
     images: str | Path | None = None,
+    task: str | None = None,
     weights: str | None = None,
     methods: Sequence[str] = METHODS,
     speedups: Sequence[float] = (1.25, 1.5, 2.0),
@@ -238,7 +246,7 @@ def compare(
     options = Options(
         device=device, model=model, weights=weights, images=_path(images), precision=precision, batch=batch,
         work=Path(work), simulate=simulate, exhaustive=exhaustive, search_images=search_images, rounds=rounds,
-        recover=_pictures(recover),
+        recover=_pictures(recover), task=task,
     )  # fmt: skip
     return run(options, list(methods), list(speedups), progress)
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from math import isqrt
+from typing import ClassVar
 
 import msgspec
 import numpy as np
@@ -22,6 +23,7 @@ MOST = 1e12  # for any figure
 MOST_PX, MOST_UNITS, MOST_BLOCKS, MOST_CLASSES = 1 << 13, 1 << 17, 1 << 10, 1 << 20
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
 CROP_MODES = ("center", "squash")
+TASKS = ("classify", "embed")  # what the output of a model is for (tasks.py)
 ENGINE_FILES = ("model.engine", "model.onnx")
 FILE_NAME = r"\w[\w.-]*"  # of a file in a bundle: no path, not hidden, cannot be mistaken for an option
 
@@ -345,29 +347,75 @@ class Int8Ranges(Record, frozen=True, kw_only=True):
     way: str  # percentile | entropy
     ranges: dict[str, float]
     kept: tuple[str, ...]  # layers for which quantisation loses too much
-    kl: float  # to the fp32 model on the calibration pictures, nats
+    kl: float  # to the fp32 model on the calibration pictures, nats; 1 - cosine of embeddings
+
+
+class ClassFidelity(Record, frozen=True, kw_only=True, tag_field="task", tag="classify"):
+    """Class predictions against those of the unpruned model on the same pictures; None where unknown."""
+
+    cosine: ClassVar[None] = None
+    kl: float | None = None  # nats
+    agreement: float | None = None  # percent
+    top1: float | None = None  # percent
+
+    def __post_init__(self) -> None:
+        check_figures([self.kl, self.agreement, self.top1], -1.0)
+
+
+class EmbedFidelity(Record, frozen=True, kw_only=True, tag_field="task", tag="embed"):
+    """Embeddings against those of the unpruned model on the same pictures; None where unknown, shares in percent."""
+
+    kl: ClassVar[None] = None
+    cosine: float | None = None  # mean over pictures
+    cosine_p1: float | None = None  # 1st percentile over pictures
+    neighbour_agreement: float | None = None  # the nearest other picture is the same
+    recall5: float | None = None  # of the 5 nearest other pictures
+    knn_top1: float | None = None  # leave-one-out with the labels of the pictures
+    dense_knn_top1: float | None = None
+
+    def __post_init__(self) -> None:
+        check_figures(msgspec.structs.astuple(self), -1.0)
+
+    @property
+    def agreement(self) -> float | None:
+        """What stands in the place of the agreement of classes, percent."""
+        return self.neighbour_agreement
+
+    @property
+    def top1(self) -> float | None:
+        """What stands in the place of top-1, percent."""
+        return self.knn_top1
+
+
+Fidelity = ClassFidelity | EmbedFidelity
 
 
 class Unrecovered(Record, frozen=True, kw_only=True):
     """Figures of the same schedule with the original weights, on the same pictures as those of the report.
 
     Each error is the standard error of the mean change by recovery, paired by picture, in the unit of its figure.
+    KL is None for embeddings, cosine for classes.
     """
 
     agreement: float
-    kl: float
+    kl: float | None = None
+    cosine: float | None = None
     top1: float | None = None
     agreement_error: float
-    kl_error: float
+    kl_error: float | None = None
+    cosine_error: float | None = None
     top1_error: float | None = None
 
     def __post_init__(self) -> None:
-        check_figures([self.agreement, self.kl, self.top1], -1.0)
-        check_figures([self.agreement_error, self.kl_error, self.top1_error], 0.0)
+        check_figures([self.agreement, self.kl, self.cosine, self.top1], -1.0)
+        check_figures([self.agreement_error, self.kl_error, self.cosine_error, self.top1_error], 0.0)
 
 
 class Report(Record, frozen=True, kw_only=True):
-    """Measured figures: latency in ms, top-1 and agreement in percent, KL in nats; None where unknown."""
+    """Measured figures: latency in ms, top-1 and agreement in percent, KL in nats; None where unknown.
+
+    Of embeddings, top-1 is that of k nearest neighbours, agreement that of the nearest neighbour, and KL is None.
+    """
 
     latency: Latency
     dense_latency: Latency | None = None
@@ -377,6 +425,7 @@ class Report(Record, frozen=True, kw_only=True):
     kl: float | None = None
     top1: float | None = None
     dense_top1: float | None = None
+    fidelity: Fidelity | None = None  # all figures of the task; None without pictures
     images: int = 0
     held_out: bool | None = None  # figures are of pictures that were not used to choose anything; None: unknown
     probes: int = 0
@@ -391,14 +440,18 @@ class Report(Record, frozen=True, kw_only=True):
 
 
 class Recovery(Record, frozen=True, kw_only=True):
-    """How the weights of a pruned model were tuned to the unpruned one (vit/recovery.py); KL in nats."""
+    """How the weights of a pruned model were tuned to the unpruned one (vit/recovery.py).
 
+    The loss is the KL in nats, or 1 - cosine of embeddings.
+    """
+
+    task: str = "classify"
     images: int  # pictures that were used, those held out to choose the best state included
-    validation_images: int  # of these, never trained on: all KL here are on them
+    validation_images: int  # of these, never trained on: all losses here are on them
     epochs: int  # of the state that was kept; 0: none was better, the weights are the original ones
-    kl_before: float
-    kl_after: float
-    curve: tuple[float, ...]  # KL before the first epoch and after each
+    kl_before: float | None = None  # None for embeddings
+    kl_after: float | None = None
+    curve: tuple[float, ...]  # loss before the first epoch and after each
     rate: float  # largest learning rate
     seed: int
     weights_sha256: str  # of the kept weights
@@ -406,45 +459,76 @@ class Recovery(Record, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         check_figures([self.kl_before, self.kl_after, *self.curve], -1.0)
         check_figures([self.images, self.validation_images], 1.0)
+        check_task(self.task)
         if not 0 <= self.epochs < len(self.curve):
-            raise ValueError("the curve needs a KL for every epoch")
+            raise ValueError("the curve needs a loss for every epoch")
 
 
 class PrecisionResult(Record, frozen=True, kw_only=True):
-    """A precision that `--precision auto` tried; top-1 and agreement in percent, KL in nats, None where unknown."""
+    """A precision that `--precision auto` tried; figures as in Report, None where unknown."""
 
     precision: str
     latency: Latency | None = None  # of the pruned model; all of one build were timed together
     top1: float | None = None
     agreement: float | None = None
     kl: float | None = None
+    cosine: float | None = None
     accepted: bool = False
     reason: str | None = None  # why it was not chosen
+
+    @property
+    def loss(self) -> float:
+        """KL in nats, or 1 - cosine; 0 where neither is known."""
+        return 1 - self.cosine if self.cosine is not None else self.kl or 0.0
+
+
+def check_task(task: str, labels: Sequence[str] | None = None, classes: int = 0) -> None:
+    """Raise ValueError for an unknown task, or where `labels` do not name `classes` classes (none for embeddings)."""
+    if task not in TASKS:
+        raise ValueError(f"the task is one of {TASKS}, not {task!r}")
+    classes = classes if task == "classify" else 0
+    if labels is not None and len(labels) != classes:
+        raise ValueError(f"{len(labels)} labels for {classes} classes")
 
 
 class ModelMetadata(Record, frozen=True, kw_only=True):
     """Metadata in an ONNX file: everything that a bundle needs besides the graph."""
 
     schema: int = SCHEMA
+    task: str = "classify"
     vit: Vit
     schedule: Schedule
     preprocessing: Preprocessing
-    labels: tuple[str, ...]
+    labels: tuple[str, ...]  # names of the classes; empty for embeddings
     recovery: Recovery | None = None
+
+    def __post_init__(self) -> None:
+        check_task(self.task)
 
 
 class Candidate(Record, frozen=True):
-    """A schedule with its predicted latency (ms) and its fidelity on the search pictures."""
+    """A schedule with its predicted latency (ms) and its fidelity on the search pictures, as in Report."""
 
     tokens: tuple[int, ...]
     predicted_ms: float
-    kl: float
+    kl: float | None  # None for embeddings
     agreement: float
     top1: float | None
+    cosine: float | None = None  # None for classes
 
     def __post_init__(self) -> None:
         check_figures([self.predicted_ms])
-        check_figures([self.kl, self.agreement, self.top1], -1.0)
+        check_figures([self.kl, self.agreement, self.top1, self.cosine], -1.0)
+        if (self.kl is None) == (self.cosine is None):
+            raise ValueError("a candidate has a KL or a cosine")
+
+    @property
+    def loss(self) -> float:
+        """What the search makes small: KL in nats, or 1 - cosine."""
+        if self.kl is not None:
+            return self.kl
+        assert self.cosine is not None
+        return 1 - self.cosine
 
 
 class Trial(Record, frozen=True, kw_only=True):
@@ -462,9 +546,10 @@ class Sample(Record, frozen=True, kw_only=True):
     """A picture of the evaluation set, and which token holds each patch after every cut."""
 
     picture: bytes  # a PNG or JPEG file
-    label: str | None
-    unpruned: str  # class predicted by the unpruned model
-    pruned: str
+    label: str | None = None
+    unpruned: str | None = None  # class predicted by the unpruned model; None for embeddings
+    pruned: str | None = None
+    cosine: float | None = None  # to the unpruned embedding; None for classes
     groups: tuple[
         tuple[int, ...], ...
     ]  # by cut and patch (row by row): index of the token that holds the patch, -1: none
@@ -488,6 +573,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     """The manifest of a bundle: everything needed to check, run and rebuild it."""
 
     schema: int = SCHEMA
+    task: str = "classify"
     edgeprune: str
     code: str = ""  # hash of the sources that wrote it
     vit: Vit
@@ -501,8 +587,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     tolerance: float  # largest allowed difference between the golden output and a run
 
     def __post_init__(self) -> None:
-        if len(self.labels) != self.vit.classes:
-            raise ValueError(f"{len(self.labels)} labels for {self.vit.classes} classes")
+        check_task(self.task, self.labels, self.vit.classes)
         if self.engine.path not in ENGINE_FILES:
             raise ValueError(f"the engine is one of {ENGINE_FILES}, not {self.engine.path!r}")
         for name in self.files:

@@ -76,15 +76,6 @@ def differences(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDAr
     return most
 
 
-def typical_difference(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
-    """Median over images of their largest |difference|; NaN if any output is NaN.
-
-    Runtimes round differently, so that either of two tokens with equal scores may be kept and a single image may
-    differ. An engine that computes something wrong differs on most images.
-    """
-    return float(np.median(differences(found, wanted)))
-
-
 def kl_divergence(dense: NDArray[np.float32], pruned: NDArray[np.float32]) -> float:
     """Mean over images of KL(unpruned || pruned) of the class distributions, nats."""
     return float(kl_per_image(dense, pruned).mean())

@@ -30,7 +30,10 @@ class Bundle:
 
     @property
     def figures(self) -> Report:
-        """Figures: latencies in ms, top-1 and agreement in percent, KL in nats; None is unknown."""
+        """Figures: latencies in ms, top-1 and agreement in percent, KL in nats; None is unknown.
+
+        `figures.fidelity` has all figures of the task.
+        """
         return self.manifest.report
 
     @property
@@ -46,7 +49,7 @@ class Bundle:
     def predict(
         self, images: str | Path | Sequence[str | Path], top: int = 5, progress: Progress = silent
     ) -> Predictions:
-        """The `top` likeliest classes of pictures (files, folders, or CSVs of them) by the bundle's engine.
+        """The `top` likeliest classes of pictures (files, folders, or CSVs of them), or their embeddings.
 
         Raises InputError, ImageError, EngineError, and DeviceError where the engine was built for another machine.
         """

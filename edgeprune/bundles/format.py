@@ -44,6 +44,7 @@ def default_folder(setup: Setup, vit: Vit, method: str) -> Path:
 def write_bundle(
     out: Path,
     *,
+    task: str = "classify",
     vit: Vit,
     files: dict[str, Path],
     engine: Engine,
@@ -77,6 +78,7 @@ def write_bundle(
             manifest = Manifest(
                 edgeprune=__version__,
                 code=code_key(),
+                task=task,
                 vit=vit,
                 engine=engine,
                 schedule=schedule,

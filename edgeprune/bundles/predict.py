@@ -1,11 +1,11 @@
-"""Classification of pictures with a bundle's engine."""
+"""Classes or embeddings of pictures, by a bundle's engine."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from edgeprune.images import batches, load_images, read_image
 from edgeprune.latency.timing import latency_of
 from edgeprune.records import Latency, Progress, Setup, silent
 from edgeprune.stats import log_softmax
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 TIMED = 20  # inferences that the latency is measured on
 
@@ -29,10 +32,16 @@ class ClassScore:
 
 
 class Prediction(NamedTuple):
-    """The likeliest classes of one picture, the likeliest first."""
+    """What the engine says about one picture: its likeliest classes, the likeliest first, or its embedding."""
 
     image: Path
-    top: tuple[ClassScore, ...]
+    top: tuple[ClassScore, ...] = ()
+    embedding: tuple[float, ...] | None = None  # None for a model that classifies
+
+    @property
+    def norm(self) -> float:
+        """Length of the embedding."""
+        return float(np.linalg.norm(self.embedding or ()))
 
 
 @dataclass(frozen=True)
@@ -44,11 +53,13 @@ class Predictions:
     setup: Setup
     rows: tuple[Prediction, ...]
     latency: Latency
+    task: str = "classify"
 
 
 def predict(bundle: Path, sources: Sequence[Path], top: int = 5, progress: Progress = silent) -> Predictions:
-    """The `top` likeliest classes of pictures; sources are pictures, folders, or CSVs, read one batch at a time.
+    """The `top` likeliest classes of pictures, or their embeddings, as the bundle's task is.
 
+    Sources are pictures, folders, or CSVs, read one batch at a time.
     Raises ImageError, InputError, DeviceError, EngineError.
     """
     opened = open_bundle(bundle)
@@ -58,20 +69,35 @@ def predict(bundle: Path, sources: Sequence[Path], top: int = 5, progress: Progr
     with opened.open_engine() as session:
         for start in range(0, len(paths), batch):
             part = paths[start : start + batch]
-            progress("classifying", start, len(paths))
+            progress("running pictures", start, len(paths))
             pixels = np.stack([read_image(path, how) for path in part])
             for images, real in batches(pixels, how, batch):
-                shares = np.exp(log_softmax(session.infer(images)[:real])) * 100
-                if shares.shape[1] != len(manifest.labels):
-                    sizes = f"{shares.shape[1]} outputs for {len(manifest.labels)} classes"
+                outputs = session.infer(images)[:real]
+                if outputs.shape[1] != manifest.vit.classes:
+                    sizes = f"{outputs.shape[1]} outputs for {manifest.vit.classes} classes"
                     raise EngineError(f"{bundle}: the engine has {sizes}: build it again")
-            for path, row in zip(part, shares, strict=True):
-                best = row.argsort()[::-1][:top]
-                found = tuple(ClassScore(int(i), manifest.labels[i], float(row[i])) for i in best)
-                rows.append(Prediction(path, found))
-        progress("classifying", len(paths), len(paths))
+            rows += PREDICTIONS[manifest.task](part, outputs, manifest.labels, top)
+        progress("running pictures", len(paths), len(paths))
         latency = latency_of(session, TIMED)
-    return Predictions(bundle, manifest.vit.name, opened.setup, tuple(rows), latency)
+    return Predictions(bundle, manifest.vit.name, opened.setup, tuple(rows), latency, manifest.task)
+
+
+def _classes(
+    images: Sequence[Path], outputs: NDArray[np.float32], labels: Sequence[str], top: int
+) -> Iterator[Prediction]:
+    for path, row in zip(images, np.exp(log_softmax(outputs)) * 100, strict=True):
+        best = row.argsort()[::-1][:top]
+        yield Prediction(path, tuple(ClassScore(int(i), labels[i], float(row[i])) for i in best))
+
+
+def _embeddings(
+    images: Sequence[Path], outputs: NDArray[np.float32], labels: Sequence[str], top: int
+) -> Iterator[Prediction]:
+    for path, row in zip(images, outputs, strict=True):
+        yield Prediction(path, embedding=tuple(row.tolist()))
+
+
+PREDICTIONS = {"classify": _classes, "embed": _embeddings}  # by task
 
 
 def _pictures(source: Path) -> tuple[Path, ...]:

@@ -20,6 +20,7 @@ BACKENDS = {".engine": ("tensorrt", "model.plan"), ".onnx": ("onnxruntime", "mod
 def triton_entry(bundle: Path, repository: Path, name: str | None = None) -> Path:
     """Write `repository`/NAME/{config.pbtxt, labels.txt, 1/model.plan or model.onnx}, completely or not at all.
 
+    A model without classes has no labels.txt.
     The batch is part of the static shapes, so `max_batch_size` is 0 and it is the first of dims. Returns the folder.
     Raises InputError where the entry exists already, OutputError.
     """
@@ -34,7 +35,8 @@ def triton_entry(bundle: Path, repository: Path, name: str | None = None) -> Pat
     backend, file = BACKENDS[engine.suffix]
     graph = load_graph(bundle / ONNX).graph
     inputs = _tensor("input", graph.input[0].name, (setup.batch, 3, vit.image_px, vit.image_px))
-    outputs = _tensor("output", graph.output[0].name, (setup.batch, vit.classes), 'label_filename: "labels.txt"')
+    named = 'label_filename: "labels.txt"' if manifest.labels else ""
+    outputs = _tensor("output", graph.output[0].name, (setup.batch, vit.classes), named)
     kind = "KIND_CPU" if setup.runtime == "ort-cpu" else "KIND_GPU"
     config = (
         f"name: {json.dumps(name)}\nbackend: {json.dumps(backend)}\nmax_batch_size: 0\n"
@@ -50,7 +52,8 @@ def triton_entry(bundle: Path, repository: Path, name: str | None = None) -> Pat
             for weights in weights_of(bundle / ONNX) if engine.suffix == ".onnx" else ():
                 shutil.copyfile(weights, fresh / "1" / weights.name)
             (fresh / "config.pbtxt").write_text(config)
-            (fresh / "labels.txt").write_text(labels)
+            if manifest.labels:
+                (fresh / "labels.txt").write_text(labels)
             os.chmod(fresh, 0o755)
             os.rename(fresh, out)
         finally:

@@ -12,7 +12,7 @@ from edgeprune.errors import EdgepruneError
 from edgeprune.io import load_array
 from edgeprune.latency.timing import latency_of
 from edgeprune.records import Latency
-from edgeprune.stats import typical_difference
+from edgeprune.tasks import BY_NAME, typically_off
 from edgeprune.version import __version__
 
 MIB = 1 << 20
@@ -108,7 +108,7 @@ def _run(bundle: LocalBundle, advice: str) -> Iterator[Check]:
         if output.shape != wanted.shape:
             yield Check("output", "failed", f"shape {wanted.shape}", f"shape {output.shape}", advice)
             return
-        typical = typical_difference(output, wanted)
+        typical = typically_off(BY_NAME[manifest.task], output, wanted)
         what = f"within {manifest.tolerance:g} of the golden output", f"{typical:.2g} from it"
         good = typical <= manifest.tolerance  # NaN is not
         yield Check("output", "ok", *what) if good else Check("output", "failed", *what, advice)

@@ -26,6 +26,7 @@ from edgeprune.cli.options import (
     MaxDrop,
     Mean,
     Method,
+    MinCosine,
     Model,
     OnHost,
     Policy,
@@ -35,6 +36,7 @@ from edgeprune.cli.options import (
     Simulate,
     Speedup,
     Std,
+    Task,
     Weights,
     WholeLast,
     Work,
@@ -52,12 +54,14 @@ def build(
     model: Model = EMBEDDED,
     weights: Weights = None,
     images: Images = None,
+    task: Task = None,
     method: Method = "fold",
     policy: Policy = "search",
     alpha: Alpha = None,
     speedup: Speedup = None,
     budget_ms: Budget = None,
     max_drop: MaxDrop = None,
+    min_cosine: MinCosine = None,
     precision: AnyPrecision = "fp32",
     batch: Batch = 1,
     block: Block = 3,
@@ -96,7 +100,7 @@ def build(
         images=images,
         method=method,
         policy=policy,
-        goal=goal_from(alpha, speedup, budget_ms, max_drop),
+        goal=goal_from(alpha, speedup, budget_ms, max_drop, min_cosine),
         precision=precision,
         batch=batch,
         work=work,
@@ -109,6 +113,7 @@ def build(
         rounds=rounds,
         neighbours=neighbours,
         recover=recover_from(recover),
+        task=task,
         overrides=overrides_from(crop_pct, interpolation, mean, std),
         host=Host(host, host_program) if host else None,
         lock_clocks=lock_clocks,
@@ -131,6 +136,7 @@ def compare(
     model: Model = EMBEDDED,
     weights: Weights = None,
     images: Images = None,
+    task: Task = None,
     methods: Annotated[str, typer.Option(help="methods, separated by commas")] = ",".join(METHODS),
     speedup: Annotated[str, typer.Option(help="target speed-ups, separated by commas")] = "1.25,1.5,2.0",
     precision: Precision = "fp32",
@@ -171,6 +177,7 @@ def compare(
         search_images=search_images,
         rounds=rounds,
         recover=recover_from(recover),
+        task=task,
     )
     with output.progress() as progress:
         comparison = run(options, [name.strip() for name in methods.split(",")], targets, progress)
@@ -196,6 +203,7 @@ def export(
     precision: Precision = "fp32",
     batch: Batch = 1,
     images: Images = None,
+    task: Task = None,
     device: Annotated[
         str, typer.Option(help="device that will run the file: decides the form of INT8, and which cuts are possible")
     ] = "cpu",
@@ -208,18 +216,19 @@ def export(
     from edgeprune.devices import load_device
     from edgeprune.onnx_graph.graph import weights_of
     from edgeprune.onnx_graph.precision import onnx_precision
-    from edgeprune.pipeline.context import Options, image_set
+    from edgeprune.pipeline.context import Options, check_task, image_set
     from edgeprune.pipeline.export import export_model
     from edgeprune.runtimes.target import check_batch, check_precision
 
     check_batch(batch)
+    check_task(task)
     found = load_device(device)
     check_precision(precision, found)
     runtime = found.runtime
     with output.progress() as progress:
         from edgeprune.vit.models import load_model
 
-        loaded = load_model(model, weights)
+        loaded = load_model(model, weights, task=task)
         if trunk:
             from edgeprune.vit.profiling_models import export_profiling_models
 

@@ -67,7 +67,7 @@ def run(
     top: Annotated[int, typer.Option(help="classes listed per image", min=1)] = 5,
     as_json: AsJson = False,
 ) -> None:
-    """Classify pictures with a bundle's engine."""
+    """Run pictures through a bundle's engine: their likeliest classes, or their embeddings."""
     from edgeprune.bundles.predict import predict
     from edgeprune.cli.rows import predictions_row
     from edgeprune.cli.tables import run_table

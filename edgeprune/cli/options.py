@@ -30,6 +30,14 @@ Alpha = Annotated[
 Speedup = Annotated[float | None, typer.Option(help="goal: at least this many times faster")]
 Budget = Annotated[float | None, typer.Option("--budget-ms", help="goal: at most this many ms per inference")]
 MaxDrop = Annotated[float | None, typer.Option(help="goal: lose at most this many points of top-1", min=0)]
+MinCosine = Annotated[
+    float | None,
+    typer.Option(help="goal: mean cosine to the unpruned embeddings of at least this much", min=0, max=1),
+]
+Task = Annotated[
+    str | None,
+    typer.Option(help="classify | embed: what the output is for; default: embed for a model without a head"),
+]
 Precision = Annotated[str, typer.Option(help="fp32 | fp16 | int8 | fp8")]
 AnyPrecision = Annotated[
     str,
@@ -77,16 +85,16 @@ def recover_from(value: str | None) -> Path | bool:
     return Path(value) if value else value is not None
 
 
-def goal_from(alpha: Any, speedup: Any, budget_ms: Any, max_drop: Any) -> Any:
+def goal_from(alpha: Any, speedup: Any, budget_ms: Any, max_drop: Any, min_cosine: Any) -> Any:
     from edgeprune.scheduling.goals import Goal
 
-    if sum(value is not None for value in (alpha, speedup, budget_ms, max_drop)) > 1:
-        raise typer.BadParameter("pass at most one of --alpha, --speedup, --budget-ms and --max-drop")
+    if sum(value is not None for value in (alpha, speedup, budget_ms, max_drop, min_cosine)) > 1:
+        raise typer.BadParameter("pass at most one of --alpha, --speedup, --budget-ms, --max-drop and --min-cosine")
     if speedup is not None and not 1 <= speedup < 1e6:
         raise typer.BadParameter("--speedup must be a factor of at least 1")
     if budget_ms is not None and not 0 < budget_ms < 1e9:
         raise typer.BadParameter("--budget-ms must be above 0")
-    return Goal(alpha=alpha, speedup=speedup, budget_ms=budget_ms, max_drop=max_drop)
+    return Goal(alpha=alpha, speedup=speedup, budget_ms=budget_ms, max_drop=max_drop, min_cosine=min_cosine)
 
 
 def overrides_from(

@@ -15,7 +15,7 @@ from edgeprune.version import __version__
 
 if TYPE_CHECKING:
     from edgeprune.benchmark.result import Bench, BenchRow, Peak, Ratio
-    from edgeprune.bundles.predict import Predictions
+    from edgeprune.bundles.predict import Prediction, Predictions
     from edgeprune.pipeline.compare import Comparison
 
 
@@ -36,6 +36,7 @@ def row_of(
         "kl": report.kl,
         "top1": report.top1,
         "dense_top1": report.dense_top1,
+        "fidelity": msgspec.to_builtins(report.fidelity),
         "images": report.images,
         "held_out": report.held_out,
         "probes": report.probes,
@@ -168,6 +169,12 @@ def _baseline_figures(ratio: Ratio | None) -> dict[str, Any]:
     return {} if ratio is None else {"baseline_ratio": ratio.value, "baseline_interval": list(ratio.interval)}
 
 
+def _prediction(row: Prediction) -> dict[str, Any]:
+    if row.embedding is not None:
+        return {"norm": row.norm, "embedding": row.embedding}
+    return {"top": [{"class": c.index, "label": c.label, "percent": c.percent} for c in row.top]}
+
+
 def predictions_row(found: Predictions) -> dict[str, Any]:
     """Predictions as the JSON object of `run --json`."""
     row: dict[str, Any] = {
@@ -176,13 +183,8 @@ def predictions_row(found: Predictions) -> dict[str, Any]:
         "device": found.setup.device,
         "runtime": found.setup.runtime,
         "batch": found.setup.batch,
-        "rows": [
-            {
-                "image": str(image),
-                "top": [{"class": c.index, "label": c.label, "percent": c.percent} for c in top],
-            }
-            for image, top in found.rows
-        ],
+        "task": found.task,
+        "rows": [{"image": str(row.image), **_prediction(row)} for row in found.rows],
         "latency_ms": found.latency.summary(),
     }
     return row | ({"simulated": True} if found.setup.simulated else {})

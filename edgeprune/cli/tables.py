@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from edgeprune.html_report.figures import UNKNOWN, evaluated_on, interval, number, recovered_how, unrecovered_figures
+from edgeprune.html_report.figures import (
+    UNKNOWN,
+    evaluated_on,
+    fidelity_rows,
+    interval,
+    number,
+    recovered_how,
+    unrecovered_figures,
+)
 from edgeprune.latency.probing import confirmed_edges
 from edgeprune.records import Latency, Manifest, PrecisionResult, Setup, Staircase
 
@@ -54,12 +62,7 @@ def _build_rows(manifest: Manifest) -> list[tuple[str, str, str]]:
     if report.predicted_ms is not None:
         off = 100 * (report.predicted_ms / report.latency.median_ms - 1)
         rows.append(("predicted, ms", "", f"{report.predicted_ms:.3f} ({off:+.1f} %)"))
-    compared = report.agreement is not None
-    rows += [
-        ("top-1, %", number(report.dense_top1), number(report.top1)),
-        ("agreement, %", "100" if compared else UNKNOWN, number(report.agreement)),
-        ("KL, nats", "0" if compared else UNKNOWN, number(report.kl, 4)),
-    ]
+    rows += fidelity_rows(report)
     if report.fused_attention is not None:
         rows.append(("fused attention, layers", "", f"{report.fused_attention} of {report.fusable_attention}"))
     return rows
@@ -70,11 +73,14 @@ def precision_table(results: Sequence[PrecisionResult], setup: Setup) -> Table:
     from rich.table import Table
 
     table = Table(title="precisions" + (", SIMULATED latency" if setup.simulated else ""))
-    for column in ("precision", "latency, ms (95 % interval)", "top-1, %", "agreement, %", "KL, nats"):
+    embeds = any(result.cosine is not None for result in results)
+    figures = ("k-NN top-1, %", "neighbour, %", "cosine") if embeds else ("top-1, %", "agreement, %", "KL, nats")
+    for column in ("precision", "latency, ms (95 % interval)", *figures):
         table.add_column(column, justify="left" if column == "precision" else "right")
     table.add_column("", overflow="fold")
     for result in results:
-        figures = (number(result.top1), number(result.agreement), number(result.kl, 4))
+        loss = result.cosine if embeds else result.kl
+        figures = (number(result.top1), number(result.agreement), number(loss, 4))
         verdict = "kept" if result.precision == setup.precision else result.reason or ""
         table.add_row(result.precision, _ms(result.latency), *figures, verdict)
     if setup.simulated:
@@ -116,15 +122,16 @@ def profile_table(staircase: Staircase) -> Table:
 
 
 def run_table(found: Predictions) -> Table:
-    """Images with their likeliest classes."""
+    """Images with their likeliest classes, or the lengths of their embeddings."""
     from rich.table import Table
 
     simulated = ", SIMULATED latency" if found.setup.simulated else ""
     table = Table(title=f"{found.model} on {found.setup.device} ({found.setup.runtime}{simulated})")
     table.add_column("image", overflow="fold")
-    table.add_column("likeliest classes, %")
-    for image, top in found.rows:
-        table.add_row(str(image), "; ".join(f"{c.label} {c.percent:.1f}" for c in top))
+    table.add_column("likeliest classes, %" if found.task == "classify" else "norm of the embedding")
+    for row in found.rows:
+        classes = "; ".join(f"{c.label} {c.percent:.1f}" for c in row.top)
+        table.add_row(str(row.image), classes if row.embedding is None else f"{row.norm:.4g}")
     table.caption = f"{_ms(found.latency)} ms for a batch of {found.setup.batch}"
     return table
 
@@ -182,19 +189,22 @@ def doctor_table(findings: list[Any]) -> Table:
 
 
 def compare_table(rows: list[dict[str, Any]]) -> Table:
-    """Entries of a comparison by target speed-up, the lowest KL first."""
+    """Entries of a comparison by target speed-up, the lowest loss (KL, or 1 - cosine) first."""
     from rich.table import Table
 
     first = rows[0] if rows else {}
+    embeds = bool(rows) and rows[0]["kl"] is None
+    rows = [row | {"cosine": row["fidelity"].get("cosine")} for row in rows]
     simulated = ", SIMULATED latency" if first.get("simulated") else ""
     table = Table(
         title=f"{first.get('model')} on {first.get('device')}{simulated}: unpruned top-1 "
         f"{number(first.get('dense_top1'))} %",
         caption=evaluated_on(first.get("images", 0), first.get("held_out")),
     )
-    for column in ("target", "method", "shape", "speed-up (95 %)", "predicted", "top-1", "agreement", "KL", "tokens"):
+    figures = ("k-NN top-1", "neighbour", "cosine") if embeds else ("top-1", "agreement", "KL")
+    for column in ("target", "method", "shape", "speed-up (95 %)", "predicted", *figures, "tokens"):
         table.add_column(column, justify="left" if column in ("method", "shape", "tokens") else "right")
-    for row in sorted(rows, key=lambda r: (r["target"], r["kl"])):
+    for row in sorted(rows, key=lambda r: (r["target"], -r["cosine"] if embeds else r["kl"])):
         low, high = row["speedup_interval"]
         table.add_row(
             f"{row['target']:g}x",
@@ -204,7 +214,7 @@ def compare_table(rows: list[dict[str, Any]]) -> Table:
             f"{row['dense_latency_ms']['median'] / row['predicted_ms']:.2f}",
             _both(row, "top1"),
             _both(row, "agreement"),
-            _both(row, "kl", 4),
+            _both(row, "cosine" if embeds else "kl", 4),
             runs(tuple(row["tokens"])),
         )
     return table

@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 from edgeprune.latency.staircase import treads, trunk_ms
 from edgeprune.records import Candidate, Latency, Recovery, Schedule, Staircase, Trial
+from edgeprune.tasks import BY_NAME, CLASSIFY, Task
 
 WIDTH, HEIGHT = 440, 280  # user units; text of size 12 is readable on a phone and not too large on a desktop
 LEFT, RIGHT, TOP, BOTTOM = 40, 18, 30, 40
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-LEAST_KL = 1e-5  # nats, about the rounding error of zero; smaller values are drawn here
+LEAST_LOSS = 1e-5  # KL in nats or 1 - cosine, about the rounding error of zero; smaller values are drawn here
 
 
 class Axis(NamedTuple):
@@ -170,22 +171,27 @@ def tokens_chart(schedule: Schedule) -> Chart:
 
 
 def front_chart(
-    front: Sequence[Candidate], others: Sequence[Candidate], schedule: Schedule, dense_ms: float
+    front: Sequence[Candidate],
+    others: Sequence[Candidate],
+    schedule: Schedule,
+    dense_ms: float,
+    task: Task = CLASSIFY,
 ) -> Chart:
-    """KL over predicted latency: the Pareto front (fastest first), dominated schedules, and the one chosen."""
+    """Loss (KL) over predicted latency: the Pareto front (fastest first), dominated schedules, and the one chosen."""
     seen = (*others, *front)
     ms = [c.predicted_ms for c in seen] + [dense_ms]
     room = 0.04 * (max(ms) - min(ms))
     x = across(min(ms) - room, max(ms) + room)
-    exponents = [floor(log10(max(c.kl, LEAST_KL))) for c in seen]
+    exponents = [floor(log10(max(c.loss, LEAST_LOSS))) for c in seen]
     y = Axis(10.0 ** min(exponents), 10.0 ** (max(exponents) + 1), HEIGHT - BOTTOM, TOP, log=True)
-    labels = "predicted latency, ms", "KL to the unpruned model, nats"
-    chart = Chart("Pareto front: KL over predicted latency", x, y, labels)
+    unit = f", {task.loss_unit}" if task.loss_unit else ""
+    labels = "predicted latency, ms", f"{task.loss_name} to the unpruned model{unit}"
+    chart = Chart(f"Pareto front: {task.loss_name} over predicted latency", x, y, labels)
     chart.line([(x(dense_ms), y(y.low)), (x(dense_ms), y(y.high))], "dense")
     chart.text("unpruned", x(dense_ms) - 4, TOP + 10, "end")
 
     def place(candidate: Candidate) -> tuple[float, float]:
-        return x(candidate.predicted_ms), y(max(candidate.kl, LEAST_KL))
+        return x(candidate.predicted_ms), y(max(candidate.loss, LEAST_LOSS))
 
     for candidate in others:
         chart.dot(*place(candidate), "point", _figures(candidate, dense_ms), 2)
@@ -203,7 +209,8 @@ def front_chart(
 def _figures(candidate: Candidate, dense_ms: float) -> str:
     tokens = ", ".join(map(str, candidate.tokens))
     faster = dense_ms / candidate.predicted_ms
-    return f"{candidate.predicted_ms:.3f} ms ({faster:.2f}×), KL {candidate.kl:.4f}, tokens {tokens}"
+    figure = f"KL {candidate.kl:.4f}" if candidate.kl is not None else f"cosine {candidate.cosine:.4f}"
+    return f"{candidate.predicted_ms:.3f} ms ({faster:.2f}×), {figure}, tokens {tokens}"
 
 
 def trials_chart(trials: Sequence[Trial], schedule: Schedule) -> Chart:
@@ -232,15 +239,16 @@ def trials_chart(trials: Sequence[Trial], schedule: Schedule) -> Chart:
 
 
 def recovery_chart(recovery: Recovery) -> Chart:
-    """KL on the pictures that recovery did not train on, before the first epoch and after each; the kept state."""
-    curve = recovery.curve
+    """Loss on the pictures that recovery did not train on, before the first epoch and after each; the kept state."""
+    curve, task = recovery.curve, BY_NAME[recovery.task]
+    unit = f", {task.loss_unit}" if task.loss_unit else ""
     x = across(0, len(curve) - 1)
-    y = Axis(0, 1.06 * max(*curve, LEAST_KL), HEIGHT - BOTTOM, TOP)
-    chart = Chart("Recovery: KL over epochs", x, y, ("epochs", "KL, nats"))
-    chart.line([(x(epoch), y(kl)) for epoch, kl in enumerate(curve)], "tread")
-    for epoch, kl in enumerate(curve):
+    y = Axis(0, 1.06 * max(*curve, LEAST_LOSS), HEIGHT - BOTTOM, TOP)
+    chart = Chart(f"Recovery: {task.loss_name} over epochs", x, y, ("epochs", f"{task.loss_name}{unit}"))
+    chart.line([(x(epoch), y(loss)) for epoch, loss in enumerate(curve)], "tread")
+    for epoch, loss in enumerate(curve):
         if epoch != recovery.epochs:
-            chart.dot(x(epoch), y(kl), "point", f"epoch {epoch}: {kl:.4f} nats")
+            chart.dot(x(epoch), y(loss), "point", f"epoch {epoch}: {loss:.4f} {task.loss_unit}".rstrip())
     kept = recovery.epochs
-    chart.star(x(kept), y(curve[kept]), "chosen", f"epoch {kept}, kept: {curve[kept]:.4f} nats")
+    chart.star(x(kept), y(curve[kept]), "chosen", f"epoch {kept}, kept: {curve[kept]:.4f} {task.loss_unit}".rstrip())
     return chart

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from edgeprune.records import Latency, Recovery, Unrecovered
+from edgeprune.records import EmbedFidelity, Latency, Recovery, Report, Unrecovered
+from edgeprune.tasks import BY_NAME
 
 UNKNOWN = "–"
 
@@ -17,8 +18,33 @@ def with_error(value: float | None, error: float | None, digits: int = 2) -> str
     return UNKNOWN if value is None or error is None else f"{value:.{digits}f} (±{error:.{digits}f})"
 
 
+def fidelity_rows(report: Report) -> list[tuple[str, str, str]]:
+    """The figures of fidelity: name, of the unpruned and of the pruned model."""
+    found, compared = report.fidelity, report.agreement is not None
+    best = "100" if compared else UNKNOWN
+    if isinstance(found, EmbedFidelity):
+        return [
+            ("cosine, mean", "1" if compared else UNKNOWN, number(found.cosine, 4)),
+            ("cosine, 1st percentile", "1" if compared else UNKNOWN, number(found.cosine_p1, 4)),
+            ("same nearest neighbour, %", best, number(found.neighbour_agreement)),
+            ("recall@5 of neighbours, %", best, number(found.recall5)),
+            ("k-NN top-1, %", number(report.dense_top1), number(found.knn_top1)),
+        ]
+    return [
+        ("top-1, %", number(report.dense_top1), number(report.top1)),
+        ("agreement, %", best, number(report.agreement)),
+        ("KL, nats", "0" if compared else UNKNOWN, number(report.kl, 4)),
+    ]
+
+
 def unrecovered_figures(before: Unrecovered) -> dict[str, str]:
     """The figures without recovery by the name of their row in a table."""
+    if before.cosine is not None:
+        return {
+            "cosine, mean": with_error(before.cosine, before.cosine_error, 4),
+            "same nearest neighbour, %": with_error(before.agreement, before.agreement_error),
+            "k-NN top-1, %": with_error(before.top1, before.top1_error),
+        }
     return {
         "top-1, %": with_error(before.top1, before.top1_error),
         "agreement, %": with_error(before.agreement, before.agreement_error),
@@ -28,12 +54,14 @@ def unrecovered_figures(before: Unrecovered) -> dict[str, str]:
 
 def recovered_how(recovery: Recovery) -> str:
     """What recovery did, in one line."""
+    loss = BY_NAME[recovery.task].loss_name
     trained = recovery.images - recovery.validation_images
     on = f"{trained} pictures without labels, judged on {recovery.validation_images} others"
     if not recovery.epochs:
-        return f"weights unchanged: no epoch of recovery lowered the KL ({on})"
+        return f"weights unchanged: no epoch of recovery lowered the {loss} ({on})"
     epochs = f"{recovery.epochs} epoch{'s' if recovery.epochs > 1 else ''}"
-    return f"weights recovered in {epochs} on {on}: KL {recovery.kl_before:.3g} → {recovery.kl_after:.3g}"
+    before, after = recovery.curve[0], recovery.curve[recovery.epochs]
+    return f"weights recovered in {epochs} on {on}: {loss} {before:.3g} → {after:.3g}"
 
 
 def interval(latency: Latency | None) -> str:

@@ -24,13 +24,14 @@ class Cut(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture with its label, the predicted classes, and its cuts."""
+    """A picture with its label and the predicted classes, or the cosine to the unpruned embedding, and its cuts."""
 
     data: str  # as a data: URI
     side: int  # number of patches
     label: str | None
-    unpruned: str
-    pruned: str
+    unpruned: str | None
+    pruned: str | None
+    cosine: float | None
     cuts: list[Cut]
     dropped: bool  # some patches are in none of the tokens
 
@@ -46,17 +47,18 @@ def _picture(schedule: Schedule, sample: Sample) -> Picture:
     return Picture(
         data=f"data:image/{kind};base64,{b64encode(sample.picture).decode()}",
         side=isqrt(len(sample.groups[0])),
-        label=None if sample.label is None else _first(sample.label),
+        label=_first(sample.label),
         unpruned=_first(sample.unpruned),
         pruned=_first(sample.pruned),
+        cosine=sample.cosine,
         cuts=[Cut(block, schedule.tokens[block], colours(groups)) for block, groups in cuts],
         dropped=any(group < 0 for cut in sample.groups for group in cut),
     )
 
 
-def _first(name: str) -> str:
+def _first(name: str | None) -> str | None:
     """The first of the synonyms in a class name."""
-    return name.partition(",")[0]
+    return None if name is None else name.partition(",")[0]
 
 
 def colours(groups: Sequence[int]) -> Markup:

@@ -12,19 +12,39 @@ from markupsafe import Markup
 from edgeprune.bundles.format import PAGE, STAIRCASE, TRACE, load_bundle, staircase_of
 from edgeprune.errors import InputError
 from edgeprune.html_report.charts import (
-    LEAST_KL,
+    LEAST_LOSS,
     front_chart,
     recovery_chart,
     staircase_chart,
     tokens_chart,
     trials_chart,
 )
-from edgeprune.html_report.figures import UNKNOWN, evaluated_on, interval, number, recovered_how, unrecovered_figures
+from edgeprune.html_report.figures import (
+    UNKNOWN,
+    evaluated_on,
+    fidelity_rows,
+    interval,
+    number,
+    recovered_how,
+    unrecovered_figures,
+)
 from edgeprune.html_report.gallery import pictures
 from edgeprune.io import load, sha256_bytes, write_bytes
 from edgeprune.latency.staircase import treads
-from edgeprune.records import BuildTrace, Engine, Preprocessing, Recovery, Report, Schedule, Setup, Staircase, Trial
+from edgeprune.records import (
+    BuildTrace,
+    EmbedFidelity,
+    Engine,
+    Preprocessing,
+    Recovery,
+    Report,
+    Schedule,
+    Setup,
+    Staircase,
+    Trial,
+)
 from edgeprune.scheduling.goals import pareto
+from edgeprune.tasks import BY_NAME, Task
 from edgeprune.version import __version__
 
 HERE = Path(__file__).parent
@@ -39,6 +59,7 @@ def page_html(
     staircase: Staircase | None,
     trace: BuildTrace,
     recovery: Recovery | None = None,
+    task: str = "classify",
 ) -> str:
     """The HTML text. The same records give the same text; the template escapes every string in them."""
     return _template().render(
@@ -47,13 +68,15 @@ def page_html(
         setup=engine.setup,
         schedule=schedule,
         goal=trace.asked,
-        summary=_summary(report, engine.setup),
-        tiles=_tiles(report),
+        summary=_summary(report, engine.setup, BY_NAME[task]),
+        tiles=_tiles(report, BY_NAME[task]),
+        loss_name=BY_NAME[task].loss_name,
+        loss_unit=BY_NAME[task].loss_unit,
         staircase=staircase and Markup(staircase_chart(staircase, schedule)),
         tokens=Markup(tokens_chart(schedule)),
-        front=staircase and _front(staircase, schedule, trace),
+        front=staircase and _front(staircase, schedule, trace, BY_NAME[task]),
         candidates=len(trace.candidates),
-        least_kl=f"{LEAST_KL:.5f}" if any(c.kl <= LEAST_KL for c in trace.candidates) else None,
+        least_loss=f"{LEAST_LOSS:.5f}" if any(c.loss <= LEAST_LOSS for c in trace.candidates) else None,
         trials=_trials(schedule, report, trace),
         recovery=recovery and Markup(recovery_chart(recovery)),
         recovery_note=recovery and recovered_how(recovery),
@@ -83,6 +106,7 @@ def page_of_bundle(bundle: Path, out: Path | None = None) -> Path:
         staircase_of(bundle) if STAIRCASE in manifest.files else None,
         load(bundle / TRACE, BuildTrace),
         manifest.recovery,
+        manifest.task,
     ).encode()
     if out is None:
         if manifest.files.get(PAGE) == sha256_bytes(text):
@@ -105,7 +129,7 @@ def _template() -> Template:
     return environment.get_template("template.html.j2")
 
 
-def _summary(report: Report, setup: Setup) -> str:
+def _summary(report: Report, setup: Setup, task: Task) -> str:
     """The speed-up and the loss of accuracy, in one line."""
     if report.speedup is None:
         gain = f"{report.latency.median_ms:.2f} ms"
@@ -114,14 +138,16 @@ def _summary(report: Report, setup: Setup) -> str:
     gain += " (SIMULATED)" if setup.simulated else ""
     if report.top1 is not None and report.dense_top1 is not None:
         points = round(report.dense_top1 - report.top1, 1)
-        lost = f"{abs(points):.1f} points of top-1 {'lost' if points > 0 else 'gained'}"
-        return f"{gain}, {lost}" if points else f"{gain}, no top-1 lost"
+        lost = f"{abs(points):.1f} points of {task.top1_name} {'lost' if points > 0 else 'gained'}"
+        return f"{gain}, {lost}" if points else f"{gain}, no {task.top1_name} lost"
+    if isinstance(report.fidelity, EmbedFidelity) and report.fidelity.cosine is not None:
+        return f"{gain}, embeddings at a cosine of {report.fidelity.cosine:.4f}"
     if report.agreement is not None:
         return f"{gain}, {report.agreement:.1f} % of answers unchanged"
-    return f"{gain}, " + ("accuracy not measured" if report.top1 is None else f"{report.top1:.1f} % top-1")
+    return f"{gain}, " + ("accuracy not measured" if report.top1 is None else f"{report.top1:.1f} % {task.top1_name}")
 
 
-def _tiles(report: Report) -> list[tuple[str, str]]:
+def _tiles(report: Report, task: Task) -> list[tuple[str, str]]:
     """The main figures with their captions; unknown figures are left out."""
     before = f"{report.dense_latency.median_ms:.2f} → " if report.dense_latency else ""
     tiles = [(f"{before}{report.latency.median_ms:.2f} ms", "median latency of one inference")]
@@ -131,7 +157,11 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
     evaluated = evaluated_on(report.images, report.held_out)
     if report.top1 is not None:
         before = f"{report.dense_top1:.2f} → " if report.dense_top1 is not None else ""
-        tiles.append((f"{before}{report.top1:.2f} %", f"top-1 on {evaluated}"))
+        tiles.append((f"{before}{report.top1:.2f} %", f"{task.top1_name} on {evaluated}"))
+    found = report.fidelity
+    if isinstance(found, EmbedFidelity) and found.cosine is not None:
+        tiles.append((f"{found.cosine:.4f}", f"mean cosine to the unpruned embedding, on {evaluated}"))
+        tiles.append((f"{found.neighbour_agreement:.2f} %", "of pictures with the same nearest neighbour"))
     if report.agreement is not None and report.kl is not None:
         kl = f"{report.kl:.4f}" if report.kl >= 1e-4 else "below 0.0001"
         where = f", on {evaluated}" if report.top1 is None else ""
@@ -140,13 +170,13 @@ def _tiles(report: Report) -> list[tuple[str, str]]:
     return tiles
 
 
-def _front(staircase: Staircase, schedule: Schedule, trace: BuildTrace) -> Markup | None:
+def _front(staircase: Staircase, schedule: Schedule, trace: BuildTrace, task: Task) -> Markup | None:
     """The chart of the schedules that the search evaluated; None without a search."""
     if not trace.candidates:
         return None
     front = pareto(trace.candidates)
     others = [c for c in trace.candidates if c not in front]
-    return Markup(front_chart(front, others, schedule, staircase.dense.median_ms))
+    return Markup(front_chart(front, others, schedule, staircase.dense.median_ms, task))
 
 
 def _trials(schedule: Schedule, report: Report, trace: BuildTrace) -> Markup | None:
@@ -159,7 +189,6 @@ def _trials(schedule: Schedule, report: Report, trace: BuildTrace) -> Markup | N
 
 def _figures(schedule: Schedule, report: Report) -> Rows:
     vit, dense, pruned = schedule.vit, report.dense_latency, report.latency
-    compared = report.agreement is not None
     speedup = number(report.speedup, 3)
     if report.speedup_interval is not None:
         speedup += " ({:.3f} to {:.3f})".format(*report.speedup_interval)
@@ -170,9 +199,7 @@ def _figures(schedule: Schedule, report: Report) -> Rows:
         ("99th percentile, ms", number(dense.p99_ms if dense else None, 3), f"{pruned.p99_ms:.3f}"),
         ("predicted, ms", "", number(report.predicted_ms, 3)),
         ("speed-up (95 % interval)", UNKNOWN if report.speedup is None else "1", speedup),
-        ("top-1, %", number(report.dense_top1), number(report.top1)),
-        ("agreement, %", "100" if compared else UNKNOWN, number(report.agreement)),
-        ("KL, nats", "0" if compared else UNKNOWN, number(report.kl, 4)),
+        *fidelity_rows(report),
     ]
     if report.fused_attention is not None:
         rows.append(("fused attention, layers", "", f"{report.fused_attention} of {report.fusable_attention}"))

@@ -18,22 +18,24 @@ from edgeprune.errors import MissingError, install
 from edgeprune.onnx_graph.graph import linear_layers, save_graph
 from edgeprune.onnx_graph.int8 import int8
 from edgeprune.records import Int8Ranges, Progress, silent
-from edgeprune.stats import kl_divergence
+from edgeprune.tasks import CLASSIFY, Task
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 WAYS = ("percentile", "entropy")  # methods of onnxruntime.quantization for the range of an activation
 PERCENTILE, BINS = 99.999, {"percentile": 2048, "entropy": 128}
-SENSITIVE_KL = 0.02  # nats; a layer whose quantisation alone loses more stays in floating point
 
 
 def calibrated(
-    model: onnx.ModelProto, batches: Sequence[NDArray[np.float32]], progress: Progress = silent
+    model: onnx.ModelProto,
+    batches: Sequence[NDArray[np.float32]],
+    progress: Progress = silent,
+    task: Task = CLASSIFY,
 ) -> Int8Ranges:
-    """INT8 ranges from calibration pictures, by the method with the lowest KL to the fp32 model.
+    """INT8 ranges from calibration pictures, by the method with the lowest loss (KL) against the fp32 model.
 
-    `batches` are inputs (batch, 3, P, P). Layers whose quantisation alone loses more than SENSITIVE_KL are left in
+    `batches` are inputs (batch, 3, P, P). Layers whose quantisation alone loses more than `task` allows are left in
     floating point. Raises MissingError without onnxruntime.
     """
     names = sorted({node.input[0] for node in linear_layers(model)})
@@ -41,14 +43,14 @@ def calibrated(
     wanted = _outputs(model, batches)
 
     def loss(ranges: Mapping[str, float], kept: Sequence[str]) -> float:
-        return kl_divergence(wanted, _outputs(int8(model, ranges, kept), batches))
+        return float(task.losses(wanted, _outputs(int8(model, ranges, kept), batches)).mean())
 
     layers = [node.name for node in linear_layers(model)]
     best = min(WAYS, key=lambda way: loss(ways[way], ()))
     kept = []
     for done, layer in enumerate(layers):
         progress("INT8: checking layers", done, len(layers))
-        if loss(ways[best], [other for other in layers if other != layer]) > SENSITIVE_KL:
+        if loss(ways[best], [other for other in layers if other != layer]) > task.sensitive:
             kept.append(layer)
     progress("INT8: checking layers", len(layers), len(layers))
     lost = {way: loss(ways[way], kept) for way in WAYS}

@@ -90,12 +90,12 @@ def result_of(precision: str, evaluated: Evaluated) -> PrecisionResult:
     report, refused = evaluated.report, evaluated.refused
     return PrecisionResult(
         precision=precision, top1=report.top1, agreement=report.agreement, kl=report.kl,
-        accepted=refused is None, reason=refused,
+        cosine=report.fidelity.cosine if report.fidelity else None, accepted=refused is None, reason=refused,
     )  # fmt: skip
 
 
 def best_of(results: Sequence[PrecisionResult], goal: Goal) -> str:
-    """The fastest accepted precision; for a latency budget the one with the lowest KL that keeps to it.
+    """The fastest accepted precision; for a latency budget the one with the lowest loss (KL) that keeps to it.
 
     Each precision has its own schedule. All schedules for a budget are about as fast, and a faster precision prunes
     less for it.
@@ -104,7 +104,7 @@ def best_of(results: Sequence[PrecisionResult], goal: Goal) -> str:
     if goal.budget_ms is not None:
         met = [(r, latency) for r, latency in accepted if meets(goal, Measured(latency))]
         if met:
-            return min(met, key=lambda pair: (pair[0].kl or 0.0, pair[1].median_ms))[0].precision
+            return min(met, key=lambda pair: (pair[0].loss, pair[1].median_ms))[0].precision
     return min(accepted, key=lambda pair: pair[1].median_ms)[0].precision
 
 

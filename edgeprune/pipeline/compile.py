@@ -15,13 +15,14 @@ from edgeprune.images import ImageSet, load_images, load_pixels, normalise
 from edgeprune.io import load, load_array
 from edgeprune.onnx_graph import attention_fusion
 from edgeprune.onnx_graph.graph import input_shape, load_graph, metadata_in, onnx_precision_of, sorts_or_raise
-from edgeprune.pipeline.context import ROUNDS
+from edgeprune.pipeline.context import ROUNDS, check_count
 from edgeprune.pipeline.evaluate import with_fidelity
 from edgeprune.pipeline.measure import measured_engines, report_of
 from edgeprune.pipeline.write import bundle_from_onnx, noise_batch
 from edgeprune.records import Manifest, ModelMetadata, Report, Staircase
 from edgeprune.runtimes.inference import logits_of
 from edgeprune.runtimes.target import Target
+from edgeprune.tasks import BY_NAME
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -64,6 +65,8 @@ def _compiled(target: Target, given: Inputs) -> tuple[Path, Manifest]:
     if target.for_tensorrt:
         check_for_tensorrt(target, given)
     pictures = load_images(given.images) if given.images is not None else None
+    if pictures is not None:
+        check_count(BY_NAME[metadata.task], len(pictures))
     fusable = attention_fusion.expected(given.onnx, schedule, setup)
     (measured,) = measured_engines(target, [given.onnx], given.dense, given.rounds)
     report = msgspec.structs.replace(report_of(measured, schedule, staircase), fusable_attention=fusable)
@@ -90,10 +93,8 @@ def described(onnx: Path) -> tuple[ModelMetadata, Manifest | None]:
     """The metadata of an ONNX file, and the manifest of its bundle if it is part of one. Raises InputError."""
     if onnx.name == ONNX and (onnx.parent / MANIFEST).is_file():
         manifest = load_bundle(onnx.parent)
-        fields = {
-            name: getattr(manifest, name) for name in ("vit", "schedule", "preprocessing", "labels", "recovery")
-        }
-        return ModelMetadata(**fields), manifest
+        names = ("task", "vit", "schedule", "preprocessing", "labels", "recovery")
+        return ModelMetadata(**{name: getattr(manifest, name) for name in names}), manifest
     metadata = metadata_in(onnx)
     if metadata is None:
         raise InputError(f"{onnx} has no edgeprune metadata: pass a file that edgeprune export or build wrote")
@@ -121,4 +122,4 @@ def _with_fidelity(
             )
 
     dense = logits(given.dense) if given.dense is not None else None
-    return with_fidelity(report, dense, logits(given.onnx), pictures.labels, None)
+    return with_fidelity(report, dense, logits(given.onnx), pictures.labels, None, BY_NAME[metadata.task])

@@ -13,11 +13,12 @@ from edgeprune.defaults import WORK
 from edgeprune.errors import InputError
 from edgeprune.images import ImageSet, drawn, load_images
 from edgeprune.pipeline.pictures import Pictures
-from edgeprune.records import Progress, silent
+from edgeprune.records import TASKS, Progress, silent
 from edgeprune.runtimes.remote.ssh import Host
 from edgeprune.runtimes.target import Target, target_for
 from edgeprune.scheduling.goals import Goal
 from edgeprune.scheduling.paper import PAPER_BLOCK
+from edgeprune.tasks import BY_NAME, Task
 from edgeprune.vit.reducers import check_method
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Options:
     host: Host | None = None  # the device, if it is another machine
     lock_clocks: bool = False  # of that host
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    task: str | None = None  # of records.TASKS; None: that of the model
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class Context:
     pictures: Pictures | None
     progress: Progress = silent
     recovery: Pictures | None = None  # to tune the weights on
+
+    @property
+    def task(self) -> Task:
+        """How outputs are compared."""
+        return BY_NAME[self.model.task]
 
     @property
     def method(self) -> str:
@@ -112,13 +119,20 @@ def context_for(options: Options, progress: Progress = silent) -> Context:
 
     check_method(options.method)
     check_policy(options.policy)
+    check_task(options.task)
     target = target_for(
         options.device, options.precision, options.batch, options.simulate, options.work, progress,
         options.host, options.lock_clocks,
     )  # fmt: skip
-    model = load_model(options.model, options.weights, options.overrides)
+    model = load_model(options.model, options.weights, options.overrides, options.task)
+    if options.goal.min_cosine is not None and model.task != "embed":
+        raise InputError(
+            f"--min-cosine is for embeddings, and {model.vit.name} classifies: pass --max-drop or --task embed"
+        )
     found = image_set(options)
-    if found and found.labels and max(found.labels) >= model.vit.classes:
+    if found:
+        check_count(BY_NAME[model.task], min(len(found), options.search_images))
+    if found and found.labels and model.task == "classify" and max(found.labels) >= model.vit.classes:
         raise InputError(
             f"label {max(found.labels)} is out of range: {model.vit.name} has classes 0 to "
             f"{model.vit.classes - 1}: check the CSV or the weights"
@@ -127,6 +141,21 @@ def context_for(options: Options, progress: Progress = silent) -> Context:
     pictures = Pictures(found, model.preprocessing, target, options.search_images, training) if found else None
     recovery = Pictures(training, model.preprocessing, target, 0) if training else None
     return Context(options, target, model, pictures, progress, recovery)
+
+
+def check_task(task: str | None) -> None:
+    """Raise InputError for an unknown task."""
+    if task is not None and task not in TASKS:
+        raise InputError(f"unknown task {task!r}: choose from {', '.join(TASKS)}")
+
+
+def check_count(task: Task, images: int) -> None:
+    """Raise InputError where so many pictures are too few for the figures of a task."""
+    if images < task.least_images:
+        raise InputError(
+            f"embeddings are compared by their nearest neighbours among at least {task.least_images} pictures, "
+            f"not {images}: pass more of them with --images and --search-images"
+        )
 
 
 def check_policy(policy: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -22,6 +22,7 @@ from edgeprune.pipeline.recovery import Recovered
 from edgeprune.records import Report, Schedule, Staircase, Unrecovered
 from edgeprune.runtimes.inference import logits_of
 from edgeprune.scheduling.goals import Goal
+from edgeprune.tasks import CLASSIFY, Task, percent, points_lost
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -82,11 +83,11 @@ def evaluate(
     for (other, each), measured in zip(others, slower, strict=True):
         logits = logits_on(other, pictures, each)[kept]
         names = (target.setup.precision, other.target.setup.precision)
-        refused = refused or gate(names, options.goal, (own, measured), pruned[kept], logits, labels)
-    report = with_fidelity(report, dense[kept], pruned[kept], labels, held_out)
+        refused = refused or gate(names, options.goal, (own, measured), pruned[kept], logits, labels, context.task)
+    report = with_fidelity(report, dense[kept], pruned[kept], labels, held_out, context.task)
     if recovered is not None:
         original = logits_on(context, pictures, precise_onnx(context, pruned_onnx(context, schedule)))
-        report = with_unrecovered(report, dense[kept], original[kept], pruned[kept], labels)
+        report = with_unrecovered(report, dense[kept], original[kept], pruned[kept], labels, context.task)
     return Evaluated(file, report, steadiest, refused, recovered)
 
 
@@ -96,17 +97,20 @@ def with_fidelity(
     pruned: NDArray[np.float32],
     labels: Sequence[int] | None,
     held_out: bool | None,
+    task: Task = CLASSIFY,
 ) -> Report:
-    """The report with top-1 if there are labels, and agreement and KL if there are logits of the unpruned model.
+    """The report with top-1 if there are labels, and agreement and KL if there are outputs of the unpruned model.
 
-    Logits are (images, classes) of the same pictures. `held_out`: the pictures were not used to choose anything.
+    Outputs are (images, classes) of the same pictures. `held_out`: the pictures were not used to choose anything.
     """
+    found = task.fidelity(dense, pruned, labels)
     return msgspec.structs.replace(
         report,
-        agreement=None if dense is None else stats.agreement(dense, pruned),
-        kl=None if dense is None else stats.kl_divergence(dense, pruned),
-        top1=stats.top1(pruned, labels) if labels else None,
-        dense_top1=stats.top1(dense, labels) if labels and dense is not None else None,
+        agreement=found.agreement,
+        kl=found.kl,
+        top1=found.top1,
+        dense_top1=percent(task.right(dense, labels)) if labels and dense is not None else None,
+        fidelity=found,
         images=len(pruned),
         held_out=held_out,
     )
@@ -118,21 +122,25 @@ def with_unrecovered(
     before: NDArray[np.float32],
     after: NDArray[np.float32],
     labels: Sequence[int] | None,
+    task: Task = CLASSIFY,
 ) -> Report:
-    """The report with the figures without recovery; logits (images, classes) of the same pictures."""
+    """The report with the figures without recovery; outputs (images, classes) of the same pictures."""
 
-    def error(answers: Sequence[int] | NDArray[np.int64]) -> float:
-        hits = [(logits.argmax(1) == np.asarray(answers)).astype(float) for logits in (before, after)]
-        return 100 * stats.standard_error(hits[1] - hits[0])
+    def error(hits: Callable[[NDArray[np.float32]], NDArray[np.bool_]]) -> float:
+        return 100 * stats.standard_error(hits(after).astype(float) - hits(before))
 
-    change = stats.kl_per_image(dense, after) - stats.kl_per_image(dense, before)
+    found = task.fidelity(dense, before, labels)
+    loss_error = stats.standard_error(task.losses(dense, after) - task.losses(dense, before))
+    assert found.agreement is not None
     unrecovered = Unrecovered(
-        agreement=stats.agreement(dense, before),
-        kl=stats.kl_divergence(dense, before),
-        top1=stats.top1(before, labels) if labels else None,
-        agreement_error=error(dense.argmax(1)),
-        kl_error=stats.standard_error(change),
-        top1_error=error(labels) if labels else None,
+        agreement=found.agreement,
+        kl=found.kl,
+        cosine=found.cosine,
+        top1=found.top1,
+        agreement_error=error(lambda outputs: task.agrees(dense, outputs)),
+        kl_error=None if found.kl is None else loss_error,
+        cosine_error=None if found.cosine is None else loss_error,
+        top1_error=error(lambda outputs: task.right(outputs, labels)) if labels else None,
     )
     return msgspec.structs.replace(report, unrecovered=unrecovered)
 
@@ -144,7 +152,7 @@ def check_parity(
     logits: NDArray[np.float32],
     recovered: Recovered | None = None,
 ) -> NDArray[np.int64]:
-    """Compare the engine's logits (images, classes) with PyTorch's on a few images, by stats.typical_difference.
+    """Compare the engine's logits (images, classes) with PyTorch's on a few images, by tasks.typically_off.
 
     Returns the indices of these images, best agreement first. Raises ExportError where they differ on most images.
     """
@@ -158,10 +166,11 @@ def check_parity(
         pictures.pixels[:count],
         schedule.prefix_last,
     )
-    typical, most = stats.typical_difference(logits[:count], wanted), context.target.runtime.parity
+    off, most = context.task.off(logits[:count], wanted), context.target.runtime.parity
+    typical = float(np.median(off))
     if not typical <= most:  # written so that NaN, even of one image, fails
         raise ExportError(f"the engine's logits differ from PyTorch's by {typical:.2g}, above {most}: {REPORT}")
-    return np.argsort(stats.differences(logits[:count], wanted), kind="stable")
+    return np.argsort(off, kind="stable")
 
 
 def gate(
@@ -171,6 +180,7 @@ def gate(
     logits: NDArray[np.float32],
     exact: NDArray[np.float32],
     labels: Sequence[int] | None,
+    task: Task = CLASSIFY,
 ) -> str | None:
     """Why a precision is not worth it: slower than a wider one, or it loses more than allowed; None where it is.
 
@@ -183,11 +193,8 @@ def gate(
     gain, _ = stats.ratio(wide.samples_ms, narrow.samples_ms)
     if gain < 1:
         return f"it is slower, {narrow.median_ms:.3g} ms against {wide.median_ms:.3g} ms in {wider}"
-    if labels:
-        lost, most, what = stats.top1(exact, labels) - stats.top1(logits, labels), MOST_LOST, "top-1"
-        most = most if goal.max_drop is None else goal.max_drop
-    else:
-        lost, most, what = 100 - stats.agreement(exact, logits), MOST_CHANGED, "agreement"
+    lost, what = points_lost(task, exact, logits, labels)
+    most = MOST_CHANGED if not labels else MOST_LOST if goal.max_drop is None else goal.max_drop
     if lost > most:
         return f"it loses {lost:.2f} points of {what} against {wider} (limit {most}) for {gain:.2f}x"
     log.info("%s: %.2fx faster than %s, %.2f points of %s lost", precision, gain, wider, lost, what)

@@ -11,6 +11,7 @@ from edgeprune.io import load
 from edgeprune.onnx_graph.calibration import calibrated
 from edgeprune.onnx_graph.precision import CONVERSIONS, QUANTISED, onnx_precision
 from edgeprune.records import ModelMetadata, Progress, Recovery, Schedule, silent
+from edgeprune.tasks import BY_NAME
 
 if TYPE_CHECKING:
     import onnx
@@ -24,9 +25,13 @@ def metadata_of(
     """The metadata of an exported file."""
     from edgeprune.vit.models import class_labels
 
-    labels = class_labels(model.vit, class_names)
     return ModelMetadata(
-        vit=model.vit, schedule=schedule, preprocessing=model.preprocessing, labels=labels, recovery=recovery
+        task=model.task,
+        vit=model.vit,
+        schedule=schedule,
+        preprocessing=model.preprocessing,
+        labels=class_labels(model.vit, class_names) if model.task == "classify" else (),
+        recovery=recovery,
     )
 
 
@@ -61,7 +66,8 @@ def export_model(
     def quantised(graph: onnx.ModelProto) -> onnx.ModelProto:
         assert pictures is not None
         pixels = load_pixels([pictures.paths[i] for i in calibration_indices(len(pictures))], how)
-        ranges = calibrated(graph, [images for images, _ in batches(pixels, how, batch)], progress)
+        task = BY_NAME[model.task]
+        ranges = calibrated(graph, [images for images, _ in batches(pixels, how, batch)], progress, task)
         return QUANTISED[kind](graph, ranges.ranges, ranges.kept)
 
     convert = quantised if kind in QUANTISED else CONVERSIONS.get(kind)

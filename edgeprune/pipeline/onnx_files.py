@@ -53,7 +53,9 @@ def _exported(
         context.progress("exporting ONNX", 1, 1)
 
     target = context.target  # a file that was exported for a CPU may be beyond TensorRT's limits
-    parts = (model.vit, weights, method, tokens, prefix_last, context.options.batch, target.for_tensorrt)
+    parts = (
+        model.vit, model.task, weights, method, tokens, prefix_last, context.options.batch, target.for_tensorrt,
+    )  # fmt: skip
     return context.target.work.step("model", ".onnx", parts, make)
 
 
@@ -80,13 +82,13 @@ def int8_ranges(context: Context, file: Path) -> Int8Ranges:
     """INT8 ranges of one ONNX file, kept in calib/ under a hash of the file, the pictures and the code."""
     pictures, how = context.needed_pictures(), context.model.preprocessing
     images = calibration_indices(len(pictures.files))
-    key = key_of(code_key(), sha256_file(file), pictures.key, how, images.tolist())
+    key = key_of(code_key(), sha256_file(file), pictures.key, how, images.tolist(), context.model.task)
     path = context.options.calib / f"int8-{key}.json"
     if path.exists():
         log.info("INT8 ranges: reusing %s", path)
         return load(path, Int8Ranges)
     normalised = [piece for piece, _ in batches(pictures.pixels[images], how, context.options.batch)]
-    found = calibrated(onnx.load(file), normalised, context.progress)
+    found = calibrated(onnx.load(file), normalised, context.progress, context.task)
     save(found, path)
     return found
 

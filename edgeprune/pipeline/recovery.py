@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from edgeprune.errors import InputError
 from edgeprune.pipeline.context import Context
 from edgeprune.records import Recovery, Schedule
+from edgeprune.tasks import BY_NAME
 
 if TYPE_CHECKING:
     from edgeprune.vit.models import Model
@@ -38,13 +39,14 @@ def recover(context: Context, schedule: Schedule) -> Recovered:
         raise InputError("this schedule removes no tokens, so there is nothing to recover: leave out --recover")
     model, pictures, recipe = context.model, context.recovery, Recipe()
     parts = (
-        model.vit, schedule.method, schedule.tokens, schedule.prefix_last, pictures.key, pictures.how, recipe.parts,
+        model.vit, model.task, schedule.method, schedule.tokens, schedule.prefix_last, pictures.key, pictures.how,
+        recipe.parts,
     )  # fmt: skip
 
     def make(path: Path) -> None:
         checkpoint = path.with_suffix(".checkpoint")
         pruned = pruned_module(model, schedule.method, schedule.tokens, schedule.prefix_last)
-        found = recovered(pruned, pictures.pixels, pictures.how, recipe, checkpoint, context.progress)
+        found = recovered(pruned, pictures.pixels, pictures.how, recipe, checkpoint, context.progress, model.task)
         save_recovered(found.module.model, found.record, path)
         checkpoint.unlink(missing_ok=True)
 
@@ -55,13 +57,14 @@ def recover(context: Context, schedule: Schedule) -> Recovered:
 
 def tell(record: Recovery) -> None:
     """Log what recovery gained on the pictures that it did not train on."""
+    name, curve = BY_NAME[record.task].loss_name, record.curve
     if record.epochs:
         log.info(
-            "recovery: KL %.3g → %.3g on %d pictures that it did not train on, after %d epochs",
-            record.kl_before, record.kl_after, record.validation_images, record.epochs,
+            "recovery: %s %.3g → %.3g on %d pictures that it did not train on, after %d epochs",
+            name, curve[0], curve[record.epochs], record.validation_images, record.epochs,
         )  # fmt: skip
     else:
         log.warning(
-            "recovery: nothing was better than the original weights (KL %.3g), so they stay: pass more pictures",
-            record.kl_before,
-        )
+            "recovery: nothing was better than the original weights (%s %.3g), so they stay: pass more pictures",
+            name, curve[0],
+        )  # fmt: skip

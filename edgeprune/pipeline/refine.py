@@ -50,7 +50,7 @@ def refine(context: Context, staircase: Staircase, scores: ScheduleScores) -> Re
             break
         seen |= {c.tokens: c for c in solution.candidates}
         staircase = confirmed(context, staircase, (context.method,), solution.schedule.tokens)
-        schedule = with_confirmed_edges(staircase, solution.schedule)
+        schedule = within_bound(staircase, solution.schedule, scores, goal)
         if any(m.schedule.tokens == schedule.tokens for m in measured):
             break
         measured += with_fidelity(measured_schedules(context, staircase, [schedule]), staircase, scores)
@@ -71,6 +71,21 @@ def refine(context: Context, staircase: Staircase, scores: ScheduleScores) -> Re
     return Refined(last, staircase, tuple(measured), tuple(seen.values()))
 
 
+def within_bound(staircase: Staircase, schedule: Schedule, scores: ScheduleScores, goal: Goal) -> Schedule:
+    """The schedule at confirmed ends of treads; as it was found where a bound on the cosine would be missed there."""
+    moved = with_confirmed_edges(staircase, schedule)
+    if goal.min_cosine is None or not is_searched(schedule) or keeps(goal, scores.candidate(staircase, moved.tokens)):
+        return moved
+    return finished(staircase, schedule.method, schedule.policy, schedule.tokens, schedule.prefix_last)
+
+
+def keeps(goal: Goal, found: Candidate | None) -> bool:
+    """Does a schedule have the cosine that the goal asks for? True for other goals."""
+    return goal.min_cosine is None or (
+        found is not None and found.cosine is not None and found.cosine >= goal.min_cosine
+    )
+
+
 def with_fidelity(
     measured: Sequence[MeasuredSchedule], staircase: Staircase, scores: ScheduleScores
 ) -> list[MeasuredSchedule]:
@@ -88,6 +103,9 @@ def is_searched(schedule: Schedule) -> bool:
 
 def pick(goal: Goal, measured: Sequence[MeasuredSchedule], scores: ScheduleScores) -> MeasuredSchedule:
     """The best measured schedule for the goal among those that meet it; the fastest if none does."""
+    if goal.min_cosine is not None:
+        good = [m for m in measured if keeps(goal, m.fidelity)]
+        return min(good or measured[:1], key=lambda m: m.measured.latency.median_ms)
     if goal.max_drop is not None:
         first = measured[0].measured.latency.median_ms
         faster = [m for m in measured[1:] if m.measured.latency.median_ms < first]
@@ -97,7 +115,7 @@ def pick(goal: Goal, measured: Sequence[MeasuredSchedule], scores: ScheduleScore
         return max(measured, key=lambda m: goal.utility(1 / m.speedup, agreement_of(m) / 100))
     good = [m for m in measured if meets(goal, m.measured)]
     if good:
-        return min(good, key=lambda m: (m.fidelity.kl if m.fidelity else 0.0, m.measured.latency.median_ms))
+        return min(good, key=lambda m: (m.fidelity.loss if m.fidelity else 0.0, m.measured.latency.median_ms))
     return max(measured, key=lambda m: m.speedup)
 
 
@@ -129,10 +147,13 @@ def most_promising(
         other = finished(staircase, schedule.method, schedule.policy, tokens, schedule.prefix_last)
         score = scores.candidate(staircase, tokens)
         ms = score.predicted_ms * scale
-        if limit_ms is None:
+        if goal.min_cosine is not None:
+            if keeps(goal, score):
+                ranked.append((ms, other))
+        elif limit_ms is None:
             ranked.append((-goal.utility(ms / dense_ms, score.agreement / 100), other))
         elif ms <= limit_ms:
-            ranked.append((score.kl, other))
+            ranked.append((score.loss, other))
     ranked.sort(key=lambda entry: (entry[0], entry[1].tokens))
     return [other for _, other in ranked[: context.options.neighbours]]
 

@@ -8,29 +8,28 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgeprune import stats
 from edgeprune.io import read_bytes, write_bytes
 from edgeprune.pipeline.context import Context
-from edgeprune.records import Candidate, Staircase
+from edgeprune.records import Candidate, Fidelity, Staircase
 from edgeprune.scheduling.goals import candidate_of
+from edgeprune.tasks import points_lost
 
 if TYPE_CHECKING:
-    from edgeprune.vit.fidelity import Evaluator, Fidelity
+    from edgeprune.vit.fidelity import Evaluator
 
 SAVE_EVERY = 8  # scores
-Row = tuple[float, float, float | None]  # KL, agreement, top-1
 
 
 class ScheduleScores:
-    """KL, agreement and top-1 of the schedules of one context; saved, so that an interrupted search can resume."""
+    """Fidelity of the schedules of one context; saved, so that an interrupted search can resume."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
         self.path = context.target.work.file("scores", ".json", *self.key)
-        self.known: dict[str, Row] = {}
+        self.known: dict[str, Fidelity] = {}
         if self.path.exists():
             try:
-                self.known = msgspec.json.decode(read_bytes(self.path), type=dict[str, Row])
+                self.known = msgspec.json.decode(read_bytes(self.path), type=dict[str, Fidelity])
             except msgspec.DecodeError:
                 self.known = {}
         self._unsaved = 0
@@ -41,7 +40,7 @@ class ScheduleScores:
         context = self.context
         pictures = context.pictures.key if context.pictures else ""
         model, count = context.model, context.options.search_images
-        return (model.vit, context.method, context.prefix_last, pictures, count, model.preprocessing)
+        return (model.vit, model.task, context.method, context.prefix_last, pictures, count, model.preprocessing)
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -57,17 +56,14 @@ class ScheduleScores:
 
         Raises InputError without pictures, OutputError.
         """
-        from edgeprune.vit.fidelity import Fidelity
-
         key = ",".join(map(str, tokens))
         if key not in self.known:
             self.evaluator.base(base)
-            score = self.evaluator.fidelity(tokens)
-            self.known[key] = (score.kl, score.agreement, score.top1)
+            self.known[key] = self.evaluator.fidelity(tokens)
             self._unsaved += 1
             if self._unsaved >= SAVE_EVERY:
                 self.save()
-        return Fidelity(*self.known[key])
+        return self.known[key]
 
     def candidate(self, staircase: Staircase, tokens: tuple[int, ...]) -> Candidate:
         """A schedule with its prediction and fidelity."""
@@ -84,7 +80,9 @@ class ScheduleScores:
     def random_drop(self, tokens: int) -> float:
         """A(n), percent: top-1 with n random tokens, agreement without labels (arXiv 2407.05941, sec. 3)."""
         score = self.evaluator.random_drop(tokens)
-        return score.agreement if score.top1 is None else score.top1
+        accuracy = score.agreement if score.top1 is None else score.top1
+        assert accuracy is not None
+        return accuracy
 
     def drop(self, tokens: Sequence[int]) -> float:
         """Points of top-1 that a schedule loses on the search pictures; points of agreement without labels."""
@@ -96,6 +94,4 @@ class ScheduleScores:
             logits_of_schedule(context.model, context.method, t, pixels, False, context.progress)
             for t in (context.dense_tokens, tokens)
         )
-        if labels:
-            return stats.top1(dense, labels) - stats.top1(pruned, labels)
-        return 100 - stats.agreement(dense, pruned)
+        return points_lost(context.task, dense, pruned, labels)[0]

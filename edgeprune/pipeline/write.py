@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import msgspec
 import numpy as np
 
-from edgeprune import stats
 from edgeprune.bundles.format import (
     BUILD_LOG,
     DEVICE,
@@ -31,6 +30,7 @@ from edgeprune.onnx_graph.graph import weights_of
 from edgeprune.records import BuildTrace, Engine, Manifest, ModelMetadata, Report, Staircase, Vit
 from edgeprune.runtimes import Inspected
 from edgeprune.runtimes.target import Target
+from edgeprune.tasks import BY_NAME, CLASSIFY, Task, typically_off
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,19 +72,22 @@ def bundle_from_onnx(
     with target.opener(onnx)() as session:
         golden = session.infer(example)
         fused = session.fused_attention() if isinstance(session, Inspected) else None
-    check_golden(golden, expected, onnx, target)
+    check_golden(golden, expected, onnx, target, BY_NAME[metadata.task])
     attention_fusion.warn_if_lost(fused, report.fusable_attention, target.setup.precision)
     report = msgspec.structs.replace(report, fused_attention=fused)
     old = _bundle_in(out)
-    same = (code_key(), engine, metadata.schedule, report, metadata.recovery)
-    if old and (old.code, old.engine, old.schedule, old.report, old.recovery) == same:
+    same = (code_key(), engine, metadata.task, metadata.schedule, report, metadata.recovery)
+    if old and (old.code, old.engine, old.task, old.schedule, old.report, old.recovery) == same:
         log.info("bundle: reused %s", out)
         return old
     traced = trace()
-    page = page_html(engine, metadata.schedule, report, metadata.preprocessing, staircase, traced, metadata.recovery)
+    page = page_html(
+        engine, metadata.schedule, report, metadata.preprocessing, staircase, traced, metadata.recovery, metadata.task
+    )
     build_log = engine_file.with_suffix(".log")
     return write_bundle(
         out,
+        task=metadata.task,
         vit=metadata.vit,
         files={engine.path: engine_file, ONNX: onnx, **weights}
         | ({BUILD_LOG: build_log} if build_log.is_file() else {}),
@@ -102,17 +105,21 @@ def bundle_from_onnx(
 
 
 def check_golden(
-    golden: NDArray[np.float32], expected: NDArray[np.float32] | None, onnx: Path, target: Target
+    golden: NDArray[np.float32],
+    expected: NDArray[np.float32] | None,
+    onnx: Path,
+    target: Target,
+    task: Task = CLASSIFY,
 ) -> None:
     """Raise EngineError if outputs (batch, classes) are not finite, or in fp32 typically differ from `expected`."""
     if not np.isfinite(golden).all():
         raise EngineError(f"{onnx}: outputs are not finite in {target.setup.precision}: build with --precision fp32")
     if expected is None:
         return
-    off, most = stats.typical_difference(golden, expected), max(TOLERANCE, target.runtime.parity)
+    off, most = typically_off(task, golden, expected), max(TOLERANCE, target.runtime.parity)
     log.info("golden output: differs by %.2g (median over images) from that of the bundle with this ONNX", off)
     if target.setup.precision == "fp32" and not off <= most:
-        raise EngineError(f"{onnx}: logits differ by {off:.2g} from those of its bundle, above {most}: {REPORT}")
+        raise EngineError(f"{onnx}: outputs differ by {off:.2g} from those of its bundle, above {most}: {REPORT}")
 
 
 def _bundle_in(out: Path) -> Manifest | None:

@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from edgeprune.errors import ScheduleError
 from edgeprune.io import encode, sha256_bytes
 from edgeprune.latency.staircase import predict_ms
-from edgeprune.records import Candidate, Schedule, Staircase, Vit
+from edgeprune.records import Candidate, Fidelity, Schedule, Staircase, Vit
 from edgeprune.scheduling import DEFAULT_ALPHA
-
-
-class Score(Protocol):
-    """Fidelity of a schedule to the unpruned model: KL in nats, agreement and top-1 in percent."""
-
-    @property
-    def kl(self) -> float: ...
-    @property
-    def agreement(self) -> float: ...
-    @property
-    def top1(self) -> float | None: ...
 
 
 class Goal(NamedTuple):
     """The goal of a schedule; at most one field is set. Without any, alpha is DEFAULT_ALPHA.
 
     alpha: weight of latency in the utility, 0 to 1. speedup: factor of at least 1. budget_ms: latency of one
-    inference. max_drop: points of top-1 that may be lost, of agreement where there are no labels.
+    inference. max_drop: points of top-1 that may be lost, of agreement where there are no labels. min_cosine: least
+    mean cosine to the unpruned embeddings, for models that embed.
     """
 
     alpha: float | None = None
     speedup: float | None = None
     budget_ms: float | None = None
     max_drop: float | None = None
+    min_cosine: float | None = None
 
     def __str__(self) -> str:
         if self.speedup is not None:
@@ -42,6 +33,8 @@ class Goal(NamedTuple):
             return f"at most {self.budget_ms:g} ms"
         if self.max_drop is not None:
             return f"at most {self.max_drop:g} points of top-1 lost"
+        if self.min_cosine is not None:
+            return f"a mean cosine of at least {self.min_cosine:g}"
         return f"best trade-off at alpha {self.latency_weight:g}"
 
     @property
@@ -86,18 +79,19 @@ def finished(
 
 
 def candidate_of(
-    staircase: Staircase, method: str, prefix_last: bool, tokens: Sequence[int], score: Score
+    staircase: Staircase, method: str, prefix_last: bool, tokens: Sequence[int], score: Fidelity
 ) -> Candidate:
     """A schedule with its prediction and its fidelity."""
     predicted = predict_ms(staircase, tokens, method, prefix_last)
-    return Candidate(tuple(tokens), predicted, score.kl, score.agreement, score.top1)
+    assert score.agreement is not None
+    return Candidate(tuple(tokens), predicted, score.kl, score.agreement, score.top1, score.cosine)
 
 
 def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """The candidates that no other beats in both predicted latency and KL, fastest first."""
+    """The candidates that no other beats in both predicted latency and loss (KL), fastest first."""
     front: list[Candidate] = []
-    for candidate in sorted(candidates, key=lambda c: (c.predicted_ms, c.kl)):
-        if not front or candidate.kl < front[-1].kl:
+    for candidate in sorted(candidates, key=lambda c: (c.predicted_ms, c.loss)):
+        if not front or candidate.loss < front[-1].loss:
             front.append(candidate)
     return front
 
@@ -111,8 +105,9 @@ def choose(
 ) -> Candidate:
     """The candidate of a front (fastest first) that meets a goal best.
 
-    Latency goals: the lowest KL within the limit. alpha: the highest utility, with agreement for A. max_drop: the
+    Latency goals: the lowest loss within the limit. alpha: the highest utility, with agreement for A. max_drop: the
     fastest whose `drop` (points of top-1, or of agreement without labels) is within the limit, by bisection.
+    min_cosine: the fastest that has it.
     Raises ScheduleError, which says what is possible, where no candidate meets the goal.
     """
     limit = goal.limit_ms(staircase.dense.median_ms)
@@ -120,9 +115,17 @@ def choose(
         fits = [c for c in front if c.predicted_ms <= limit]
         if not fits:
             raise impossible(limit, staircase, min(c.predicted_ms for c in front), method)
-        return min(fits, key=lambda c: c.kl)
+        return min(fits, key=lambda c: c.loss)
+    if goal.min_cosine is not None:
+        near = [c for c in front if c.cosine is not None and c.cosine >= goal.min_cosine]
+        if not near:
+            raise ScheduleError(
+                f"no schedule of {method} has a mean cosine of {goal.min_cosine:g}, the best has "
+                f"{1 - front[-1].loss:.4f}: lower --min-cosine"
+            )
+        return near[0]
     if goal.max_drop is not None:
-        low, high = 0, len(front) - 1  # front[-1] has the lowest KL to the unpruned model
+        low, high = 0, len(front) - 1  # front[-1] has the lowest loss to the unpruned model
         if drop(front[high].tokens) > goal.max_drop:
             raise ScheduleError(
                 f"every schedule of {method} loses more than {goal.max_drop} points: raise --max-drop"

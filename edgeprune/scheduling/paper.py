@@ -26,15 +26,16 @@ def paper_schedule(
     Maximises U(n) = alpha (1 - L(n) / L_max) + (1 - alpha) A(n) / A_max, where L(n) is the latency of the trunk and
     `accuracy` gives A(n) in percent. With a latency goal it takes the most tokens that meet it. The paper considers
     every n; here the candidates are the tread ends, and of equal ones the larger is taken. Raises ScheduleError for a
-    block that cannot be cut, for max_drop, and for a latency out of reach.
+    block that cannot be cut, for max_drop and min_cosine, and for a latency out of reach.
     """
     vit = staircase.vit
     end = vit.depth - 2 if prefix_last else vit.depth - 1
     if not 0 <= block <= end:
         raise ScheduleError(f"block {block} cannot remove tokens: pass --block 0 to {end} for {vit.name}")
     counts = [n for n in treads(staircase) if n > vit.prefix + 1]
-    if goal.max_drop is not None:
-        raise ScheduleError("the paper's policy has no accuracy bound: pass --policy search with --max-drop")
+    if goal.max_drop is not None or goal.min_cosine is not None:
+        option = "--max-drop" if goal.min_cosine is None else "--min-cosine"
+        raise ScheduleError(f"the paper's policy has no accuracy bound: pass --policy search with {option}")
     limit = goal.limit_ms(staircase.dense.median_ms)
     if limit is not None:
         cost = {n: predict_ms(staircase, single_cut(vit, block, n), method, prefix_last) for n in counts}

@@ -1,4 +1,4 @@
-"""The schedule search: cuts in any blocks, token counts at tread ends, lowest KL for a given latency."""
+"""The schedule search: cuts in any blocks, token counts at tread ends, lowest loss for a given latency."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edgeprune.latency.staircase import block_ms, treads, unit
-from edgeprune.records import Candidate, Progress, Staircase, silent
-from edgeprune.scheduling.goals import Score, candidate_of, pareto, single_cut
+from edgeprune.records import Candidate, Fidelity, Progress, Staircase, silent
+from edgeprune.scheduling.goals import candidate_of, pareto, single_cut
 
 SAMPLED = 8  # treads at which single cuts of a block are evaluated; losses in between are interpolated
 BUCKETS = 200  # of latency up to the limit; partial schedules in the same bucket are compared by loss only
@@ -19,23 +19,24 @@ EVALUATED = 48  # schedules within a latency limit whose KL is evaluated
 STEPS, PER_STEP = 40, 2  # without a limit: steps of latency up to the unpruned one, and schedules per step
 
 Tokens = tuple[int, ...]
-Fidelity = Callable[[Tokens, Tokens], Score]  # of a schedule; the second is the one whose activations are kept
+Evaluate = Callable[[Tokens, Tokens], Fidelity]  # of a schedule; the second is the one whose activations are kept
 
 
 class Search:
-    """Dynamic programming over blocks with an additive model of KL; the best schedules are then evaluated.
+    """Dynamic programming over blocks with an additive model of the loss; the best schedules are then evaluated.
 
-    The KL of single cuts is evaluated and gives the loss that each block adds when it runs on n tokens. With the
-    additive latency model, dynamic programming then finds the schedules with the lowest sum of losses. Such sums
-    rank schedules only roughly, so the best of them are evaluated. Greedy descent found worse schedules with three
-    to five times the evaluations (docs/benchmarks.md). The search is deterministic.
+    The loss is the KL in nats, or 1 - cosine of embeddings. That of single cuts is evaluated and gives the loss that
+    each block adds when it runs on n tokens. With the additive latency model, dynamic programming then finds the
+    schedules with the lowest sum of losses. Such sums rank schedules only roughly, so the best of them are evaluated.
+    Greedy descent found worse schedules with three to five times the evaluations (docs/benchmarks.md). The search is
+    deterministic.
     """
 
     def __init__(
         self,
         staircase: Staircase,
         method: str,
-        fidelity: Fidelity,
+        fidelity: Evaluate,
         prefix_last: bool = False,
         progress: Progress = silent,
     ) -> None:
@@ -68,7 +69,7 @@ class Search:
         return pareto(list(self.found.values()))
 
     def losses(self) -> NDArray[np.float64]:
-        """Loss (nats) that each block adds when run on fewer tokens, (last + 1, levels); exact for single cuts."""
+        """Loss that each block adds when run on fewer tokens, (last + 1, levels); exact for single cuts."""
         self.candidate(self.dense, self.dense)
         below = self.levels[:-1]
         sampled = (
@@ -79,8 +80,8 @@ class Search:
             roots = []
             for done, tokens in enumerate(sampled):
                 self.progress("evaluating single cuts", block * len(sampled) + done, (self.last + 1) * len(sampled))
-                kl = self.candidate(single_cut(self.staircase.vit, block, tokens), self.dense).kl
-                roots.append(max(kl, 0.0) ** 0.5)  # roughly linear in the number of tokens removed
+                loss = self.candidate(single_cut(self.staircase.vit, block, tokens), self.dense).loss
+                roots.append(max(loss, 0.0) ** 0.5)  # roughly linear in the number of tokens removed
             single[block] = np.interp(self.levels, [*sampled, self.dense[0]], [*roots, 0.0]) ** 2
         return single[:-1] - single[1:]
 

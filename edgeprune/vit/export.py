@@ -23,6 +23,7 @@ from edgeprune.onnx_graph.graph import attach, infer, save_apart, save_graph, so
 from edgeprune.onnx_graph.passes import canonical_gelu, drop_idle_casts, lower_opset, strip_traces
 from edgeprune.onnx_graph.precision import Convert
 from edgeprune.records import ModelMetadata
+from edgeprune.tasks import BY_NAME
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,7 +76,8 @@ def onnx_of_schedule(
 
     example = torch.zeros(batch, 3, model.vit.image_px, model.vit.image_px)
     module = pruned_module(model, method, tokens, prefix_last)
-    onnx_from_module(module, example, path, convert=convert, metadata=metadata, tensorrt=tensorrt)
+    names = ("images", BY_NAME[model.task].output)
+    onnx_from_module(module, example, path, names, convert, metadata, tensorrt)
 
 
 def trunk_from_module(module: nn.Module, example: Tensor, path: Path, convert: Convert | None = None) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from edgeprune import stats
 from edgeprune.images import normalise
-from edgeprune.records import Progress, check_tokens, silent
+from edgeprune.records import Fidelity, Progress, check_tokens, silent
+from edgeprune.tasks import BY_NAME
 from edgeprune.vit.models import Model
 from edgeprune.vit.pruned import PrunedViT, random_kept, step
 from edgeprune.vit.reducers import reducer_named
@@ -20,14 +20,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK = 16  # images at a time: activations stay in cache
-
-
-class Fidelity(NamedTuple):
-    """Fidelity to the unpruned model on the same images."""
-
-    kl: float  # nats
-    agreement: float  # percent
-    top1: float | None  # percent; None without labels
 
 
 def pruned_module(model: Model, method: str, tokens: Sequence[int], prefix_last: bool = False) -> PrunedViT:
@@ -72,6 +64,7 @@ class Evaluator:
         prefix_last: bool = False,
     ) -> None:
         self.model, self.labels, self.prefix_last = model, labels, prefix_last
+        self.task = BY_NAME[model.task]
         self.reducer = reducer_named(method)
         self._blocks: Any = model.module.blocks
         self._streams: list[list[tuple[Tensor, Tensor | None]]] = []  # by block, by chunk
@@ -106,16 +99,12 @@ class Evaluator:
         return self._classify(out)
 
     def fidelity(self, tokens: Sequence[int]) -> Fidelity:
-        """KL, agreement and top-1 of a schedule."""
+        """The figures of a schedule."""
         return self.compare(self.logits(tokens))
 
     def compare(self, logits: NDArray[np.float32]) -> Fidelity:
-        """KL, agreement and top-1 of logits (images, classes)."""
-        return Fidelity(
-            stats.kl_divergence(self.dense_logits, logits),
-            stats.agreement(self.dense_logits, logits),
-            stats.top1(logits, self.labels) if self.labels else None,
-        )
+        """The figures of outputs (images, classes)."""
+        return self.task.fidelity(self.dense_logits, logits, self.labels)
 
     def random_drop(self, tokens: int, seed: int = 0) -> Fidelity:
         """The estimate A(n) of arXiv 2407.05941, sec. 3: `tokens` random tokens are kept at the input."""

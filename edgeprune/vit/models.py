@@ -36,17 +36,22 @@ class Model:
     family: Family
     vit: Vit
     preprocessing: Preprocessing
+    task: str = "classify"  # of records.TASKS
 
 
 def load_model(
-    model: str | nn.Module, weights: str | None = None, overrides: Mapping[str, Any] | None = None
+    model: str | nn.Module,
+    weights: str | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    task: str | None = None,
 ) -> Model:
     """A model by name with `weights`, or a timm module with the weights it has.
 
     Names are timm's, `hf-hub:ORG/NAME`, `local-dir:PATH`, or the embedded model's. Weights are pretrained, embedded,
     random, or a file (.safetensors, or .pth as tensors only); default: embedded for the embedded model, else
     pretrained. A module is copied, never changed. `overrides` replaces keys of the data config (crop_pct,
-    interpolation, mean, std, crop_mode). Raises ModelError, WeightsError, MissingError, InputError.
+    interpolation, mean, std, crop_mode). `task` is what the output is for, by default embed where the model has no
+    head, else classify. Raises ModelError, WeightsError, MissingError, InputError.
     """
     _require_timm()
     state = config = None
@@ -68,7 +73,13 @@ def load_model(
         _fill(module, state, str(weights))
     vit = family.describe(module, name, weights_sha256(module))
     assert vit.family == key
-    return Model(module.eval(), family, vit, _preprocessing(module, vit, config, overrides or {}))
+    how = _preprocessing(module, vit, config, overrides or {})
+    return Model(module.eval(), family, vit, how, task or task_of(module))
+
+
+def task_of(module: Any) -> str:
+    """What the output of a timm model is for: embed without a head."""
+    return "classify" if module.num_classes else "embed"
 
 
 def weights_sha256(module: nn.Module) -> str:

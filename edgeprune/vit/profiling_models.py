@@ -15,6 +15,7 @@ from edgeprune.latency.profiling import check_profiling_models, cut_pairs
 from edgeprune.onnx_graph.chain import Repeatable, chained
 from edgeprune.onnx_graph.precision import CONVERSIONS, Convert
 from edgeprune.records import Progress, silent
+from edgeprune.tasks import BY_NAME
 from edgeprune.vit import export
 from edgeprune.vit.models import Model
 from edgeprune.vit.pruned import CutBlock, Fixed, LastBlock, PrunedViT, Trunk
@@ -61,10 +62,11 @@ def export_profiling_models(
             write(folder / name)
         done += 1
 
+    ends = ("images", BY_NAME[model.task].output)
     missing("vit.json", lambda p: save(vit, p))
     missing("trunk.onnx", lambda p: trunks.write(p, blocks))
     missing("fixed.onnx", lambda p: export.onnx_from_module(Fixed(module, family), images, p, convert=convert))
-    missing("dense.onnx", lambda p: export.onnx_from_module(dense, images, p, convert=convert))
+    missing("dense.onnx", lambda p: export.onnx_from_module(dense, images, p, ends, convert))
     missing("block.onnx", lambda p: trunks.write(p, [middle]))
     if paired:
         missing(PAIR, lambda p: trunks.write(p, [blocks[vit.depth // 2 - 1], middle]))

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 
 from edgeprune.images import normalise
 from edgeprune.io import key_of, sha256_bytes
 from edgeprune.records import Preprocessing, Progress, Recovery, silent
+from edgeprune.tasks import BY_NAME
 from edgeprune.vit.augmentation import Augmentation, augmented
 from edgeprune.vit.models import weights_sha256
 from edgeprune.vit.pruned import PrunedViT
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK = 26  # pictures at a time where nothing is trained
-DIVERGED = 100.0  # nats: a larger KL, or one that is no number, counts as this
+DIVERGED = 100.0  # nats: a larger loss, or one that is no number, counts as this
 
 
 @dataclass(frozen=True)
@@ -74,16 +75,18 @@ def recovered(
     recipe: Recipe = Recipe(),
     checkpoint: Path | None = None,
     progress: Progress = silent,
+    task: str = "classify",
 ) -> Recovered:
     """Self-distillation: `pruned` with weights with which it answers most like the unpruned model.
 
     pixels: (images, P, P, 3). The loss is the KL divergence from the unpruned model's class probabilities for the
-    same augmented picture (Hinton et al., arXiv 1503.02531; Beyer et al., arXiv 2106.05237). A seeded share of the
-    pictures is never trained on; the state with the lowest KL on it is returned, the original weights (epochs = 0)
+    same augmented picture (Hinton et al., arXiv 1503.02531; Beyer et al., arXiv 2106.05237), and 1 - cosine where
+    `task` is embed. A seeded share of the pictures is never trained on; the state with the lowest loss on it is
+    returned, the original weights (epochs = 0)
     where none is lower. `pruned` itself is not changed. With `checkpoint`, an interrupted run continues after its
     last whole epoch, with the same result. Raises InputError for a checkpoint of another run, OutputError.
     """
-    run = _Run(pruned, pixels, how, recipe, progress)
+    run = _Run(pruned, pixels, how, recipe, progress, task)
     state = run.state
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint)
@@ -92,8 +95,8 @@ def recovered(
         run.train_epoch()
         run.judge()
         log.info(
-            "recovery: epoch %d of %d, held-out KL %.3g (%.3g before)",
-            state.epoch, run.epochs, state.curve[-1], state.curve[0],
+            "recovery: epoch %d of %d, held-out %s %.3g (%.3g before)",
+            state.epoch, run.epochs, BY_NAME[task].loss_name, state.curve[-1], state.curve[0],
         )  # fmt: skip
         if checkpoint is not None:
             state.save(checkpoint)
@@ -104,8 +107,15 @@ class _Run:
     """One run of self-distillation."""
 
     def __init__(
-        self, pruned: PrunedViT, pixels: NDArray[np.uint8], how: Preprocessing, recipe: Recipe, progress: Progress
+        self,
+        pruned: PrunedViT,
+        pixels: NDArray[np.uint8],
+        how: Preprocessing,
+        recipe: Recipe,
+        progress: Progress,
+        task: str,
     ) -> None:
+        self.task, self.loss = task, LOSSES[task]
         self.recipe, self.how, self.device, self.progress = recipe, how, device(), progress
         self.teacher = unpruned(pruned).to(self.device).eval().requires_grad_(False)
         self.student = with_own_weights(pruned).to(self.device).eval().requires_grad_(True)
@@ -117,15 +127,17 @@ class _Run:
         self.wanted = self.answers(self.teacher)
         optimiser = torch.optim.AdamW(self.student.parameters(), lr=recipe.rate, weight_decay=0.0)
         start = weights_of(self.student)
-        key = key_of(recipe.parts, weights_sha256(pruned.model), pruned.tokens, how, sha256_bytes(pixels.tobytes()))
-        self.state = State(self.student, optimiser, dict(start), dict(start), 0, [self.held_out_kl()], key)
+        key = key_of(
+            recipe.parts, task, weights_sha256(pruned.model), pruned.tokens, how, sha256_bytes(pixels.tobytes())
+        )
+        self.state = State(self.student, optimiser, dict(start), dict(start), 0, [self.held_out_loss()], key)
 
     def train_epoch(self) -> None:
         """One pass over the training pictures; its randomness depends on the seed and the epoch alone."""
         recipe, state = self.recipe, self.state
         random, steps = np.random.default_rng([recipe.seed, state.epoch]), self.epochs * self.steps
-        kl = f"held-out KL {min(state.curve):.3g}, {state.curve[0]:.3g} before"
-        what = f"recovering, step (epoch {state.epoch + 1} of {self.epochs}, {kl})"
+        held_out = f"held-out {BY_NAME[self.task].loss_name} {min(state.curve):.3g}, {state.curve[0]:.3g} before"
+        what = f"recovering, step (epoch {state.epoch + 1} of {self.epochs}, {held_out})"
         for index, part in enumerate(np.array_split(random.permutation(len(self.training)), self.steps)):
             step = state.epoch * self.steps + index
             self.progress(what, step, steps)
@@ -136,7 +148,7 @@ class _Run:
                 with torch.no_grad():
                     wanted, passed = traced(self.teacher, images)
                 answers, own = traced(self.student, images)
-            loss = divergence(wanted, answers, recipe.temperature)
+            loss = self.loss(wanted, answers, recipe.temperature)
             if recipe.features and own:
                 loss = loss + recipe.features * relative_error(passed, own)
             state.optimiser.zero_grad(set_to_none=True)
@@ -154,30 +166,31 @@ class _Run:
                     self.state.average[name].lerp_(value.detach().cpu(), 1 - share)
 
     def judge(self) -> None:
-        """Add the held-out KL to the curve, of the weights or of their average; keep the best state so far."""
+        """Add the held-out loss to the curve, of the weights or of their average; keep the best state so far."""
         state, weights = self.state, weights_of(self.student)
-        found = [(self.held_out_kl(), weights)]
+        found = [(self.held_out_loss(), weights)]
         if self.recipe.average:
             self.student.load_state_dict(state.average)
-            found.append((self.held_out_kl(), state.average))
+            found.append((self.held_out_loss(), state.average))
             self.student.load_state_dict(weights)
-        kl, best = min(found, key=lambda pair: pair[0])
-        log.debug("recovery: held-out KL %s", [round(each, 4) for each, _ in found])
-        if kl < min(state.curve):
+        loss, best = min(found, key=lambda pair: pair[0])
+        log.debug("recovery: held-out loss %s", [round(each, 4) for each, _ in found])
+        if loss < min(state.curve):
             state.best, state.best_epoch = {name: value.clone() for name, value in best.items()}, state.epoch + 1
-        state.curve.append(kl)
+        state.curve.append(loss)
 
     def finished(self) -> Recovered:
         """The module with the best weights."""
-        state = self.state
+        state, kl = self.state, self.task == "classify"
         self.student.load_state_dict(state.best)
         self.student.cpu().requires_grad_(False)
         record = Recovery(
+            task=self.task,
             images=len(self.training) + len(self.validation),
             validation_images=len(self.validation),
             epochs=state.best_epoch,
-            kl_before=state.curve[0],
-            kl_after=state.curve[state.best_epoch],
+            kl_before=state.curve[0] if kl else None,
+            kl_after=state.curve[state.best_epoch] if kl else None,
             curve=tuple(state.curve),
             rate=self.recipe.rate,
             seed=self.recipe.seed,
@@ -194,10 +207,10 @@ class _Run:
                 rows.append(module(torch.from_numpy(images).to(self.device)))
         return torch.cat(rows)
 
-    def held_out_kl(self) -> float:
-        """Mean KL of the student on the held-out pictures, nats; DIVERGED at most."""
-        kl = float(divergence(self.wanted, self.answers(self.student)))
-        return kl if kl < DIVERGED else DIVERGED
+    def held_out_loss(self) -> float:
+        """Mean loss of the student on the held-out pictures; DIVERGED at most."""
+        loss = float(self.loss(self.wanted, self.answers(self.student), 1.0))
+        return loss if loss < DIVERGED else DIVERGED
 
     def mixed_precision(self) -> torch.autocast:
         """bfloat16 for matmuls on a GPU; fp32 on a CPU."""
@@ -246,6 +259,14 @@ def divergence(wanted: Tensor, answers: Tensor, temperature: float = 1.0) -> Ten
     """Mean KL divergence, nats, of the softmaxes of logits (B, classes), times the squared temperature."""
     p, q = (log_softmax(logits.float() / temperature, dim=1) for logits in (wanted, answers))
     return kl_div(q, p, reduction="batchmean", log_target=True) * temperature**2
+
+
+def cosine_distance(wanted: Tensor, answers: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean of 1 - cosine of embeddings (B, C); it has no temperature."""
+    return (1 - cosine_similarity(wanted.float(), answers.float(), dim=1)).mean()
+
+
+LOSSES = {"classify": divergence, "embed": cosine_distance}  # by task
 
 
 def rate_at(step: int, warmup: int, steps: int) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 
 from edgeprune.images import normalise
 from edgeprune.records import Sample, Schedule
+from edgeprune.tasks import BY_NAME
 from edgeprune.vit.models import Model
 from edgeprune.vit.pruned import PrunedViT
 from edgeprune.vit.reducers import reducer_named
@@ -36,24 +37,25 @@ def samples_of(
 ) -> tuple[Sample, ...]:
     """Samples for a bundle from pictures (images, P, P, 3): small, with their groups of patches after every cut.
 
-    Groups are computed with PyTorch in fp32. `labels` are class indices, `names` the names of the classes. The pruned
-    model has the weights of `recovered`, if that is given.
+    Groups are computed with PyTorch in fp32. `labels` are class indices, `names` the names of the classes; both are
+    for a model that classifies. The pruned model has the weights of `recovered`, if that is given.
     """
     images = torch.from_numpy(normalise(pixels, model.preprocessing))
     with torch.no_grad():
         groups, pruned = groups_of(recovered or model, schedule, images)
         dense = model.module(images)
+    losses = BY_NAME[model.task].losses(dense.numpy(), pruned.numpy())
     samples = []
     for index, picture in enumerate(pixels):
-        samples.append(
-            Sample(
-                picture=small(picture),
-                label=names[labels[index]] if labels else None,
-                unpruned=names[int(dense[index].argmax())],
-                pruned=names[int(pruned[index].argmax())],
-                groups=tuple(tuple(cut[index].tolist()) for cut in groups),
-            )
-        )
+        told: dict[str, Any] = {"cosine": 1 - float(losses[index])}
+        if model.task == "classify":
+            told = {
+                "label": names[labels[index]] if labels else None,
+                "unpruned": names[int(dense[index].argmax())],
+                "pruned": names[int(pruned[index].argmax())],
+            }
+        patches = tuple(tuple(cut[index].tolist()) for cut in groups)
+        samples.append(Sample(picture=small(picture), groups=patches, **told))
     return tuple(samples)
 
 

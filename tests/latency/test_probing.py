@@ -32,7 +32,7 @@ from edgeprune.latency.probing import (
 )
 from edgeprune.latency.staircase import DENSE, FIXED, SampleKey, Samples, treads, trunk
 from edgeprune.latency.timing import UNLIMITED, Room
-from edgeprune.records import Conditions, GpuState, Staircase, Vit
+from edgeprune.records import ClassFidelity, Conditions, GpuState, Staircase, Vit
 from edgeprune.runtimes.inference import Open
 from edgeprune.scheduling.goals import Goal, choose
 from edgeprune.scheduling.search import Search, Tokens
@@ -225,11 +225,9 @@ def test_all_edges_that_a_search_uses_are_exact(batch: int) -> None:
     source = cost.simulated("orin-nx", cost.SHAPES[0], "fp16", batch)
     accuracy = cost.ACCURACIES["vit_tiny"]
 
-    class Kept:
-        agreement, top1 = 100.0, None
-
-        def __init__(self, tokens: Tokens) -> None:
-            self.kl = sum((1 - accuracy(n)) / (block + 1) for block, n in enumerate(tokens))
+    def kept(tokens: Tokens) -> ClassFidelity:
+        lost = sum((1 - accuracy(n)) / (block + 1) for block, n in enumerate(tokens))
+        return ClassFidelity(kl=lost, agreement=100.0)
 
     machine = cost.Machine()
     trunks = {n: machine.opener(ms) for n, ms in source.trunk.items()}
@@ -237,7 +235,7 @@ def test_all_edges_that_a_search_uses_are_exact(batch: int) -> None:
     how = (source.vit, source.setup, trunks.__getitem__, others, 1)
     probed, samples = probe(*how)
     for speedup in (1.2, 1.6):
-        search = Search(probed, "fold", lambda tokens, base: Kept(tokens))
+        search = Search(probed, "fold", lambda tokens, base: kept(tokens))
         goal = Goal(speedup=speedup)
         front = search.front(goal.limit_ms(probed.dense.median_ms))
         tokens = choose(front, probed, "fold", goal, lambda tokens: 0.0).tokens

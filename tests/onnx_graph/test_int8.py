@@ -20,6 +20,7 @@ from edgeprune.onnx_graph.attention_fusion import attention_forms
 from edgeprune.onnx_graph.graph import fix_tokens, linear_layers, onnx_precision_of, precision_of, static_or_raise
 from edgeprune.onnx_graph.int8 import int8, int8_on_fp16
 from edgeprune.onnx_graph.precision import CONVERSIONS, QUANTISED, onnx_precision
+from edgeprune.tasks import Classify
 from edgeprune.vit import export
 from edgeprune.vit.pruned import Trunk
 
@@ -135,7 +136,7 @@ def test_sensitive_layers_stay_in_floating_point(
     rows = numpy_helper.to_array(after).copy()
     rows[3] /= 3000
     after.CopyFrom(numpy_helper.from_array(rows, after.name))
-    monkeypatch.setattr(calibration, "SENSITIVE_KL", 1e-3)
+    monkeypatch.setattr(Classify, "sensitive", 1e-3)
     batches = [images(seed=seed) for seed in range(4)]
     found = calibration.calibrated(full, batches)
     assert layer.name in found.kept

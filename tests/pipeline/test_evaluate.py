@@ -22,6 +22,7 @@ from edgeprune.pipeline.measure import Measured
 from edgeprune.records import Latency, Report, Schedule
 from edgeprune.runtimes.trt import TensorRT
 from edgeprune.scheduling.goals import Goal
+from edgeprune.tasks import CLASSIFY
 from edgeprune.vit import fidelity
 
 
@@ -38,7 +39,7 @@ def test_parity_forgives_a_tie_and_nothing_else(
     found = wanted.copy()
     found[:wrong, 3] += by
     runtime = SimpleNamespace(parity=1e-4)
-    context: Any = SimpleNamespace(model=None, target=SimpleNamespace(runtime=runtime))
+    context: Any = SimpleNamespace(model=None, task=CLASSIFY, target=SimpleNamespace(runtime=runtime))
     pictures: Any = SimpleNamespace(pixels=np.zeros(PARITY_IMAGES))
     schedule: Any = SimpleNamespace(method="pomt", tokens=(5, 3), prefix_last=False)
     if refused:
@@ -90,7 +91,7 @@ def test_parity_catches_wrong_products_of_one_row(
     images = normalise(pixels, model.preprocessing)
     logits = np.concatenate([session.run(None, {"images": image})[0] for image in np.split(images, len(images))])
     target = SimpleNamespace(runtime=SimpleNamespace(parity=TensorRT.parity))
-    context: Any = SimpleNamespace(model=model, target=target)
+    context: Any = SimpleNamespace(model=model, task=CLASSIFY, target=target)
     pictures: Any = SimpleNamespace(pixels=pixels)
     if product is None:
         check_parity(context, pictures, schedule, logits)

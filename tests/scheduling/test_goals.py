@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise, product
-from typing import NamedTuple
 
 import pytest
 
 from edgeprune.errors import ScheduleError
 from edgeprune.io import encode, sha256_bytes
 from edgeprune.latency.staircase import predict_ms
-from edgeprune.records import CutCost, Staircase, Vit, check_tokens
+from edgeprune.records import ClassFidelity, CutCost, Staircase, Vit, check_tokens
 from edgeprune.scheduling.goals import Candidate, Goal, choose, pareto, single_cut
 from edgeprune.scheduling.paper import paper_schedule
 from edgeprune.scheduling.published import published_schedule, published_shapes
@@ -156,24 +155,16 @@ def test_choice_that_does_not_exist(staircase: Staircase) -> None:
         choose(FRONT, staircase, "pomt", Goal(max_drop=-1), drop)
 
 
-class Kept(NamedTuple):
-    """What a fake fidelity says of a schedule."""
-
-    kl: float
-    agreement: float
-    top1: float | None = None
-
-
 class Damage:
     """A fidelity by formula: tokens lost early hurt most; remembers what it was asked."""
 
     def __init__(self) -> None:
         self.asked: list[Tokens] = []
 
-    def __call__(self, tokens: Tokens, base: Tokens) -> Kept:
+    def __call__(self, tokens: Tokens, base: Tokens) -> ClassFidelity:
         self.asked.append(tokens)
         kl = sum((20 - n) ** 2 * weight for n, weight in zip(tokens, (8, 4, 2, 1), strict=True)) / 1000
-        return Kept(kl, 100 - 10 * kl)
+        return ClassFidelity(kl=kl, agreement=100 - 10 * kl)
 
 
 def every_schedule(last: int) -> list[Tokens]:

@@ -5,26 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from itertools import combinations_with_replacement, pairwise
-from typing import NamedTuple
 
 import msgspec
 import pytest
 
 from edgeprune.errors import ScheduleError
 from edgeprune.latency.staircase import predict_ms
-from edgeprune.records import Candidate, CutCost, LastShare, Staircase, check_tokens
+from edgeprune.records import Candidate, ClassFidelity, CutCost, LastShare, Staircase, check_tokens
 from edgeprune.scheduling.goals import Goal, choose
 from edgeprune.scheduling.search import Search, Tokens
 
 LEVELS = (16, 24, 32, 40, 48, 56, 64)
-
-
-class Score(NamedTuple):
-    """A made-up fidelity."""
-
-    kl: float
-    agreement: float
-    top1: float | None
 
 
 class Model:
@@ -41,9 +32,9 @@ class Model:
             before = count
         return total
 
-    def __call__(self, tokens: Tokens, base: Tokens) -> Score:
+    def __call__(self, tokens: Tokens, base: Tokens) -> ClassFidelity:
         self.asked.append((tokens, base))
-        return Score(self.kl(tokens), 100 - 10 * self.kl(tokens), None)
+        return ClassFidelity(kl=self.kl(tokens), agreement=100 - 10 * self.kl(tokens))
 
 
 @pytest.fixture
@@ -81,9 +72,9 @@ def test_where_losses_add_up_the_choice_is_the_optimum(staircase: Staircase, pre
     """On levels no more than the sampled ones the losses are exact, and so is dynamic programming."""
     price = {n: ((64 - n) / 64) ** 2 for n in LEVELS}
 
-    def additive(tokens: Tokens, base: Tokens) -> Score:
+    def additive(tokens: Tokens, base: Tokens) -> ClassFidelity:
         kl = sum(price[n] / (1 + block) for block, n in enumerate(tokens))
-        return Score(kl, 100.0, None)
+        return ClassFidelity(kl=kl, agreement=100.0)
 
     limit = staircase.dense.median_ms / 1.7
     cost = (CutCost(tokens_in=64, tokens_out=32, cost_ms=0.3),)

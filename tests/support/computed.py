@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 from edgeprune.devices import load_device
 from edgeprune.latency.probing import probe, unconfirmed
@@ -15,7 +15,7 @@ from edgeprune.latency.staircase import DENSE, FIXED, Samples
 from edgeprune.pipeline.context import Context, Options
 from edgeprune.pipeline.measure import Measured, MeasuredSchedule, predicted_ms
 from edgeprune.pipeline.scores import ScheduleScores
-from edgeprune.records import Latency, Preprocessing, Schedule, Staircase, Vit
+from edgeprune.records import ClassFidelity, Latency, Preprocessing, Schedule, Staircase, Vit
 from edgeprune.runtimes.inference import Open
 from edgeprune.runtimes.steps import WorkFolder
 from edgeprune.runtimes.target import Target
@@ -37,17 +37,9 @@ def stairs(tokens: int) -> float:
 
 def context_of(vit: Vit, work: Path, runtime: Any = None, **options: Any) -> Context:
     """A context of a model that is its shape alone, without pictures; the runtime is needed where engines are."""
-    model: Any = SimpleNamespace(vit=vit, preprocessing=HOW)
+    model: Any = SimpleNamespace(vit=vit, preprocessing=HOW, task="classify")
     target = Target(load_device("cpu"), runtime, NOISELESS, WorkFolder(work))
     return Context(Options(work=work, **options), target, model, None)
-
-
-class Score(NamedTuple):
-    """A made-up fidelity."""
-
-    kl: float
-    agreement: float
-    top1: float | None = None
 
 
 def kl_of(tokens: Tokens, whole: int) -> float:
@@ -69,15 +61,15 @@ class ComputedEvaluator:
     def base(self, tokens: Tokens) -> None:
         """Nothing is kept between schedules."""
 
-    def fidelity(self, tokens: Tokens) -> Score:
+    def fidelity(self, tokens: Tokens) -> ClassFidelity:
         if len(self.asked) == self.stop_after:
             raise KeyboardInterrupt
         self.asked.append(tokens)
         kl = kl_of(tokens, self.whole)
-        return Score(kl, max(100 - 40 * kl, 0.0))
+        return ClassFidelity(kl=kl, agreement=max(100 - 40 * kl, 0.0))
 
-    def random_drop(self, tokens: int) -> Score:
-        return Score(0.0, 100 * (tokens / self.whole) ** 0.25)
+    def random_drop(self, tokens: int) -> ClassFidelity:
+        return ClassFidelity(kl=0.0, agreement=100 * (tokens / self.whole) ** 0.25)
 
 
 class ComputedScores(ScheduleScores):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from edgeprune import stats
 from edgeprune.images import normalise
+from edgeprune.records import ClassFidelity
 from edgeprune.vit import fidelity
 from edgeprune.vit.fidelity import Evaluator, logits_of_schedule, pruned_module
 
@@ -86,7 +87,7 @@ def test_dense_loses_nothing(model: Any, pixels: NDArray[np.uint8]) -> None:
     with torch.inference_mode():
         timm = model.module(torch.from_numpy(normalise(pixels, model.preprocessing))).numpy()
     np.testing.assert_allclose(evaluator.dense_logits, timm, atol=1e-5)
-    assert evaluator.fidelity(DENSE) == (0.0, 100.0, None)
+    assert evaluator.fidelity(DENSE) == ClassFidelity(kl=0.0, agreement=100.0)
     lost = evaluator.fidelity((3, 3, 3))
     assert lost.kl > 0.001 and lost.agreement < 100
 
