@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CHUNK = 26  # pictures at a time where nothing is trained
+FAR = 0.4  # nats: a pruned classifier that is closer to the unpruned one is tuned at a lower rate
 DIVERGED = 100.0  # nats: a larger loss, or one that is no number, counts as this
 
 
@@ -39,7 +40,7 @@ class Recipe:
 
     epochs: int = 8
     least_steps: int = 150  # few pictures get more epochs
-    rate: float = 4e-5  # largest learning rate
+    rate: float = 4e-5  # largest learning rate where the KL before is FAR or more
     batch: int = 26
     warmup: int = 20  # steps
     validation: float = 0.25  # share of the pictures that is never trained on
@@ -126,11 +127,12 @@ class _Run:
         self.epochs = max(recipe.epochs, ceil(recipe.least_steps / self.steps))
         self.wanted = self.answers(self.teacher)
         optimiser = torch.optim.AdamW(self.student.parameters(), lr=recipe.rate, weight_decay=0.0)
-        start = weights_of(self.student)
+        start, loss = weights_of(self.student), self.held_out_loss()
+        self.rate = recipe.rate * min(1.0, loss / FAR) ** 0.5 if task == "classify" else recipe.rate
         key = key_of(
             recipe.parts, task, weights_sha256(pruned.model), pruned.tokens, how, sha256_bytes(pixels.tobytes())
         )
-        self.state = State(self.student, optimiser, dict(start), dict(start), 0, [self.held_out_loss()], key)
+        self.state = State(self.student, optimiser, dict(start), dict(start), 0, [loss], key)
 
     def train_epoch(self) -> None:
         """One pass over the training pictures; its randomness depends on the seed and the epoch alone."""
@@ -142,7 +144,7 @@ class _Run:
             step = state.epoch * self.steps + index
             self.progress(what, step, steps)
             for group in state.optimiser.param_groups:
-                group["lr"] = recipe.rate * rate_at(step, recipe.warmup, steps)
+                group["lr"] = self.rate * rate_at(step, recipe.warmup, steps)
             images = augmented(self.training[part], self.how, random, recipe.augmentation).to(self.device)
             with self.mixed_precision():
                 with torch.no_grad():
@@ -192,7 +194,7 @@ class _Run:
             kl_before=state.curve[0] if kl else None,
             kl_after=state.curve[state.best_epoch] if kl else None,
             curve=tuple(state.curve),
-            rate=self.recipe.rate,
+            rate=self.rate,
             seed=self.recipe.seed,
             weights_sha256=weights_sha256(self.student.model),
         )

@@ -28,7 +28,7 @@ SIMULATED = ("--simulate", "--device", "orin-nano", "--method", "topk")
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs, at a rate for few pictures."""
-    monkeypatch.setattr(recovery, "Recipe", partial(recovery.Recipe, epochs=2, least_steps=0, rate=1e-4, batch=8))
+    monkeypatch.setattr(recovery, "Recipe", partial(recovery.Recipe, epochs=2, least_steps=0, rate=4e-4, batch=8))
 
 
 def test_a_build_recovers_and_can_be_interrupted(

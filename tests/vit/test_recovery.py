@@ -27,7 +27,7 @@ from edgeprune.vit.recovery import Recipe, divergence, rate_at, recovered
 from edgeprune.vit.recovery_files import load_recovered, save_recovered
 
 TOKENS = (20, 5)
-QUICK = Recipe(epochs=4, least_steps=0, rate=1e-4, batch=8, warmup=2, patience=1)
+QUICK = Recipe(epochs=4, least_steps=0, rate=3e-4, batch=8, warmup=2, patience=1)
 
 
 @cache
@@ -85,7 +85,7 @@ def test_held_out_pictures_are_never_trained_on(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_weights_stay_where_nothing_is_better() -> None:
-    found = run(replace(QUICK, epochs=6, rate=10.0, warmup=0, average=0, patience=1 / 3))
+    found = run(replace(QUICK, epochs=6, rate=100.0, warmup=0, average=0, patience=1 / 3))
     assert found.record.epochs == 0 and found.record.kl_after == found.record.kl_before
     assert len(found.record.curve) == 3, "it stops when two epochs were not better"
     assert found.record.weights_sha256 == weights_sha256(digits_model().module)
@@ -125,6 +125,12 @@ def test_kill_9_and_ctrl_c_change_nothing(tmp_path: Path) -> None:
     again = run(checkpoint=checkpoint, progress=lambda what, done, total: seen.append(what))
     assert same(alone, again)
     assert "epoch 3 of 4" in seen[0] and not list(tmp_path.glob(".*.tmp"))
+
+
+def test_a_model_that_is_close_already_is_tuned_at_a_lower_rate() -> None:
+    record = run(replace(QUICK, epochs=1)).record
+    assert record.kl_before < recovery.FAR
+    assert record.rate == pytest.approx(QUICK.rate * (record.kl_before / recovery.FAR) ** 0.5)
 
 
 def test_few_pictures_get_more_epochs() -> None:
