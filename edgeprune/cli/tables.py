@@ -195,13 +195,13 @@ def compare_table(rows: list[dict[str, Any]]) -> Table:
     first = rows[0] if rows else {}
     embeds = bool(rows) and rows[0]["kl"] is None
     rows = [row | {"cosine": row["fidelity"].get("cosine")} for row in rows]
+    figures = ("k-NN top-1", "neighbour", "cosine") if embeds else ("top-1", "agreement", "KL")
     simulated = ", SIMULATED latency" if first.get("simulated") else ""
     table = Table(
-        title=f"{first.get('model')} on {first.get('device')}{simulated}: unpruned top-1 "
-        f"{number(first.get('dense_top1'))} %",
+        title=f"{first.get('model')} on {first.get('device')}{simulated}: unpruned "
+        f"{figures[0]} {number(first.get('dense_top1'))} %",
         caption=evaluated_on(first.get("images", 0), first.get("held_out")),
     )
-    figures = ("k-NN top-1", "neighbour", "cosine") if embeds else ("top-1", "agreement", "KL")
     for column in ("target", "method", "shape", "speed-up (95 %)", "predicted", *figures, "tokens"):
         table.add_column(column, justify="left" if column in ("method", "shape", "tokens") else "right")
     for row in sorted(rows, key=lambda r: (r["target"], -r["cosine"] if embeds else r["kl"])):

@@ -161,10 +161,10 @@ class _Methods:
             recovered = recover(own, entry.schedule) if own.recovery and entry.schedule.cuts else None
             logits = logits_on(own, pictures, pruned_onnx(own, entry.schedule, recovered))[kept]
             report = report_of(result.measured, entry.schedule, self.staircase)
-            report = with_fidelity(report, dense, logits, labels, held_out)
+            report = with_fidelity(report, dense, logits, labels, held_out, context.task)
             if recovered is not None:
                 before = logits_on(own, pictures, pruned_onnx(own, entry.schedule))[kept]
-                report = with_unrecovered(report, dense, before, logits, labels)
+                report = with_unrecovered(report, dense, before, logits, labels, context.task)
             reported.append(replace(entry, report=report, recovery=recovered.record if recovered else None))
         return reported
 

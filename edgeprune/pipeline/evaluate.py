@@ -22,7 +22,7 @@ from edgeprune.pipeline.recovery import Recovered
 from edgeprune.records import Report, Schedule, Staircase, Unrecovered
 from edgeprune.runtimes.inference import logits_of
 from edgeprune.scheduling.goals import Goal
-from edgeprune.tasks import CLASSIFY, Task, percent, points_lost
+from edgeprune.tasks import Task, percent, points_lost
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -97,7 +97,7 @@ def with_fidelity(
     pruned: NDArray[np.float32],
     labels: Sequence[int] | None,
     held_out: bool | None,
-    task: Task = CLASSIFY,
+    task: Task,
 ) -> Report:
     """The report with top-1 if there are labels, and agreement and KL if there are outputs of the unpruned model.
 
@@ -122,7 +122,7 @@ def with_unrecovered(
     before: NDArray[np.float32],
     after: NDArray[np.float32],
     labels: Sequence[int] | None,
-    task: Task = CLASSIFY,
+    task: Task,
 ) -> Report:
     """The report with the figures without recovery; outputs (images, classes) of the same pictures."""
 
@@ -169,7 +169,7 @@ def check_parity(
     off, most = context.task.off(logits[:count], wanted), context.target.runtime.parity
     typical = float(np.median(off))
     if not typical <= most:  # written so that NaN, even of one image, fails
-        raise ExportError(f"the engine's logits differ from PyTorch's by {typical:.2g}, above {most}: {REPORT}")
+        raise ExportError(f"the engine's outputs differ from PyTorch's by {typical:.2g}, above {most}: {REPORT}")
     return np.argsort(off, kind="stable")
 
 
@@ -180,7 +180,7 @@ def gate(
     logits: NDArray[np.float32],
     exact: NDArray[np.float32],
     labels: Sequence[int] | None,
-    task: Task = CLASSIFY,
+    task: Task,
 ) -> str | None:
     """Why a precision is not worth it: slower than a wider one, or it loses more than allowed; None where it is.
 

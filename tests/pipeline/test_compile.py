@@ -78,7 +78,7 @@ def test_an_engine_with_other_logits_is_refused(
     code, _, err = call(
         capsys, "compile", bundle / "model.onnx", "--rounds", "5", "--work", tmp_path, "--out", tmp_path / "again"
     )
-    assert code == 1 and "logits differ by 0.1" in err
+    assert code == 1 and "outputs differ by 0.1" in err
     assert not (tmp_path / "again").exists(), "a wrong engine must not be there to be used"
 
 

@@ -158,7 +158,21 @@ def test_the_fastest_schedule_with_that_cosine_is_chosen(
     assert trace.asked == "a mean cosine of at least 0.97"
 
 
-def test_recovery_lowers_the_distance_of_embeddings(headless: Headless, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compare_gives_the_figures_of_embeddings(
+    headless: Headless, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ("compare", *SIMULATED[:-2], *SEARCHED[:-2], "--model", headless.model, "--images", headless.digits)
+    options = ("--methods", "topk", "--speedup", "1.5", "--work", headless.work, "--plot", tmp_path / "plot.svg")
+    code, out, err = call(capsys, *command, *options, "--json")
+    assert code == 0 and "k-NN top-1" in err and "KL" not in err, err
+    rows = json.loads(out.splitlines()[-1])["rows"]
+    assert {row["policy"] for row in rows} == {"search", "published"} and (tmp_path / "plot.svg").stat().st_size
+    for row in rows:
+        assert row["fidelity"]["task"] == "embed" and 0.9 < row["fidelity"]["cosine"] < 1 and row["kl"] is None
+        assert row["dense_top1"] == row["fidelity"]["dense_knn_top1"] > 90
+
+
+def test_recovery_lowers_the_distance_of_embeddings(headless: Headless) -> None:
     from edgeprune.images import load_pixels
     from edgeprune.vit.fidelity import pruned_module
     from edgeprune.vit.models import load_model

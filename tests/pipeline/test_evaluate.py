@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 
 from edgeprune.errors import ExportError
 from edgeprune.images import normalise
-from edgeprune.pipeline.evaluate import PARITY_IMAGES, check_parity, gate, with_fidelity
+from edgeprune.pipeline.evaluate import PARITY_IMAGES, check_parity, gate, with_fidelity, with_unrecovered
 from edgeprune.pipeline.measure import Measured
 from edgeprune.records import Latency, Report, Schedule
 from edgeprune.runtimes.trt import TensorRT
 from edgeprune.scheduling.goals import Goal
-from edgeprune.tasks import CLASSIFY
+from edgeprune.tasks import BY_NAME, CLASSIFY
 from edgeprune.vit import fidelity
 
 
@@ -124,9 +124,9 @@ NAMES = ("int8", "fp16")
 
 
 def test_gate_lets_pass_what_is_faster_and_as_good() -> None:
-    assert gate(NAMES, Goal(), FASTER, wrong(1), EXACT, LABELS) is None
-    assert gate(NAMES, Goal(max_drop=5), FASTER, wrong(4), EXACT, LABELS) is None
-    assert gate(NAMES, Goal(), FASTER, wrong(4), EXACT, None) is None
+    assert gate(NAMES, Goal(), FASTER, wrong(1), EXACT, LABELS, CLASSIFY) is None
+    assert gate(NAMES, Goal(max_drop=5), FASTER, wrong(4), EXACT, LABELS, CLASSIFY) is None
+    assert gate(NAMES, Goal(), FASTER, wrong(4), EXACT, None, CLASSIFY) is None
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_gate_lets_pass_what_is_faster_and_as_good() -> None:
 def test_gate_refuses_with_the_figures(
     labels: Any, goal: Goal, measured: tuple[Measured, Measured], count: int, told: str
 ) -> None:
-    assert gate(NAMES, goal, measured, wrong(count), EXACT, labels) == told
+    assert gate(NAMES, goal, measured, wrong(count), EXACT, labels, CLASSIFY) == told
 
 
 # --- the figures ---
@@ -149,11 +149,28 @@ def test_gate_refuses_with_the_figures(
 
 def test_figures_are_of_what_is_known() -> None:
     report = Report(latency=Latency(samples_ms=(1.0,)))
-    full = with_fidelity(report, EXACT, wrong(7), LABELS, True)
+    full = with_fidelity(report, EXACT, wrong(7), LABELS, True, CLASSIFY)
     assert (full.top1, full.dense_top1, full.agreement) == (93, 100, 93) and full.kl is not None and full.kl > 0
     assert (full.images, full.held_out, full.latency) == (100, True, report.latency)
-    unlabelled = with_fidelity(report, EXACT, wrong(7), None, False)
+    unlabelled = with_fidelity(report, EXACT, wrong(7), None, False, CLASSIFY)
     assert (unlabelled.top1, unlabelled.dense_top1, unlabelled.agreement) == (None, None, 93)
     assert unlabelled.held_out is False
-    alone = with_fidelity(report, None, wrong(7), LABELS, None)
+    alone = with_fidelity(report, None, wrong(7), LABELS, None, CLASSIFY)
     assert (alone.top1, alone.dense_top1, alone.agreement, alone.kl, alone.held_out) == (93, None, None, None, None)
+
+
+def test_figures_without_recovery_are_those_of_the_task() -> None:
+    report, random = Report(latency=Latency(samples_ms=(1.0,))), np.random.default_rng(0)
+    dense = random.standard_normal((100, 10)).astype(np.float32)
+    before, after = (dense + by * random.standard_normal((100, 10)).astype(np.float32) for by in (0.9, 0.3))
+    classes = with_unrecovered(report, dense, before, after, LABELS, CLASSIFY).unrecovered
+    assert classes is not None and classes.kl is not None and classes.cosine is classes.cosine_error is None
+    found = with_unrecovered(report, dense, before, after, LABELS, BY_NAME["embed"]).unrecovered
+    assert found is not None and found.kl is found.kl_error is None and found.top1 is not None
+    lengths = np.linalg.norm(dense, axis=1), np.linalg.norm(before, axis=1), np.linalg.norm(after, axis=1)
+    cosines = [
+        (dense * other).sum(1) / (lengths[0] * length)
+        for other, length in ((before, lengths[1]), (after, lengths[2]))
+    ]
+    assert found.cosine == pytest.approx(cosines[0].mean(), abs=1e-5)
+    assert found.cosine_error == pytest.approx((cosines[1] - cosines[0]).std(ddof=1) / 10, rel=1e-4)

@@ -156,7 +156,7 @@ def test_a_run_that_diverges_keeps_the_weights(monkeypatch: pytest.MonkeyPatch) 
         calls.append(1)
         return real(*logits, **options) * (float("nan") if len(calls) > 1 else 1.0)
 
-    monkeypatch.setattr(recovery, "divergence", broken)
+    monkeypatch.setitem(recovery.LOSSES, "classify", broken)
     record = run(replace(QUICK, patience=0.25)).record
     assert record.epochs == 0 and record.curve[1] == 100.0 and len(record.curve) == 2
 
