@@ -30,7 +30,7 @@ def test_shares_give_back_what_the_reducer_leaves(method: str, prefix: int) -> N
     given = attended(3, prefix)
     for sizes in (None, sizes_of(3, prefix)) if method in MERGING else (None,):
         for keep in (prefix + 2, prefix + 7, prefix + BODY - 1):
-            left, left_sizes = reducer(given.out, sizes, given, keep, prefix)
+            left, left_sizes, _ = reducer(given.out, sizes, given, keep, prefix)
             found = shares(reducer, given.out, sizes, given, keep, prefix)
             assert found.shape == (3, keep, prefix + BODY)
             torch.testing.assert_close(found @ given.out, left, atol=1e-5, rtol=1e-5)
