@@ -22,7 +22,7 @@ def metadata_of(model: Model, schedule: Schedule, class_names: tuple[str, ...] |
     """The metadata of an exported file."""
     from edgeprune.vit.models import class_labels
 
-    labels = class_labels(model.vit, class_names)
+    labels = class_labels(model, class_names)
     return ModelMetadata(vit=model.vit, schedule=schedule, preprocessing=model.preprocessing, labels=labels)
 
 

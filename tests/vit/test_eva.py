@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from torch import Tensor
 from edgeprune.defaults import REDUCERS
 from edgeprune.errors import ModelError
 from edgeprune.onnx_graph.attention_fusion import attention_forms
+from edgeprune.onnx_graph.chain import chained
 from edgeprune.onnx_graph.graph import fix_tokens
 from edgeprune.vit import export
 from edgeprune.vit.families import family_of
-from edgeprune.vit.profiling_models import export_profiling_models
-from edgeprune.vit.pruned import PrunedViT, Trunk, step
+from edgeprune.vit.pruned import LastBlock, PrunedViT, Trunk, step
 from edgeprune.vit.reducers import reducer_named
 from edgeprune.vit.rotary import rotation_of, rows_of
 from edgeprune.vit.tokens import Attended, Reduced, Stream
@@ -147,7 +147,7 @@ def test_kept_tokens_rotate_by_their_own_place_after_several_cuts(
             chosen = torch.cat([torch.arange(vit.prefix), body])
             x, order = family.mlp(block, x[:, chosen]), order[chosen]
             torch.testing.assert_close(stream.x, x, atol=1e-5, rtol=1e-5)
-    assert (vit.tokens - 1, 0) == (order.max(), order.min()) and order.tolist() != sorted(order.tolist())
+    assert len(order) == vit.tokens - 7
 
 
 def test_a_mean_of_tokens_is_not_rotated(tiny: Callable[..., Any]) -> None:
@@ -181,59 +181,91 @@ def test_both_paths_and_the_prefix_alone_are_the_same(kind: str, sized: bool, ti
             assert (whole - family.block(block, x, None, rows)).abs().max() > 1e-3
 
 
-def cut_module(model: Any, method: str, prefix_last: bool = False) -> PrunedViT:
-    full = model.vit.tokens
-    tokens = (full - 4, full - 8, full - 8)
-    return PrunedViT(model.module, model.family, model.vit, tokens, reducer_named(method), prefix_last).eval()
+class Several(torch.nn.Module):
+    """Pruned models whose logits are beside each other: an export of all takes less time than one of each."""
+
+    def __init__(self, parts: Sequence[tuple[Any, str, bool]]) -> None:
+        super().__init__()
+        self.parts = torch.nn.ModuleList()
+        for model, method, last in parts:
+            full = model.vit.tokens
+            tokens = (full - 4, full - 8, full - 8)
+            reducer = reducer_named(method)
+            self.parts.append(PrunedViT(model.module, model.family, model.vit, tokens, reducer, last))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.cat([part(images) for part in self.parts], dim=1)
 
 
-EXPORTS = [("eva02", method, 1, False) for method in REDUCERS]
-EXPORTS += [(kind, "fold", 2, False) for kind in sorted({*EVA_KINDS} - {"eva02"})]
-EXPORTS += [("dinov3", "tome", 2, True), ("rope-xy", "pomt", 2, True)]
+EXPORTS = {  # kind, method, prefix_last
+    "methods": [("eva02", method, False) for method in REDUCERS],
+    "kinds": [
+        ("dinov3", "tome", True),
+        ("mixed", "fold", False),
+        ("rope-xy", "pomt", True),
+        ("pe-gap", "fold", False),
+    ],
+    "others": [
+        ("eva", "fold", False),
+        ("grouped", "fold", False),
+        ("mrope", "evit", False),
+        ("eva-post-norm", "topk", True),
+    ],
+}
 
 
-@pytest.mark.parametrize(("kind", "method", "batch", "last"), EXPORTS)
-def test_pruned_export(
-    kind: str, method: str, batch: int, last: bool, tiny: Callable[..., Any], tmp_path: Path
-) -> None:
-    """Static, as PyTorch computes it, fusable, with rotary rows as a constant from which each cut gathers once."""
-    model = tiny(kind)
-    module = cut_module(model, method, last)
-    export.onnx_from_module(module, torch.zeros(batch, 3, 16, 16), tmp_path / "m.onnx")
-    assert module.rotary is None
+@pytest.mark.parametrize(("group", "batch"), [("methods", 1), ("kinds", 2), ("others", 1)])
+def test_pruned_export(group: str, batch: int, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    """Static, as PyTorch computes it, fusable, and rotary rows are constants from which each cut gathers once."""
+    module = Several([(tiny(kind), *rest) for kind, *rest in EXPORTS[group]]).eval()
+    path = tmp_path / "m.onnx"
+    export.onnx_from_module(module, torch.zeros(batch, 3, 16, 16), path)
+    assert all(part.rotary is None for part in module.parts)
     with torch.inference_mode():
-        wanted = module(images(batch))
-    torch.testing.assert_close(run(tmp_path / "m.onnx", images(batch)), wanted, atol=1e-4, rtol=0)
-    graph = onnx.load(tmp_path / "m.onnx").graph
-    onnx.checker.check_model(str(tmp_path / "m.onnx"), full_check=True)
-    operators = {node.op_type for node in graph.node}
-    assert not operators & {"Sin", "Cos", "Shape", "Range", "ScatterND", "Loop", "If"}
-    assert attention_forms(onnx.load(tmp_path / "m.onnx"))[-1]
-    table = model.family.rotary(model.module)
-    if table is not None:
-        tables = {t.name for t in graph.initializer if tuple(t.dims)[-2:] == tuple(table.shape)[-2:]}
-        tables |= {t.name for t in graph.initializer if numpy_helper.to_array(t).shape == (17, table.shape[-1])}
-        gathers = [node for node in graph.node if node.op_type == "Gather" and node.input[0] in tables]
-        assert len(gathers) == 2
+        torch.testing.assert_close(run(path, images(batch)), module(images(batch)), atol=1e-4, rtol=0)
+    onnx.checker.check_model(str(path), full_check=True)
+    model = onnx.load(path)
+    assert not {node.op_type for node in model.graph.node} & {"Sin", "Cos", "Shape", "Range", "ScatterND"}
+    reads_keys = [method == "tome" for _, method, _ in EXPORTS[group]]  # only other cuts read attention weights
+    assert attention_forms(model) == [form for keys in reads_keys for form in (keys, keys, True)]
+    weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
+    read = [weights[n.input[0]] for n in model.graph.node if n.op_type == "Gather" and n.input[0] in weights]
+    tables = [rows for rows in read if rows.shape[-2:] == (17, 32)]
+    rotating = sum(part.family.rotary(part.model) is not None for part in module.parts)
+    assert len(tables) == 2 * rotating and all((rows[..., -1, :] == [0.0] * 16 + [1.0] * 16).all() for rows in tables)
 
 
-@pytest.mark.parametrize("kind", ["eva02", "dinov3", "mixed", "eva"])
-def test_profiling_models(kind: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
-    """All files of a staircase, with a trunk that is static at any token count and equal to its blocks."""
+@pytest.mark.parametrize("kind", ["dinov3", "mixed"])
+def test_trunk_and_last_block_have_a_symbolic_token_axis(kind: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    """One block is repeated where its weights allow it; rows that do not rotate are computed from the stream."""
     model = tiny(kind)
-    export_profiling_models(model, ["fold"], 2, tmp_path, tensorrt=True)
-    names = {path.name for path in tmp_path.glob("*.onnx")}
-    assert {"trunk.onnx", "block.onnx", "fixed.onnx", "dense.onnx"} < names and any("cut-fold" in n for n in names)
-    assert ("last.onnx" in names) == model.vit.prefix_pooled
-    trunk = Trunk(list(model.module.blocks), model.family, rotation_of(model))
-    for tokens in (model.vit.prefix + 3, model.vit.tokens):
-        fix_tokens(tmp_path / "trunk.onnx", tokens, tmp_path / "fixed-n.onnx")
-        x = torch.randn(2, tokens, 48, generator=torch.Generator().manual_seed(tokens))
-        with torch.inference_mode():
-            torch.testing.assert_close(run(tmp_path / "fixed-n.onnx", x), trunk(x), atol=1e-5, rtol=1e-5)
+    rotation, blocks = rotation_of(model), list(model.module.blocks)
+    assert rotation is not None
+    trunk = Trunk(blocks, model.family, rotation)
+    block = export.graph_of_block(blocks[1], model.family, torch.zeros(2, model.vit.tokens, 48), rotation)
+    assert block is not None
+    export.save_trunk(chained(block, [export.weights_of(each) for each in blocks]), tmp_path / "trunk.onnx")
     assert attention_forms(onnx.load(tmp_path / "trunk.onnx")) == [True] * 3
+    last = LastBlock(blocks[2], model.family, model.vit.prefix, rotation)
+    export.trunk_from_module(last, torch.zeros(2, model.vit.tokens, 48), tmp_path / "last.onnx")
+    for tokens in (model.vit.prefix + 3, model.vit.tokens):
+        x = torch.randn(2, tokens, 48, generator=torch.Generator().manual_seed(tokens))
+        for name, module in (("trunk", trunk), ("last", last)):
+            fix_tokens(tmp_path / f"{name}.onnx", tokens, tmp_path / "fixed.onnx")
+            with torch.inference_mode():
+                torch.testing.assert_close(run(tmp_path / "fixed.onnx", x), module(x), atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_a_trunk_do_not_rotate(tiny: Callable[..., Any]) -> None:
+    """A trunk without cuts and the blocks of an unpruned model differ in the constants of the rotation alone."""
+    model = tiny("eva02")
+    x = torch.randn(2, 17, 48, generator=torch.Generator().manual_seed(0))
+    trunk, blocks = Trunk(list(model.module.blocks), model.family, rotation_of(model)), model.module.blocks
     with torch.inference_mode():
-        torch.testing.assert_close(run(tmp_path / "dense.onnx", images()), model.module(images()), atol=1e-4, rtol=0)
+        y = x
+        for block in blocks:
+            y = block(y, rope=None)
+        torch.testing.assert_close(trunk(x), y, atol=1e-5, rtol=1e-5)
 
 
 def unpooled() -> Any:

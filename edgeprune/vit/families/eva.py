@@ -96,7 +96,7 @@ def _size_bias(sizes: Tensor) -> Tensor:
 def attend(block: Any, x: Tensor, sizes: Tensor | None, rows: Tensor | None = None) -> Attended:
     """timm's attention step by step, with the scale before the first matmul as TensorRT's fusion requires."""
     y = block.norm1(x) if isinstance(block, EvaBlock) else x
-    queries, keys, values = _projected(block.attn, y, y)
+    queries, keys, values = _projected(block.attn, y, None)
     queries, keys = _rotated(block.attn, queries, rows), _rotated(block.attn, keys, rows)
     out, weights, keys, values = _attention(block.attn, queries, keys, values, sizes)
     return Attended(x + _project(block, out, y), weights, keys, values)
@@ -108,29 +108,31 @@ def prefix_only(block: Any, x: Tensor, sizes: Tensor | None, prefix: int, rows: 
     The values equal those of the whole block for its first tokens. Queries of the prefix are never rotated.
     """
     y = block.norm1(x) if isinstance(block, EvaBlock) else x
-    queries, keys, values = _projected(block.attn, y[:, :prefix], y)
+    queries, keys, values = _projected(block.attn, y, prefix)
     out, *_ = _attention(block.attn, queries, _rotated(block.attn, keys, rows), values, sizes)
     return mlp(block, x[:, :prefix] + _project(block, out, y[:, :prefix]))
 
 
-def _projected(attn: Any, asking: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries (B, H, n, D) of `asking` (B, n, C), keys and values (B, H, N, D) of y (B, N, C); fewer H if grouped."""
+def _projected(attn: Any, y: Tensor, asking: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, H, n, D) of all tokens of y (B, N, C) or of the first `asking`, keys and values (B, H, N, D)."""
 
-    def heads(flat: Tensor) -> Tensor:
-        return flat.reshape(*flat.shape[:2], -1, attn.head_dim).transpose(1, 2)
+    def heads(flat: Tensor, count: int) -> Tensor:
+        return flat.reshape(len(y), count, -1, attn.head_dim).transpose(1, 2)
 
+    count = y.shape[1]
+    first = y if asking is None else y[:, :asking]
     if attn.qkv is None:
-        queries, keys, values = attn.q_proj(asking), attn.k_proj(y), attn.v_proj(y)
+        queries, keys, values = attn.q_proj(first), attn.k_proj(y), attn.v_proj(y)
     else:
         weight, bias, inner = attn.qkv.weight, attn.qkv.bias, attn.num_heads * attn.head_dim
         if getattr(attn, "q_bias", None) is not None:
             bias = torch.cat([attn.q_bias, attn.k_bias, attn.v_bias])
-        if asking is y:
+        if first is y:
             queries, keys, values = linear(y, weight, bias).split(inner, dim=2)
         else:
-            queries = linear(asking, weight[:inner], None if bias is None else bias[:inner])
+            queries = linear(first, weight[:inner], None if bias is None else bias[:inner])
             keys, values = linear(y, weight[inner:], None if bias is None else bias[inner:]).split(inner, dim=2)
-    return attn.q_norm(heads(queries)), attn.k_norm(heads(keys)), heads(values)
+    return attn.q_norm(heads(queries, asking or count)), attn.k_norm(heads(keys, count)), heads(values, count)
 
 
 def _rotated(attn: Any, x: Tensor, rows: Tensor | None) -> Tensor:
