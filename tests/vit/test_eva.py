@@ -21,9 +21,11 @@ from edgeprune.errors import ModelError
 from edgeprune.onnx_graph.attention_fusion import attention_forms
 from edgeprune.onnx_graph.chain import chained
 from edgeprune.onnx_graph.graph import fix_tokens
+from edgeprune.records import Schedule
 from edgeprune.vit import export
 from edgeprune.vit.families import family_of
-from edgeprune.vit.pruned import LastBlock, PrunedViT, Trunk, step
+from edgeprune.vit.models import load_model
+from edgeprune.vit.pruned import LastBlock, PrunedViT, Trunk, pruned_from_module, step
 from edgeprune.vit.reducers import reducer_named
 from edgeprune.vit.rotary import rotation_of, rows_of
 from edgeprune.vit.tokens import Attended, Reduced, Stream
@@ -189,7 +191,7 @@ class Several(torch.nn.Module):
         self.parts = torch.nn.ModuleList()
         for model, method, last in parts:
             full = model.vit.tokens
-            tokens = (full - 4, full - 8, full - 8)
+            tokens = (full - 4, full - 4 if last else full - 8)
             reducer = reducer_named(method)
             self.parts.append(PrunedViT(model.module, model.family, model.vit, tokens, reducer, last))
 
@@ -197,27 +199,17 @@ class Several(torch.nn.Module):
         return torch.cat([part(images) for part in self.parts], dim=1)
 
 
+READS = {"methods": 5, "kinds": 3}  # of a table: in the block after a cut
 EXPORTS = {  # kind, method, prefix_last
     "methods": [("eva02", method, False) for method in REDUCERS],
-    "kinds": [
-        ("dinov3", "tome", True),
-        ("mixed", "fold", False),
-        ("rope-xy", "pomt", True),
-        ("pe-gap", "fold", False),
-    ],
-    "others": [
-        ("eva", "fold", False),
-        ("grouped", "fold", False),
-        ("mrope", "evit", False),
-        ("eva-post-norm", "topk", True),
-    ],
+    "kinds": [("dinov3", "tome", True), ("mixed", "fold", False), ("grouped", "pomt", False)],
 }
 
 
-@pytest.mark.parametrize(("group", "batch"), [("methods", 1), ("kinds", 2), ("others", 1)])
+@pytest.mark.parametrize(("group", "batch"), [("methods", 1), ("kinds", 2)])
 def test_pruned_export(group: str, batch: int, tiny: Callable[..., Any], tmp_path: Path) -> None:
     """Static, as PyTorch computes it, fusable, and rotary rows are constants from which each cut gathers once."""
-    module = Several([(tiny(kind), *rest) for kind, *rest in EXPORTS[group]]).eval()
+    module = Several([(tiny(kind, depth=2), *rest) for kind, *rest in EXPORTS[group]]).eval()
     path = tmp_path / "m.onnx"
     export.onnx_from_module(module, torch.zeros(batch, 3, 16, 16), path)
     assert all(part.rotary is None for part in module.parts)
@@ -226,34 +218,40 @@ def test_pruned_export(group: str, batch: int, tiny: Callable[..., Any], tmp_pat
     onnx.checker.check_model(str(path), full_check=True)
     model = onnx.load(path)
     assert not {node.op_type for node in model.graph.node} & {"Sin", "Cos", "Shape", "Range", "ScatterND"}
-    reads_keys = [method == "tome" for _, method, _ in EXPORTS[group]]  # only other cuts read attention weights
-    assert attention_forms(model) == [form for keys in reads_keys for form in (keys, keys, True)]
+    fusable = [(method == "tome", method == "tome" or last) for _, method, last in EXPORTS[group]]
+    assert attention_forms(model) == [form for both in fusable for form in both]  # tome's cuts read keys alone
     weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     read = [weights[n.input[0]] for n in model.graph.node if n.op_type == "Gather" and n.input[0] in weights]
     tables = [rows for rows in read if rows.shape[-2:] == (17, 32)]
-    rotating = sum(part.family.rotary(part.model) is not None for part in module.parts)
-    assert len(tables) == 2 * rotating and all((rows[..., -1, :] == [0.0] * 16 + [1.0] * 16).all() for rows in tables)
+    assert len(tables) == READS[group] and all((rows[..., -1, :] == [0.0] * 16 + [1.0] * 16).all() for rows in tables)
 
 
-@pytest.mark.parametrize("kind", ["dinov3", "mixed"])
-def test_trunk_and_last_block_have_a_symbolic_token_axis(kind: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
-    """One block is repeated where its weights allow it; rows that do not rotate are computed from the stream."""
-    model = tiny(kind)
+def test_one_block_repeated_is_the_trunk(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    """With a symbolic token axis: rows that do not rotate are computed from the stream, for each head of `mixed`."""
+    model = tiny("mixed")
     rotation, blocks = rotation_of(model), list(model.module.blocks)
-    assert rotation is not None
-    trunk = Trunk(blocks, model.family, rotation)
-    block = export.graph_of_block(blocks[1], model.family, torch.zeros(2, model.vit.tokens, 48), rotation)
+    assert rotation is not None and rotation.heads == 3
+    block = export.graph_of_block(blocks[1], model.family, torch.zeros(2, 17, 48), rotation)
     assert block is not None
     export.save_trunk(chained(block, [export.weights_of(each) for each in blocks]), tmp_path / "trunk.onnx")
     assert attention_forms(onnx.load(tmp_path / "trunk.onnx")) == [True] * 3
-    last = LastBlock(blocks[2], model.family, model.vit.prefix, rotation)
-    export.trunk_from_module(last, torch.zeros(2, model.vit.tokens, 48), tmp_path / "last.onnx")
-    for tokens in (model.vit.prefix + 3, model.vit.tokens):
+    compare_at_two_counts(tmp_path / "trunk.onnx", Trunk(blocks, model.family, rotation), 1)
+
+
+def test_last_block_has_a_symbolic_token_axis(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    model = tiny("dinov3")
+    last = LastBlock(model.module.blocks[2], model.family, 5, rotation_of(model))
+    export.trunk_from_module(last, torch.zeros(2, 21, 48), tmp_path / "last.onnx")
+    compare_at_two_counts(tmp_path / "last.onnx", last, 5)
+
+
+def compare_at_two_counts(path: Path, module: torch.nn.Module, prefix: int) -> None:
+    """An ONNX file with a symbolic token axis and its module, at 3 and 16 body tokens."""
+    for tokens in (prefix + 3, prefix + 16):
         x = torch.randn(2, tokens, 48, generator=torch.Generator().manual_seed(tokens))
-        for name, module in (("trunk", trunk), ("last", last)):
-            fix_tokens(tmp_path / f"{name}.onnx", tokens, tmp_path / "fixed.onnx")
-            with torch.inference_mode():
-                torch.testing.assert_close(run(tmp_path / "fixed.onnx", x), module(x), atol=1e-5, rtol=1e-5)
+        fix_tokens(path, tokens, path.with_name("fixed.onnx"))
+        with torch.inference_mode():
+            torch.testing.assert_close(run(path.with_name("fixed.onnx"), x), module(x), atol=1e-5, rtol=1e-5)
 
 
 def test_rows_of_a_trunk_do_not_rotate(tiny: Callable[..., Any]) -> None:
@@ -266,6 +264,20 @@ def test_rows_of_a_trunk_do_not_rotate(tiny: Callable[..., Any]) -> None:
         for block in blocks:
             y = block(y, rope=None)
         torch.testing.assert_close(trunk(x), y, atol=1e-5, rtol=1e-5)
+
+
+def test_a_user_s_own_module_is_pruned_and_trained() -> None:
+    """Resized, with another head; gradients reach the frequencies of learnt rotary positions."""
+    torch.manual_seed(0)
+    module = timm.create_model("vit_small_patch16_rope_mixed_224", depth=2, img_size=64, num_classes=3)
+    module.reset_classifier(4)
+    model = load_model(module)
+    assert model.module is not module and (model.vit.image_px, model.vit.classes, model.vit.tokens) == (64, 4, 17)
+    schedule = Schedule(vit=model.vit, method="fold", policy="search", tokens=(9, 9))
+    pruned = pruned_from_module(model.module.train(), schedule)
+    pruned(images(2, 64)).square().sum().backward()
+    gradient = model.module.rope.freqs.grad
+    assert pruned.training and gradient is not None and bool((gradient.abs().amax(dim=(0, 2, 3)) > 0).all())
 
 
 def unpooled() -> Any:
