@@ -1,4 +1,4 @@
-"""Which timm VisionTransformers export: each with a folding schedule, ONNX Runtime's logits against PyTorch's.
+"""Which timm VisionTransformers and Evas export: each with a folding schedule, ONNX Runtime against PyTorch.
 
 python benchmarks/models.py [--only PATTERNS] [--resume FILE] [--out docs/models.md] [--memory-gib 10] [--minutes 20]
 Weights are random, then shaken so that no zero hides a term. Each architecture runs in a child process of its own,
@@ -47,13 +47,14 @@ NOISE = 0.02  # of the parameters' noise, as wide as timm's initial weights
 TOLERANCE = 1e-3  # largest difference of logits in units of their standard deviation
 COPIES = 2  # of its weights that a child holds at once: the module and its ONNX
 SPARE_BYTES = 1 << 30  # of memory that is left to others
+MODULES = ("vision_transformer", "deit", "eva")  # of timm
 PACKAGES = ("timm", "torch", "onnx", "onnxruntime")
 Row = dict[str, Any]
 
 
 def names() -> list[str]:
-    """What timm registers in the modules of its plain VisionTransformer, without deprecated names."""
-    return sorted({*timm.list_models(module="vision_transformer"), *timm.list_models(module="deit")})
+    """What timm registers in the modules of VisionTransformer and Eva, without deprecated names."""
+    return sorted({name for module in MODULES for name in timm.list_models(module=module)})
 
 
 def surveyed(name: str) -> Row:
@@ -206,13 +207,13 @@ def results(rows: list[Row], wanted: str, kept: Path, memory_bytes: int, limit_s
 
 
 def summary(rows: list[Row]) -> Row:
-    """How many names are plain, tried and ok; plain is what no feature of its architecture refuses."""
+    """How many names are supported, tried and ok; supported is what no feature of its architecture refuses."""
     refused = [row for row in rows if row.get("refused")]
     untried = [row["name"] for row in rows if not row.get("tried", True)]
     ok = sum(row["ok"] for row in rows)
-    plain = len(rows) - len(refused)
-    total: Row = {"names": len(rows), "plain": plain, "ok": ok, "share_of_plain": ok / plain if plain else 0.0}
-    total |= {"share_of_tried": ok / max(plain - len(untried), 1), "not_tried": untried}
+    supported = len(rows) - len(refused)
+    total: Row = {"names": len(rows), "supported": supported, "ok": ok, "share": ok / supported if supported else 0.0}
+    total |= {"share_of_tried": ok / max(supported - len(untried), 1), "not_tried": untried}
     return total | {"failed": [r["name"] for r in rows if not r["ok"] and r not in refused and r.get("tried", True)]}
 
 
@@ -224,12 +225,12 @@ def page(rows: list[Row], command: str) -> str:
     lines = [
         "# Models",
         "",
-        f"**{total['ok']} of {total['plain']} plain VisionTransformer names work ({total['share_of_plain']:.1%})**; "
+        f"**{total['ok']} of {total['supported']} supported names work ({total['share']:.1%})**; "
         f"{len(total['failed'])} fail, {len(total['not_tried'])} were not tried. Largest difference: "
         f"{max(row.get('difference', 0.0) for row in rows):.1e}.",
-        f"timm registers {total['names']} names in its modules vision_transformer and deit. The blocks of "
-        f"{total['names'] - total['plain']} of them are",
-        "not timm's Attention followed by an MLP; edgeprune refuses these and says what they have instead.",
+        f"timm registers {total['names']} names in its modules {', '.join(MODULES)}. edgeprune refuses "
+        f"{total['names'] - total['supported']} of them",
+        "and says why: their blocks are not attention followed by an MLP, or their images are not square.",
         "",
         f"Each model has random weights with added normal noise of {NOISE}, and a {METHOD} schedule: "
         "cuts at a quarter,",

@@ -50,8 +50,9 @@ def build(
     """Measure the staircase, choose a schedule, export, compile, time and evaluate it; write a bundle.
 
     Args:
-        model: A timm name, `hf-hub:ORG/NAME`, `local-dir:PATH`, or a timm VisionTransformer with the weights it has
-            (copied, never changed). The embedded digit classifier by default.
+        model: A timm name, `hf-hub:ORG/NAME`, `local-dir:PATH`, a folder in the format of transformers, or a timm
+            VisionTransformer or Eva with the weights it has (copied, never changed). The embedded digit classifier by
+            default.
         device: `cpu`, `cuda`, a Jetson of `edgeprune devices`, or a path to your own .toml.
         images: A folder of class folders, a CSV `image[,label]`, or a folder of pictures. Labels are optional.
         task: What the output is for, `classify` or `embed`; by default `embed` for a model without a head. Embeddings
@@ -173,7 +174,7 @@ def schedule(
 
 
 def prune(model: nn.Module, schedule: Schedule | str | Path) -> nn.Module:
-    """A timm VisionTransformer with a schedule, as a torch module: (B, 3, P, P) images to (B, classes) logits.
+    """A timm VisionTransformer or Eva with a schedule, as a torch module: (B, 3, P, P) images to (B, classes) logits.
 
     It shares its parameters with `model`, takes any batch size, runs on any device and can be trained: gradients
     flow through the tokens that are kept or merged, not through the choice of tokens. Raises ModelError for a model

@@ -13,7 +13,7 @@ import pytest
 from support import exports
 from support.builds import ONE_THREAD, Shallow, copied, shallow_model, shared_build
 from support.loopback import server
-from support.models import KINDS, shake
+from support.models import EVA_KINDS, KINDS, shake
 from support.paths import TESTS
 from support.records import NOISELESS, SETUP
 
@@ -70,9 +70,10 @@ def assets() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Any]:
-    """tiny(kind, depth=3) is an edgeprune Model of KINDS: 16 px, patch 4, width 48, 3 heads, 7 classes."""
+    """tiny(kind, depth=3) is a Model of KINDS or EVA_KINDS: 16 px, patch 4, width 48, 3 heads, 7 classes."""
     import timm.layers
     import timm.models.deit
+    import timm.models.eva
     import timm.models.vision_transformer as vits
     import torch
 
@@ -84,13 +85,15 @@ def tiny() -> Callable[..., Any]:
     def make(kind: str, depth: int = 3) -> Model:
         torch.manual_seed(0)
         options = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": depth, "num_heads": 3, "num_classes": 7}
-        options |= KINDS[kind]
+        options |= EVA_KINDS[kind] if kind in EVA_KINDS else KINDS[kind]
         gated = options.pop("gated", False)
         if "block" in options:
             options["block_fn"] = getattr(vits, options.pop("block"))
         if "mlp" in options:
             options["mlp_layer"] = getattr(timm.layers, options.pop("mlp"))
-        build = timm.models.deit.VisionTransformerDistilled if kind == "distilled" else vits.VisionTransformer
+        build: Any = timm.models.deit.VisionTransformerDistilled if kind == "distilled" else vits.VisionTransformer
+        if kind in EVA_KINDS:
+            build = timm.models.eva.Eva
         module = build(**options)
         for block in module.blocks if gated else ():
             block.attn.gate = torch.nn.Linear(48, 48)

@@ -32,6 +32,7 @@ from edgeprune.vit.fidelity import logits_of_schedule
 from edgeprune.vit.models import Model
 from edgeprune.vit.pruned import CutBlock, Trunk
 from edgeprune.vit.reducers import reducer_named
+from edgeprune.vit.rotary import rotation_of
 from gpu_steps.kit import ABOUT, LATENCY, PARITY, STORE, pruned, ranking_graph, read_json, variant, write_json
 
 PICTURES = 64
@@ -84,18 +85,21 @@ def prepare_latency(
     folder, vit, family = kit / model.vit.name, model.vit, model.family
     store = _store(folder, model, LATENCY, random=True)
     blocks: Any = model.module.blocks
-    middle = blocks[vit.depth // 2]
+    middle, rotation = blocks[vit.depth // 2], rotation_of(model)
     for batch in batches:
         stream = torch.zeros(batch, vit.tokens, vit.width)
         _export(
-            folder, f"block-b{batch}", store, lambda p, s=stream: trunk_from_module(Trunk([middle], family), s, p)
+            folder,
+            f"block-b{batch}",
+            store,
+            lambda p, s=stream: trunk_from_module(Trunk([middle], family, rotation), s, p),
         )
         _whole(
             folder, model, _schedule(vit, "none", (vit.tokens,) * vit.depth, False), batch, f"dense-b{batch}", store
         )
         for method in methods:
             for entering, leaving in cut_pairs(vit):
-                cut = CutBlock(middle, family, vit, leaving, reducer_named(method))  # type: ignore[arg-type]
+                cut = CutBlock(middle, family, vit, leaving, reducer_named(method), rotation)  # type: ignore[arg-type]
                 _export(
                     folder, f"cut-{method}-{entering}-{leaving}-b{batch}", store,
                     lambda p, c=cut, s=stream[:, :entering]: onnx_from_module(c, s, p, ("x", "y"), tensorrt=True),

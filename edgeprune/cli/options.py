@@ -12,7 +12,10 @@ from edgeprune.errors import InputError
 from edgeprune.scheduling import DEFAULT_ALPHA
 
 Device = Annotated[str, typer.Option(help="cpu, cuda, a Jetson (see `edgeprune devices`), or your own .toml")]
-Model = Annotated[str, typer.Option(help="name of a timm VisionTransformer; default: the embedded model")]
+Model = Annotated[
+    str,
+    typer.Option(help="name of a timm VisionTransformer or Eva, or a FOLDER of transformers; default: the embedded"),
+]
 Weights = Annotated[
     str | None, typer.Option(help="pretrained | embedded | FILE (.safetensors, or .pth with tensors only)")
 ]

@@ -30,7 +30,7 @@ def metadata_of(
         vit=model.vit,
         schedule=schedule,
         preprocessing=model.preprocessing,
-        labels=class_labels(model.vit, class_names) if model.task == "classify" else (),
+        labels=class_labels(model, class_names) if model.task == "classify" else (),
         recovery=recovery,
     )
 

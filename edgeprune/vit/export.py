@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from edgeprune.vit.families import Family
     from edgeprune.vit.models import Model
+    from edgeprune.vit.rotary import Rotation
 
 
 def onnx_from_module(
@@ -101,7 +102,9 @@ def save_trunk(model: onnx.ModelProto, path: Path, folder: Path | None = None) -
     save_apart(model, path, path.with_suffix(".weights"), folder)
 
 
-def graph_of_block(block: nn.Module, family: Family, example: Tensor) -> Repeatable | None:
+def graph_of_block(
+    block: nn.Module, family: Family, example: Tensor, rotation: Rotation | None = None
+) -> Repeatable | None:
     """The graph of a block without a cut on (B, N, C), to be repeated with other weights; None as in `repeatable`.
 
     It is exported with random weights: no two are equal, so that each is found in the graph. Raises ExportError.
@@ -115,7 +118,7 @@ def graph_of_block(block: nn.Module, family: Family, example: Tensor) -> Repeata
         if tensor.is_floating_point():
             tensor.copy_(torch.rand(tensor.shape, generator=generator))
     with tempfile.TemporaryDirectory() as folder:
-        model = _exported(Trunk([own], family), example, ("x", "y"), 1, None, Path(folder))
+        model = _exported(Trunk([own], family, rotation), example, ("x", "y"), 1, None, Path(folder))
         load_external_data_for_model(model, folder)
     return repeatable(model, weights_of(own))
 
@@ -153,7 +156,7 @@ def traced(
     dynamic: Any = None
     if symbolic_axis is not None:
         dynamic = ({symbolic_axis: torch.export.Dim.DYNAMIC},)
-    with _quiet(), unfused(module), fixed_size(module), operators_read_once(), torch.no_grad():
+    with _quiet(), unfused(module), fixed_size(module), fixed_places(module), operators_read_once(), torch.no_grad():
         program: Any = torch.onnx.export(
             module.eval(),
             (example,),
@@ -278,6 +281,22 @@ def fixed_size(module: nn.Module) -> Iterator[None]:
     finally:
         for model in sizeless:
             model.dynamic_img_size, model.patch_embed.flatten = True, False
+
+
+@contextmanager
+def fixed_places(module: nn.Module) -> Iterator[None]:
+    """Make the table of rotary positions a constant during an export; timm may compute it in every call."""
+    from edgeprune.vit.pruned import PrunedViT
+
+    pruned = [m for m in module.modules() if isinstance(m, PrunedViT)]
+    for each in pruned:
+        table = each.family.rotary(each.model)
+        each.rotary = None if table is None else table.detach()
+    try:
+        yield
+    finally:
+        for each in pruned:
+            each.rotary = None
 
 
 @contextmanager

@@ -14,10 +14,11 @@ from edgeprune.tasks import BY_NAME
 from edgeprune.vit.models import Model
 from edgeprune.vit.pruned import PrunedViT, random_kept, step
 from edgeprune.vit.reducers import reducer_named
+from edgeprune.vit.rotary import rows_of
+from edgeprune.vit.tokens import Stream
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
-    from torch import Tensor
 
 CHUNK = 16  # images at a time: activations stay in cache
 
@@ -67,12 +68,12 @@ class Evaluator:
         self.task = BY_NAME[model.task]
         self.reducer = reducer_named(method)
         self._blocks: Any = model.module.blocks
-        self._streams: list[list[tuple[Tensor, Tensor | None]]] = []  # by block, by chunk
+        self._streams: list[list[Stream]] = []  # by block, by chunk
         self._base: tuple[int, ...] = ()
         images = torch.from_numpy(normalise(pixels, model.preprocessing))
         with torch.inference_mode():
-            embedded = [model.family.embed(model.module, c) for c in images.split(CHUNK)]
-        self._embedded: list[tuple[Tensor, Tensor | None]] = [(x, None) for x in embedded]
+            self._table = model.family.rotary(model.module)
+            self._embedded = [Stream(model.family.embed(model.module, c)) for c in images.split(CHUNK)]
         dense = (model.vit.tokens,) * model.vit.depth
         self.dense_logits = self.base(dense)
 
@@ -83,7 +84,7 @@ class Evaluator:
         shared = self._shared(tokens)
         streams = self._streams[: shared + 1] or [self._embedded]
         for block in range(len(streams) - 1, self.model.vit.depth):
-            streams.append([self._step(block, x, sizes, tokens[block]) for x, sizes in streams[block]])
+            streams.append([self._step(block, stream, tokens[block]) for stream in streams[block]])
         self._streams, self._base = streams, tuple(tokens)
         return self._classify(streams[-1])
 
@@ -92,10 +93,10 @@ class Evaluator:
         check_tokens(tokens, self.model.vit, self.prefix_last)
         shared = self._shared(tokens)
         out = []
-        for x, sizes in self._streams[shared]:
+        for stream in self._streams[shared]:
             for block in range(shared, self.model.vit.depth):
-                x, sizes = self._step(block, x, sizes, tokens[block])
-            out.append((x, sizes))
+                stream = self._step(block, stream, tokens[block])
+            out.append(stream)
         return self._classify(out)
 
     def fidelity(self, tokens: Sequence[int]) -> Fidelity:
@@ -111,11 +112,11 @@ class Evaluator:
         generator = torch.Generator().manual_seed(seed)
         out = []
         with torch.inference_mode():
-            for x, _ in self._embedded:
-                kept = random_kept(x, tokens, self.model.vit.prefix, generator)
-                for block in self._blocks:
-                    kept = self.model.family.block(block, kept, None)
-                out.append((kept, None))
+            for stream in self._embedded:
+                x, _, places = random_kept(stream.x, tokens, self.model.vit.prefix, generator)
+                for index, block in enumerate(self._blocks):
+                    x = self.model.family.block(block, x, None, rows_of(self._table, index, places))
+                out.append(Stream(x))
         return self.compare(self._classify(out))
 
     def _shared(self, tokens: Sequence[int]) -> int:
@@ -124,15 +125,17 @@ class Evaluator:
             count += 1
         return count
 
-    def _step(self, block: int, x: Tensor, sizes: Tensor | None, keep: int) -> tuple[Tensor, Tensor | None]:
-        model = self.model
+    def _step(self, block: int, stream: Stream, keep: int) -> Stream:
+        model, vit = self.model, self.model.vit
         with torch.inference_mode():
-            if self.prefix_last and block == model.vit.depth - 1:
-                return model.family.prefix_only(self._blocks[block], x, sizes, model.vit.prefix), None
-            return step(model.family, self._blocks[block], x, sizes, keep, model.vit.prefix, self.reducer)
+            rows = rows_of(self._table, block, stream.places)
+            if self.prefix_last and block == vit.depth - 1:
+                x = model.family.prefix_only(self._blocks[block], stream.x, stream.sizes, vit.prefix, rows)
+                return Stream(x)
+            return step(model.family, self._blocks[block], stream, keep, vit, self.reducer, rows)
 
-    def _classify(self, streams: Sequence[tuple[Tensor, Tensor | None]]) -> NDArray[np.float32]:
+    def _classify(self, streams: Sequence[Stream]) -> NDArray[np.float32]:
         with torch.inference_mode():
-            rows = [self.model.family.classify(self.model.module, x) for x, _ in streams]
+            rows = [self.model.family.classify(self.model.module, stream.x) for stream in streams]
         logits: NDArray[np.float32] = torch.cat(rows).numpy()
         return logits

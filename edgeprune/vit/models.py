@@ -19,6 +19,7 @@ from edgeprune import zoo
 from edgeprune.errors import InputError, MissingError, ModelError, WeightsError, install
 from edgeprune.io import read_bytes
 from edgeprune.records import CROP_MODES, INTERPOLATIONS, Preprocessing, Vit
+from edgeprune.vit import hugging_face
 from edgeprune.vit.families import Family, family_of
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Model:
     vit: Vit
     preprocessing: Preprocessing
     task: str = "classify"  # of records.TASKS
+    labels: tuple[str, ...] | None = None  # names of the classes, where the checkpoint has them
 
 
 def load_model(
@@ -47,18 +49,26 @@ def load_model(
 ) -> Model:
     """A model by name with `weights`, or a timm module with the weights it has.
 
-    Names are timm's, `hf-hub:ORG/NAME`, `local-dir:PATH`, or the embedded model's. Weights are pretrained, embedded,
-    random, or a file (.safetensors, or .pth as tensors only); default: embedded for the embedded model, else
-    pretrained. A module is copied, never changed. `overrides` replaces keys of the data config (crop_pct,
-    interpolation, mean, std, crop_mode). `task` is what the output is for, by default embed where the model has no
-    head, else classify. Raises ModelError, WeightsError, MissingError, InputError.
+    Names are timm's, `hf-hub:ORG/NAME`, `local-dir:PATH`, the embedded model's, or the path of a folder in the format
+    of transformers (vit/hugging_face.py). Weights are pretrained, embedded, random, or a file (.safetensors, or .pth
+    as tensors only); default: embedded for the embedded model, else pretrained. A module is copied, never changed.
+    `overrides` replaces keys of the data config (crop_pct, interpolation, mean, std, crop_mode). `task` is what the
+    output is for, by default embed where the model has no head, else classify. Raises ModelError, WeightsError,
+    MissingError, InputError.
     """
     _require_timm()
-    state = config = None
+    state = config = labels = None
     if not isinstance(model, str):
         if weights is not None:
             raise WeightsError("a module already has weights: pass its timm name to load other weights")
         module, name = copy.deepcopy(model), str(_config_of(model).get("architecture") or type(model).__name__)
+    elif hugging_face.is_folder(model):
+        if weights not in (None, "pretrained", "random"):
+            raise WeightsError(f"{model} has weights of its own: leave out --weights")
+        found = hugging_face.read(Path(model), weights == "random")
+        module, state, config, labels = found.module, found.state, found.data, found.labels
+        weights, name = model, Path(model).resolve().name
+        task = task or ("classify" if found.classifies else "embed")
     else:
         weights, name = weights or ("embedded" if model == zoo.EMBEDDED else "pretrained"), _short_name(model)
         if weights == "embedded" and model != zoo.EMBEDDED:
@@ -74,7 +84,8 @@ def load_model(
     vit = family.describe(module, name, weights_sha256(module))
     assert vit.family == key
     how = _preprocessing(module, vit, config, overrides or {})
-    return Model(module.eval(), family, vit, how, task or task_of(module))
+    names = labels if labels and len(labels) == vit.classes else None
+    return Model(module.eval(), family, vit, how, task or task_of(module), names)
 
 
 def task_of(module: Any) -> str:
@@ -116,11 +127,15 @@ def _create(name: str, weights: str, state: dict[str, Tensor] | None) -> nn.Modu
     if name == zoo.EMBEDDED:
         embedded: nn.Module = zoo.vit_digits()
         return embedded
+    if "/" in name and name.partition(":")[0] not in SOURCES:
+        raise ModelError(
+            f"{name}: no such folder: for a model of the hub, `hf download {name} --local-dir DIR` first"
+        )
     options: dict[str, Any] = {}
     if state is not None and "head.weight" in state and state["head.weight"].ndim == 2:
         options["num_classes"] = state["head.weight"].shape[0]
     if name.partition(":")[0] not in SOURCES and not timm.is_model(name.split(".")[0]):
-        near = difflib.get_close_matches(name, timm.list_models("*vit*") + timm.list_models("deit*"), 3)
+        near = difflib.get_close_matches(name, timm.list_models(["*vit*", "deit*", "eva*"]), 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see `timm.list_models('vit_*')`"
         raise ModelError(f"timm has no model {name!r}: {hint}")
     if weights == "pretrained":  # before they are downloaded
@@ -174,10 +189,11 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 def _fill(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """Load a state dict strictly; timm's filter first converts other authors' key names. Raises WeightsError."""
     if set(state) != set(module.state_dict()):
-        from timm.models.vision_transformer import checkpoint_filter_fn
+        from timm.models import eva, vision_transformer
 
+        convert = eva if isinstance(module, eva.Eva) else vision_transformer
         with suppress(Exception):  # unknown key names: the checks below say what is wrong
-            state = checkpoint_filter_fn(state, module)
+            state = convert.checkpoint_filter_fn(state, module)
     own = module.state_dict()
     missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
     if missing or extra:
@@ -237,10 +253,13 @@ def _triple(values: Any) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def class_labels(vit: Vit, class_names: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Names of the classes: those of the image folders, of the embedded model or of ImageNet, else numbers."""
+def class_labels(model: Model, class_names: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Names of the classes: of the image folders, the checkpoint, the embedded model or ImageNet, else numbers."""
+    vit = model.vit
     if class_names is not None and len(class_names) == vit.classes:
         return class_names
+    if model.labels is not None:
+        return model.labels
     if vit.name == zoo.EMBEDDED:
         return zoo.CLASS_NAMES
     if vit.classes == 1000:

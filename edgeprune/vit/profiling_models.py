@@ -20,6 +20,7 @@ from edgeprune.vit import export
 from edgeprune.vit.models import Model
 from edgeprune.vit.pruned import CutBlock, Fixed, LastBlock, PrunedViT, Trunk
 from edgeprune.vit.reducers import reducer_named
+from edgeprune.vit.rotary import rotation_of
 
 
 def export_profiling_models(
@@ -47,6 +48,7 @@ def export_profiling_models(
     check_profiling_models(folder, vit, batch, precision)
     stream = torch.zeros(batch, vit.tokens, vit.width)
     images = torch.zeros(batch, 3, vit.image_px, vit.image_px)
+    rotation = rotation_of(model)
     dense = PrunedViT(module, family, vit, (vit.tokens,) * vit.depth, None)
     convert = CONVERSIONS.get(precision)
 
@@ -71,12 +73,12 @@ def export_profiling_models(
     if paired:
         missing(PAIR, lambda p: trunks.write(p, [blocks[vit.depth // 2 - 1], middle]))
     if vit.prefix_pooled:
-        last = LastBlock(middle, family, vit.prefix)
+        last = LastBlock(middle, family, vit.prefix, rotation)
         missing("last.onnx", lambda p: export.trunk_from_module(last, stream, p, convert=convert))
     for method, reducer in reducers.items():
         for entering, leaving in cut_pairs(vit) if reducer else ():
             assert reducer is not None
-            cut = CutBlock(middle, family, vit, leaving, reducer)
+            cut = CutBlock(middle, family, vit, leaving, reducer, rotation)
             example = stream[:, :1].expand(-1, entering, -1).contiguous()
             name = f"cut-{method}-{entering}-{leaving}.onnx"
             missing(name, lambda p, c=cut, e=example: export.onnx_from_module(  # type: ignore[misc]
@@ -88,6 +90,7 @@ class _Trunks:
 
     def __init__(self, model: Model, stream: torch.Tensor, convert: Convert | None) -> None:
         self.family, self.stream, self.convert = model.family, stream, convert
+        self.rotation = rotation_of(model)
         blocks: Any = model.module.blocks
         self.middle = blocks[model.vit.depth // 2]
         self.alike = alike(blocks)
@@ -95,12 +98,12 @@ class _Trunks:
     @cached_property
     def block(self) -> Repeatable | None:
         """The graph to repeat; None where blocks have to be exported together."""
-        return export.graph_of_block(self.middle, self.family, self.stream) if self.alike else None
+        return export.graph_of_block(self.middle, self.family, self.stream, self.rotation) if self.alike else None
 
     def write(self, path: Path, blocks: Sequence[torch.nn.Module]) -> None:
         """Write the trunk of some blocks. Raises ExportError, OutputError."""
         if self.block is None:
-            export.trunk_from_module(Trunk(blocks, self.family), self.stream, path, self.convert)
+            export.trunk_from_module(Trunk(blocks, self.family, self.rotation), self.stream, path, self.convert)
             return
         model = chained(self.block, [export.weights_of(each) for each in blocks])
         export.save_trunk(model if self.convert is None else self.convert(model), path)

@@ -12,7 +12,8 @@ from edgeprune.errors import InputError
 from edgeprune.records import Schedule, Vit, check_tokens
 from edgeprune.vit.families import Family, family_of
 from edgeprune.vit.reducers import reducer_named
-from edgeprune.vit.tokens import Reducer
+from edgeprune.vit.rotary import Rotation, moved, rows_of
+from edgeprune.vit.tokens import Reducer, Stream
 
 
 class PrunedViT(nn.Module):
@@ -22,6 +23,8 @@ class PrunedViT(nn.Module):
     the last block computes only the prefix tokens, which is lossless for a head that reads only those; it cannot
     remove tokens then. Raises ValueError for an invalid schedule.
     """
+
+    rotary: Tensor | None
 
     def __init__(
         self,
@@ -42,56 +45,64 @@ class PrunedViT(nn.Module):
         self.tokens = tuple(tokens)
         self.reducer = reducer
         self.prefix_last = prefix_last
+        self.register_buffer("rotary", None, persistent=False)  # the table as a constant, set during an export
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, 3, P, P) images to (B, classes) logits."""
-        x = self.family.embed(self.model, images)
+        table = self.family.rotary(self.model) if self.rotary is None else self.rotary
         last = self.vit.depth - 1 if self.prefix_last else self.vit.depth
-        x, sizes = self.blocks(x, None, 0, last)
+        stream = self.blocks(Stream(self.family.embed(self.model, images)), 0, last, table)
+        x = stream.x
         if self.prefix_last:
             blocks: Any = self.model.blocks
-            x = self.family.prefix_only(blocks[last], x, sizes, self.vit.prefix)
+            rows = rows_of(table, last, stream.places)
+            x = self.family.prefix_only(blocks[last], x, stream.sizes, self.vit.prefix, rows)
         return self.family.classify(self.model, x)
 
-    def blocks(self, x: Tensor, sizes: Tensor | None, start: int, stop: int) -> tuple[Tensor, Tensor | None]:
-        """Blocks start..stop-1 on the stream x (B, N, C) and the token sizes (B, N), if there are any."""
+    def blocks(self, stream: Stream, start: int, stop: int, table: Tensor | None) -> Stream:
+        """Blocks start..stop-1; `table` is that of the family's rotary()."""
         blocks: Any = self.model.blocks
-        for block, keep in zip(blocks[start:stop], self.tokens[start:stop], strict=True):
-            x, sizes = step(self.family, block, x, sizes, keep, self.vit.prefix, self.reducer)
-        return x, sizes
+        for index in range(start, stop):
+            rows = rows_of(table, index, stream.places)
+            stream = step(self.family, blocks[index], stream, self.tokens[index], self.vit, self.reducer, rows)
+        return stream
 
 
 def step(
     family: Family,
     block: Any,
-    x: Tensor,
-    sizes: Tensor | None,
+    stream: Stream,
     keep: int,
-    prefix: int,
+    vit: Vit,
     reducer: Reducer | None,
-) -> tuple[Tensor, Tensor | None]:
+    rows: Tensor | None = None,
+) -> Stream:
     """One block that leaves `keep` tokens: timm's own block if that is all, else with a cut before its MLP."""
+    x, sizes, places = stream
     if keep == x.shape[1]:
-        return family.block(block, x, sizes), sizes
+        return Stream(family.block(block, x, sizes, rows), sizes, places)
     assert reducer is not None
-    attended = family.attend(block, x, sizes)
-    x, sizes = reducer(attended.out, sizes, attended, keep, prefix)
+    attended = family.attend(block, x, sizes, rows)
+    x, sizes, kept = reducer(attended.out, sizes, attended, keep, vit.prefix)
     assert x.shape[1] == keep, f"the reducer left {x.shape[1]} tokens instead of {keep}"
-    return family.mlp(block, x), sizes
+    return Stream(
+        family.mlp(block, x), sizes, None if rows is None else moved(places, kept(), vit.tokens - vit.prefix)
+    )
 
 
 class Trunk(nn.Module):
     """Blocks without a cut: (B, n, C) to (B, n, C), for any n. The staircase is measured on it."""
 
-    def __init__(self, blocks: Sequence[nn.Module], family: Family) -> None:
+    def __init__(self, blocks: Sequence[nn.Module], family: Family, rotation: Rotation | None = None) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
-        self.family = family
+        self.family, self.rotation = family, rotation
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, C) to (B, n, C)."""
+        rows = self.rotation.rows(x) if self.rotation else None
         for block in self.blocks:
-            x = self.family.block(block, x, None)
+            x = self.family.block(block, x, None, rows)
         return x
 
 
@@ -111,37 +122,48 @@ class Fixed(nn.Module):
 class CutBlock(nn.Module):
     """One block with a cut: (B, n, C) to (B, keep, C). The cost of a cut is measured on it."""
 
-    def __init__(self, block: nn.Module, family: Family, vit: Vit, keep: int, reducer: Reducer) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        family: Family,
+        vit: Vit,
+        keep: int,
+        reducer: Reducer,
+        rotation: Rotation | None = None,
+    ) -> None:
         super().__init__()
         self.block, self.family, self.vit, self.keep, self.reducer = block, family, vit, keep, reducer
+        self.rotation = rotation
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, C) to (B, keep, C)."""
-        return step(self.family, self.block, x, None, self.keep, self.vit.prefix, self.reducer)[0]
+        rows = self.rotation.rows(x) if self.rotation else None
+        return step(self.family, self.block, Stream(x), self.keep, self.vit, self.reducer, rows).x
 
 
 class LastBlock(nn.Module):
     """The last block for the prefix only: (B, n, C) to (B, prefix, C). Measured for `prefix_last`."""
 
-    def __init__(self, block: nn.Module, family: Family, prefix: int) -> None:
+    def __init__(self, block: nn.Module, family: Family, prefix: int, rotation: Rotation | None = None) -> None:
         super().__init__()
-        self.block, self.family, self.prefix = block, family, prefix
+        self.block, self.family, self.prefix, self.rotation = block, family, prefix, rotation
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, n, C) to (B, prefix, C)."""
-        return self.family.prefix_only(self.block, x, None, self.prefix)
+        rows = self.rotation.rows(x) if self.rotation else None
+        return self.family.prefix_only(self.block, x, None, self.prefix, rows)
 
 
 @torch.no_grad()
-def random_kept(x: Tensor, keep: int, prefix: int, generator: torch.Generator) -> Tensor:
-    """(B, N, C) to (B, keep, C): the prefix and random other tokens, chosen separately for each image.
+def random_kept(x: Tensor, keep: int, prefix: int, generator: torch.Generator) -> Stream:
+    """Of (B, N, C) the prefix and random other tokens, `keep` in all, chosen separately for each image.
 
     The paper estimates A(n) in this way (arXiv 2407.05941, sec. 3).
     """
     noise = torch.rand(x.shape[0], x.shape[1] - prefix, generator=generator)
-    index = noise.topk(keep - prefix, dim=1).indices + prefix
-    body = x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
-    return torch.cat([x[:, :prefix], body], dim=1)
+    places = noise.topk(keep - prefix, dim=1).indices
+    body = x.gather(1, prefix + places[..., None].expand(-1, -1, x.shape[2]))
+    return Stream(torch.cat([x[:, :prefix], body], dim=1), None, places)
 
 
 def pruned_from_module(model: nn.Module, schedule: Schedule) -> PrunedViT:

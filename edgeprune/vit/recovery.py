@@ -23,6 +23,8 @@ from edgeprune.vit.augmentation import Augmentation, augmented
 from edgeprune.vit.models import weights_sha256
 from edgeprune.vit.pruned import PrunedViT
 from edgeprune.vit.recovery_files import State, weights_of
+from edgeprune.vit.rotary import rows_of
+from edgeprune.vit.tokens import Stream
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -238,12 +240,14 @@ def traced(pruned: PrunedViT, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     """
     blocks: Any = pruned.model.blocks
     vit, family, passed = pruned.vit, pruned.family, []
-    x, sizes = family.embed(pruned.model, images), None
-    for block in range(vit.depth - pruned.prefix_last):
-        x, sizes = pruned.blocks(x, sizes, block, block + 1)
-        passed.append(x[:, : vit.prefix])
+    table, last = family.rotary(pruned.model), vit.depth - pruned.prefix_last
+    stream = Stream(family.embed(pruned.model, images))
+    for block in range(last):
+        stream = pruned.blocks(stream, block, block + 1, table)
+        passed.append(stream.x[:, : vit.prefix])
+    x = stream.x
     if pruned.prefix_last:
-        x = family.prefix_only(blocks[-1], x, sizes, vit.prefix)
+        x = family.prefix_only(blocks[last], x, stream.sizes, vit.prefix, rows_of(table, last, stream.places))
         passed.append(x)
     return family.classify(pruned.model, x), passed if vit.prefix else []
 

@@ -18,7 +18,7 @@ from edgeprune.tasks import BY_NAME
 from edgeprune.vit.models import Model
 from edgeprune.vit.pruned import PrunedViT
 from edgeprune.vit.reducers import reducer_named
-from edgeprune.vit.tokens import Attended, Reducer
+from edgeprune.vit.tokens import Attended, Reduced, Reducer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -80,9 +80,7 @@ class Watched:
         self.reducer = reducer
         self.moved: list[Tensor] = []
 
-    def __call__(
-        self, x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> Reduced:
         share, place = shares(self.reducer, x, sizes, attended, keep, prefix).max(dim=1)
         self.moved.append(torch.where(share > 0, place, -1))
         return self.reducer(x, sizes, attended, keep, prefix)
@@ -98,7 +96,7 @@ def shares(reducer: Reducer, x: Tensor, sizes: Tensor | None, attended: Attended
     marks = pad(torch.eye(keep, dtype=x.dtype), (0, -keep % channels)).split(channels, dim=1)
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        left, _ = reducer(x, sizes, attended, keep, prefix)
+        left = reducer(x, sizes, attended, keep, prefix).x
         weights = [torch.autograd.grad(left, x, mark.expand_as(left), retain_graph=True)[0] for mark in marks]
     return torch.cat(weights, dim=2)[..., :keep].transpose(1, 2)
 

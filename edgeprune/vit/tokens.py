@@ -1,11 +1,20 @@
-"""The interface between families and reducers: plain tensors, no model."""
+"""The interface between families and reducers: plain tensors, no model. B images, N tokens of which M in the body."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+class Stream(NamedTuple):
+    """The tokens between two blocks. The body is all tokens except the prefix."""
+
+    x: Tensor  # (B, N, C)
+    sizes: Tensor | None = None  # (B, N); None if every token still represents only itself
+    places: Tensor | None = None  # (B, M) row of the table of vit/rotary.py; None if no token has moved, or no table
 
 
 class Attended(NamedTuple):
@@ -17,14 +26,23 @@ class Attended(NamedTuple):
     values: Tensor  # (B, H, N, D)
 
 
+class Reduced(NamedTuple):
+    """What a reducer leaves: K tokens.
+
+    `kept` gives, for each that is not in the prefix, the index in the body of the token whose place it has; M for a
+    mean without a place. It is called only for rotary positions, so that other graphs have no trace of it.
+    """
+
+    x: Tensor  # (B, K, C)
+    sizes: Tensor | None  # (B, K); None if later attention does not depend on sizes
+    kept: Callable[[], Tensor]  # (B, K - prefix)
+
+
 class Reducer(Protocol):
     """A way of reducing the number of tokens.
 
     Takes the stream `x` (B, N, C) and token `sizes` (B, N), None if every token still represents only itself.
-    Returns exactly `keep` tokens, of which the first `prefix` are unchanged and in place, and their sizes, None if
-    later attention does not depend on sizes.
+    Returns exactly `keep` tokens, of which the first `prefix` are unchanged and in place.
     """
 
-    def __call__(
-        self, x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int
-    ) -> tuple[Tensor, Tensor | None]: ...
+    def __call__(self, x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> Reduced: ...

@@ -47,6 +47,7 @@ def all_at_once(model: Any) -> Any:
 
     from edgeprune.vit.pruned import step
     from edgeprune.vit.reducers import reducer_named
+    from edgeprune.vit.tokens import Stream
 
     class Methods(torch.nn.Module):
         def __init__(self) -> None:
@@ -54,15 +55,16 @@ def all_at_once(model: Any) -> Any:
             self.model = model.module
 
         def forward(self, images: Any) -> Any:
-            family, prefix, blocks = model.family, model.vit.prefix, self.model.blocks
+            family, vit, blocks = model.family, model.vit, self.model.blocks
             logits, start = [], family.embed(self.model, images)
             for method in METHODS:
                 reducer = reducer_named(method)
                 keep, again = CUTS if reducer else (start.shape[1],) * 2
-                x, sizes = step(family, blocks[0], start, None, keep, prefix, reducer)
-                if sizes is not None and len(images) > 1:  # a second cut weighs tokens by their sizes
-                    x, sizes = step(family, blocks[1], x, sizes, again, prefix, reducer)
-                last = family.prefix_only(blocks[2], x, sizes, prefix), family.block(blocks[2], x, sizes)
+                stream = step(family, blocks[0], Stream(start), keep, vit, reducer)
+                if stream.sizes is not None and len(images) > 1:  # a second cut weighs tokens by their sizes
+                    stream = step(family, blocks[1], stream, again, vit, reducer)
+                x, sizes, _ = stream
+                last = family.prefix_only(blocks[2], x, sizes, vit.prefix), family.block(blocks[2], x, sizes)
                 logits += [family.classify(self.model, each) for each in last]
             return torch.cat(logits, dim=1)
 

@@ -16,6 +16,7 @@ from edgeprune.errors import ModelError
 from edgeprune.vit.families import family_named, family_of
 from edgeprune.vit.pruned import PrunedViT, Trunk, random_kept
 from edgeprune.vit.reducers import reducer_named
+from edgeprune.vit.tokens import Stream
 
 REAL: dict[str, tuple[int, int, dict[str, Any]]] = {  # prefix, tokens, options
     "vit_tiny_patch16_224": (1, 197, {}),
@@ -95,7 +96,7 @@ def test_every_block_leaves_the_tokens_of_the_schedule(kind: str, method: str, t
                 pruned = PrunedViT(model.module, model.family, model.vit, tokens, reducer_named(method))
                 assert pruned(torch.randn(2, 3, 16, 16)).shape == (2, 7)
                 x = torch.randn(2, full, model.vit.width)
-                assert [pruned.blocks(x, None, 0, stop)[0].shape[1] for stop in (1, 2, 3)] == list(tokens)
+                assert [pruned.blocks(Stream(x), 0, stop, None).x.shape[1] for stop in (1, 2, 3)] == list(tokens)
             assert seen[:3] == list(tokens)
     finally:
         for hook in hooks:
@@ -180,7 +181,7 @@ def test_trunk_takes_any_number_of_tokens(tiny: Callable[..., Any]) -> None:
 
 def test_random_choice_keeps_the_prefix_and_each_body_token_at_most_once() -> None:
     x = torch.arange(20.0).repeat(64, 1)[..., None]
-    kept = random_kept(x, 8, 2, torch.Generator().manual_seed(0))[..., 0]
+    kept = random_kept(x, 8, 2, torch.Generator().manual_seed(0)).x[..., 0]
     assert torch.equal(kept[:, :2], x[:, :2, 0])
     body = [set(row.tolist()) for row in kept[:, 2:]]
     assert all(len(row) == 6 and min(row) >= 2 for row in body)

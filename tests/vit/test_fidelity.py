@@ -51,7 +51,7 @@ def test_only_blocks_after_the_base_run_again(
     step = fidelity.step
 
     def counted(*args: Any) -> Any:
-        ran.append(args[4])
+        ran.append(args[3])
         return step(*args)
 
     monkeypatch.setattr(fidelity, "step", counted)

@@ -130,7 +130,7 @@ def test_equals_the_reference(method: str, prefix: int) -> None:
     for batch in (1, 3):
         given = attended(batch, prefix)
         for keep in (prefix + more for more in KEEPS):
-            found, sizes = reducer(given.out, None, given, keep, prefix)
+            found, sizes, _ = reducer(given.out, None, given, keep, prefix)
             assert found.shape == (batch, keep, WIDTH) and sizes is None
             assert torch.equal(found[:, :prefix], given.out[:, :prefix])
             for image in range(batch):
@@ -151,7 +151,7 @@ def test_merging_equals_the_reference(method: str, prefix: int, sized: bool) -> 
     for batch in (1, 3):
         given, sizes = attended(batch, prefix), sizes_of(batch, prefix)
         for keep in (prefix + more for more in KEEPS if method == "fold" or more >= BODY // 2):
-            found, new_sizes = reducer(given.out, sizes if sized else None, given, keep, prefix)
+            found, new_sizes, _ = reducer(given.out, sizes if sized else None, given, keep, prefix)
             assert new_sizes is not None
             assert torch.equal(found[:, :prefix], given.out[:, :prefix])
             for image in range(batch):
@@ -174,7 +174,7 @@ def test_merging_throws_nothing_away_however_deep_the_cut(method: str) -> None:
     for prefix in PREFIXES:
         given, sizes = attended(3, prefix), sizes_of(3, prefix)
         for keep in range(prefix + 1, prefix + BODY):
-            found, new_sizes = reducer(given.out, sizes, given, keep, prefix)
+            found, new_sizes, _ = reducer(given.out, sizes, given, keep, prefix)
             assert found.shape == (3, keep, WIDTH) and new_sizes is not None and new_sizes.shape == (3, keep)
             torch.testing.assert_close(new_sizes.sum(1), sizes.sum(1))
             before, after = (given.out * sizes[..., None]).sum(1), (found * new_sizes[..., None]).sum(1)
@@ -188,11 +188,11 @@ def test_an_image_does_not_depend_on_its_batch_mates(method: str, prefix: int) -
     assert reducer is not None
     for seed in range(5):
         given = attended(4, prefix, seed=seed)
-        together, sizes = reducer(given.out, None, given, prefix + 7, prefix)
+        together, sizes, _ = reducer(given.out, None, given, prefix + 7, prefix)
         assert together.shape == (4, prefix + 7, WIDTH)
         for image in range(4):
             alone = Attended(*(t[image : image + 1] for t in given))
-            single, single_sizes = reducer(alone.out, None, alone, prefix + 7, prefix)
+            single, single_sizes, _ = reducer(alone.out, None, alone, prefix + 7, prefix)
             torch.testing.assert_close(together[image], single[0], atol=1e-6, rtol=0)
             if sizes is not None and single_sizes is not None:
                 assert torch.equal(sizes[image], single_sizes[0])
@@ -202,7 +202,7 @@ def test_evit_stays_exact_where_hardly_any_attention_is_left() -> None:
     given = attended(3, 1, sharp=4.0)
     reducer = reducer_named("evit")
     assert reducer is not None
-    found, _ = reducer(given.out, None, given, BODY, 1)
+    found, _, _ = reducer(given.out, None, given, BODY, 1)
     for image in range(3):
         x, weights, values = (t[image].double().numpy() for t in (given.out, given.weights, given.values))
         _, fused = evit(x, weights, values, BODY, 1)

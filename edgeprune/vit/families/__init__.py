@@ -12,11 +12,22 @@ from edgeprune.vit.tokens import Attended
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-FAMILIES = {"vit": "edgeprune.vit.families.vit"}
+FAMILIES = {"vit": "edgeprune.vit.families.vit", "eva": "edgeprune.vit.families.eva"}
 
 
 class Family(Protocol):
-    """Functions of a module, applied to a timm model that is never changed. B images, N tokens, C channels."""
+    """Functions of a module, applied to a timm model that is never changed. B images, N tokens, C channels.
+
+    `rows` are the rotary rows of the body tokens that enter a block, from rows_of in vit/rotary.py.
+    """
+
+    def owns(self, model: Any) -> bool:
+        """Is a model of this family?"""
+        ...
+
+    def unsupported(self, model: Any) -> str | None:
+        """Why a model of this family cannot be pruned, or None."""
+        ...
 
     def describe(self, model: Any, name: str, weights_sha256: str) -> Vit:
         """The model's record. Raises ModelError naming the feature that is not supported."""
@@ -26,15 +37,21 @@ class Family(Protocol):
         """(B, 3, P, P) images to the (B, N, C) tokens that enter block 0."""
         ...
 
-    def block(self, block: Any, x: Tensor, sizes: Tensor | None) -> Tensor:
+    def rotary(self, model: Any) -> Tensor | None:
+        """The model's table of rotary positions (vit/rotary.py), or None."""
+        ...
+
+    def block(self, block: Any, x: Tensor, sizes: Tensor | None, rows: Tensor | None = None) -> Tensor:
         """timm's own block, (B, N, C) to (B, N, C), with proportional attention if sizes (B, N) are given."""
         ...
 
-    def attend(self, block: Any, x: Tensor, sizes: Tensor | None) -> Attended:
+    def attend(self, block: Any, x: Tensor, sizes: Tensor | None, rows: Tensor | None = None) -> Attended:
         """Attention and residual of a block, with its softmax weights, keys and values."""
         ...
 
-    def prefix_only(self, block: Any, x: Tensor, sizes: Tensor | None, prefix: int) -> Tensor:
+    def prefix_only(
+        self, block: Any, x: Tensor, sizes: Tensor | None, prefix: int, rows: Tensor | None = None
+    ) -> Tensor:
         """The last block for only the first `prefix` tokens: (B, N, C) to (B, prefix, C)."""
         ...
 
@@ -49,14 +66,15 @@ class Family(Protocol):
 
 def family_of(model: nn.Module) -> tuple[str, Family]:
     """The key and module of the family that supports a model. Raises ModelError with the reason if none does."""
-    reasons = []
-    for key, module in FAMILIES.items():
-        family: Any = importlib.import_module(module)
-        reason = family.unsupported(model)
-        if reason is None:
+    for key in FAMILIES:
+        family = family_named(key)
+        if family.owns(model):
+            reason = family.unsupported(model)
+            if reason is not None:
+                raise ModelError(reason)
             return key, family
-        reasons.append(reason)
-    raise ModelError("; ".join(reasons))
+    kind = type(model).__name__
+    raise ModelError(f"{kind} is not a timm VisionTransformer or Eva: choose one of `timm.list_models('vit_*')`")
 
 
 def family_named(key: str) -> Family:

@@ -14,11 +14,13 @@ from edgeprune.records import Vit
 from edgeprune.vit.tokens import Attended
 
 
-def unsupported(model: nn.Module) -> str | None:
-    """Why this family cannot prune `model`, or None."""
-    kind = type(model).__name__
-    if not isinstance(model, VisionTransformer):
-        return f"{kind} is not a timm VisionTransformer: choose one of `timm.list_models('vit_*')`"
+def owns(model: nn.Module) -> bool:
+    """Is `model` of this family?"""
+    return isinstance(model, VisionTransformer)
+
+
+def unsupported(model: Any) -> str | None:
+    """Why a model of this family cannot be pruned, or None."""
     for index, block in enumerate(model.blocks):
         if type(block) not in (Block, ResPostBlock):
             kind = type(block).__name__
@@ -66,7 +68,12 @@ def embed(model: Any, images: Tensor) -> Tensor:
     return out
 
 
-def block(block: Any, x: Tensor, sizes: Tensor | None) -> Tensor:
+def rotary(model: Any) -> Tensor | None:
+    """None: positions are added to the tokens."""
+    return None
+
+
+def block(block: Any, x: Tensor, sizes: Tensor | None, rows: Tensor | None = None) -> Tensor:
     """timm's own block, so that runtimes can fuse its attention; sizes become an attention mask."""
     out: Tensor = block(x) if sizes is None else block(x, attn_mask=size_bias(sizes))
     return out
@@ -77,7 +84,7 @@ def size_bias(sizes: Tensor) -> Tensor:
     return sizes.log()[:, None, None, :]
 
 
-def attend(block: Any, x: Tensor, sizes: Tensor | None) -> Attended:
+def attend(block: Any, x: Tensor, sizes: Tensor | None, rows: Tensor | None = None) -> Attended:
     """timm's Attention step by step, with the scale before the first matmul as TensorRT's fusion requires."""
     pre_norm = isinstance(block, Block)
     attn = block.attn
@@ -94,7 +101,7 @@ def attend(block: Any, x: Tensor, sizes: Tensor | None) -> Attended:
     return Attended(x + _project(block, out, y), weights, keys, values)
 
 
-def prefix_only(block: Any, x: Tensor, sizes: Tensor | None, prefix: int) -> Tensor:
+def prefix_only(block: Any, x: Tensor, sizes: Tensor | None, prefix: int, rows: Tensor | None = None) -> Tensor:
     """(B, N, C) to (B, prefix, C): queries, projection and MLP for the prefix, keys and values for all.
 
     The values equal those of the whole block for its first tokens.

@@ -43,6 +43,12 @@ def take(x: Tensor, index: Tensor) -> Tensor:
     return flat.reshape(batch, -1, channels)
 
 
+def and_a_mean(index: Tensor, body: Tensor) -> Tensor:
+    """(B, K + 1): the indices (B, K) in the body (B, M, C), then M for a mean of the others, which has no place."""
+    mean = torch.full((len(body), 1), body.shape[1], device=body.device)
+    return torch.cat([index, mean], dim=1) if index.shape[1] else mean
+
+
 def one_hot(index: Tensor, count: int, prefix: int = 0) -> Tensor:
     """One-hot booleans (B, M, count) of indices (B, M, 1) below `count - prefix`, by comparison instead of scatter.
 

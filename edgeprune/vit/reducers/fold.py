@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from edgeprune.vit.reducers.common import best, one_hot, take
-from edgeprune.vit.tokens import Attended
+from edgeprune.vit.tokens import Attended, Reduced
 
 
-def fold(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> tuple[Tensor, Tensor | None]:
+def fold(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> Reduced:
     """(B, N, C) to (B, keep, C) and sizes (B, keep): the prefix, then the keep - prefix best; nothing is dropped.
 
     Similarity is the cosine of the tokens themselves; a folded token is the mean weighted by size. One sort
@@ -28,7 +28,7 @@ def fold(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix:
     if sizes is not None:
         kept, others = kept * mass[:, :keep], others * mass[:, keep:]
     total = mass[:, :keep] + gathered @ mass[:, keep:]
-    return (kept + gathered @ others) / total, total[..., 0]
+    return Reduced((kept + gathered @ others) / total, total[..., 0], lambda: order[:, prefix:keep] - prefix)
 
 
 def attention_received(attended: Attended, prefix: int) -> Tensor:

@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from edgeprune.vit.reducers.common import best, cls_score, take
-from edgeprune.vit.tokens import Attended
+from edgeprune.vit.tokens import Attended, Reduced
 
 
-def topk(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> tuple[Tensor, Tensor | None]:
+def topk(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix: int) -> Reduced:
     """(B, N, C) to (B, keep, C): prefix, then the keep - prefix best by CLS attention."""
     index = best(cls_score(attended, prefix), keep - prefix)
-    return torch.cat([x[:, :prefix], take(x[:, prefix:], index)], dim=1), None
+    return Reduced(torch.cat([x[:, :prefix], take(x[:, prefix:], index)], dim=1), None, lambda: index)
