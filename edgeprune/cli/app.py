@@ -15,8 +15,8 @@ class Commands(TyperGroup):
     """All commands. Typer has no options whose value may be left out: `--recover` alone becomes `--recover=`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        after = [*args[1:], "-"]
-        alone = (arg == "--recover" and following.startswith("-") for arg, following in zip(args, after, strict=True))
+        following = [*args[1:], "-"]
+        alone = [arg == "--recover" and after.startswith("-") for arg, after in zip(args, following, strict=False)]
         return super().parse_args(ctx, [f"{a}=" if is_alone else a for a, is_alone in zip(args, alone, strict=True)])
 
 

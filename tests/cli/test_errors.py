@@ -67,7 +67,8 @@ def test_unknown_model_suggests_near_names(fails: Callable[..., str]) -> None:
 
 
 def test_hopeless_name_says_where_names_are(fails: Callable[..., str]) -> None:
-    assert "timm.list_models" in fails("build", "--model", "../../etc/passwd")
+    assert "timm.list_models" in fails("build", "--model", "etc_passwd")
+    assert "no such folder" in fails("build", "--model", "../../etc/passwd")
 
 
 @pytest.mark.parametrize("weights", ["pretrained", "random"])
