@@ -28,6 +28,7 @@ def build(
     device: str = "cpu",
     images: str | Path | None = None,
     task: str | None = None,
+    text_embeddings: str | Path | None = None,
     goal: Goal | None = None,
     weights: str | None = None,
     method: str = "fold",
@@ -57,6 +58,7 @@ def build(
         images: A folder of class folders, a CSV `image[,label]`, or a folder of pictures. Labels are optional.
         task: What the output is for, `classify` or `embed`; by default `embed` for a model without a head. Embeddings
             are compared by cosine and nearest neighbours, and `Bundle.figures.fidelity` has the figures.
+        text_embeddings: A float32 .npy file, (classes, C), of the names of the classes: adds zero-shot figures.
         goal: A speed-up, a latency budget, a bound on lost top-1 or on the cosine of embeddings, or a trade-off,
             which is the default (Goal()).
         weights: `pretrained`, `embedded`, `random`, or a checkpoint file; for names only.
@@ -106,6 +108,7 @@ def build(
         neighbours=neighbours,
         recover=_pictures(recover),
         task=task,
+        text_embeddings=_path(text_embeddings),
         overrides=preprocessing or {},
         host=Host(host, host_program) if host else None,
     )
@@ -223,6 +226,7 @@ def compare(
     device: str = "cpu",
     images: str | Path | None = None,
     task: str | None = None,
+    text_embeddings: str | Path | None = None,
     weights: str | None = None,
     methods: Sequence[str] = METHODS,
     speedups: Sequence[float] = (1.25, 1.5, 2.0),
@@ -247,7 +251,7 @@ def compare(
     options = Options(
         device=device, model=model, weights=weights, images=_path(images), precision=precision, batch=batch,
         work=Path(work), simulate=simulate, exhaustive=exhaustive, search_images=search_images, rounds=rounds,
-        recover=_pictures(recover), task=task,
+        recover=_pictures(recover), task=task, text_embeddings=_path(text_embeddings),
     )  # fmt: skip
     return run(options, list(methods), list(speedups), progress)
 

@@ -55,7 +55,7 @@ def read_bytes(path: Path, limit: int = MAX_RECORD_BYTES) -> bytes:
         raise RecordError(f"{path}: cannot be read ({error.strerror}): check the path") from None
 
 
-def load_array(path: Path) -> NDArray[np.float32]:
+def load_array(path: Path, advice: str = "build again") -> NDArray[np.float32]:
     """The array in an fp32 .npy file; its header is checked against the file size first. Raises RecordError."""
     try:
         with open(path, "rb") as file:
@@ -66,7 +66,7 @@ def load_array(path: Path) -> NDArray[np.float32]:
                 raise ValueError("not fp32, or cut short")
         array: NDArray[np.float32] = np.load(path, allow_pickle=False)
     except Exception as error:  # numpy parses the header as Python, which can raise anything
-        raise RecordError(f"{path}: not an fp32 array ({' '.join(str(error).split())[:120]}): build again") from None
+        raise RecordError(f"{path}: not an fp32 array ({' '.join(str(error).split())[:120]}): {advice}") from None
     return array
 
 

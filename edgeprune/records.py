@@ -372,6 +372,9 @@ class EmbedFidelity(Record, frozen=True, kw_only=True, tag_field="task", tag="em
     recall5: float | None = None  # of the 5 nearest other pictures
     knn_top1: float | None = None  # leave-one-out with the labels of the pictures
     dense_knn_top1: float | None = None
+    zero_shot_agreement: float | None = None  # the nearest of the given text embeddings is the same
+    zero_shot_top1: float | None = None  # it is that of the label
+    dense_zero_shot_top1: float | None = None
 
     def __post_init__(self) -> None:
         check_figures(msgspec.structs.astuple(self), -1.0)

@@ -94,11 +94,17 @@ class Classify:
 
 
 class Embed:
-    """Embeddings: their direction, and which other pictures are nearest by cosine."""
+    """Embeddings: their direction, and which other pictures are nearest by cosine.
+
+    `texts` (classes, C), the embeddings of the names of classes, add zero-shot figures (CLIP, arXiv 2103.00020).
+    """
 
     name, output = "embed", "embedding"
     loss_name, loss_unit, top1_name, agreement_name = "1 − cosine", "", "k-NN top-1", "nearest-neighbour agreement"
     sensitive, least_images = 0.002, NEAREST + 1
+
+    def __init__(self, texts: NDArray[np.float32] | None = None) -> None:
+        self.texts = texts
 
     def losses(self, dense: NDArray[np.float32], outputs: NDArray[np.float32]) -> NDArray[np.float64]:
         """1 - cosine."""
@@ -143,7 +149,22 @@ class Embed:
             recall5=percent((before[:, :, None] == after[:, None, :]).any(axis=2)),
             knn_top1=percent(self.right(outputs, labels)) if labels else None,
             dense_knn_top1=percent(self.right(dense, labels)) if labels else None,
+            **self.zero_shot(dense, outputs, labels),
         )
+
+    def zero_shot(
+        self, dense: NDArray[np.float32], outputs: NDArray[np.float32], labels: Sequence[int] | None
+    ) -> dict[str, float]:
+        """The figures of the class whose text is nearest; none without texts."""
+        if self.texts is None:
+            return {}
+        texts = directions(self.texts)
+        before, after = ((directions(each) @ texts.T).argmax(axis=1) for each in (dense, outputs))
+        found = {"zero_shot_agreement": percent(before == after)}
+        if labels:
+            found["zero_shot_top1"] = percent(after == np.asarray(labels))
+            found["dense_zero_shot_top1"] = percent(before == np.asarray(labels))
+        return found
 
 
 CLASSIFY = Classify()

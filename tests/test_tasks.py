@@ -8,9 +8,9 @@ from numpy.typing import NDArray
 
 from edgeprune import tasks
 from edgeprune.records import Candidate, EmbedFidelity
-from edgeprune.tasks import BY_NAME, CLASSIFY, neighbours, points_lost, typically_off
+from edgeprune.tasks import CLASSIFY, Embed, neighbours, points_lost, typically_off
 
-EMBED = BY_NAME["embed"]
+EMBED = Embed()
 RANDOM = np.random.default_rng(0)
 LABELS = RANDOM.integers(0, 4, 60).tolist()
 DENSE = (RANDOM.standard_normal((4, 24))[LABELS] + 1.1 * RANDOM.standard_normal((60, 24))).astype(np.float32)
@@ -56,6 +56,17 @@ def test_figures_of_embeddings_equal_a_plain_evaluation(at_once: int, monkeypatc
     assert EMBED.fidelity(None, PRUNED, LABELS) == EmbedFidelity(knn_top1=found.knn_top1)
     same = EMBED.fidelity(DENSE, 7 * DENSE, None)
     assert (same.cosine, same.agreement, same.top1) == (pytest.approx(1), 100, None), "only the direction counts"
+
+
+def test_zero_shot_takes_the_nearest_text() -> None:
+    texts = 5 * np.random.default_rng(1).standard_normal((4, 24)).astype(np.float32)
+    texts[0] *= 9  # a long one is no nearer
+    before, after = ([max(range(4), key=lambda c: cosine(row, texts[c])) for row in rows] for rows in (DENSE, PRUNED))
+    found = Embed(texts).fidelity(DENSE, PRUNED, LABELS)
+    assert found.zero_shot_agreement == pytest.approx(100 * np.mean(np.equal(before, after))) != 100
+    assert found.zero_shot_top1 == pytest.approx(100 * np.mean(np.equal(after, LABELS)))
+    assert found.dense_zero_shot_top1 == pytest.approx(100 * np.mean(np.equal(before, LABELS)))
+    assert EMBED.fidelity(DENSE, PRUNED, LABELS).zero_shot_top1 is None
 
 
 def test_embeddings_of_length_0_and_few_pictures() -> None:

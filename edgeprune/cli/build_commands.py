@@ -37,6 +37,7 @@ from edgeprune.cli.options import (
     Speedup,
     Std,
     Task,
+    Texts,
     Weights,
     WholeLast,
     Work,
@@ -55,6 +56,7 @@ def build(
     weights: Weights = None,
     images: Images = None,
     task: Task = None,
+    text_embeddings: Texts = None,
     method: Method = "fold",
     policy: Policy = "search",
     alpha: Alpha = None,
@@ -114,6 +116,7 @@ def build(
         neighbours=neighbours,
         recover=recover_from(recover),
         task=task,
+        text_embeddings=text_embeddings,
         overrides=overrides_from(crop_pct, interpolation, mean, std),
         host=Host(host, host_program) if host else None,
         lock_clocks=lock_clocks,
@@ -137,6 +140,7 @@ def compare(
     weights: Weights = None,
     images: Images = None,
     task: Task = None,
+    text_embeddings: Texts = None,
     methods: Annotated[str, typer.Option(help="methods, separated by commas")] = ",".join(METHODS),
     speedup: Annotated[str, typer.Option(help="target speed-ups, separated by commas")] = "1.25,1.5,2.0",
     precision: Precision = "fp32",
@@ -178,6 +182,7 @@ def compare(
         rounds=rounds,
         recover=recover_from(recover),
         task=task,
+        text_embeddings=text_embeddings,
     )
     with output.progress() as progress:
         comparison = run(options, [name.strip() for name in methods.split(",")], targets, progress)

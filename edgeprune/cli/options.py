@@ -41,6 +41,12 @@ Task = Annotated[
     str | None,
     typer.Option(help="classify | embed: what the output is for; default: embed for a model without a head"),
 ]
+Texts = Annotated[
+    Path | None,
+    typer.Option(
+        "--text-embeddings", help=".npy (classes, C) of the names of classes, for zero-shot figures of embeddings"
+    ),
+]
 Precision = Annotated[str, typer.Option(help="fp32 | fp16 | int8 | fp8")]
 AnyPrecision = Annotated[
     str,

@@ -23,12 +23,19 @@ def fidelity_rows(report: Report) -> list[tuple[str, str, str]]:
     found, compared = report.fidelity, report.agreement is not None
     best = "100" if compared else UNKNOWN
     if isinstance(found, EmbedFidelity):
+        shot = found.zero_shot_agreement is not None
         return [
             ("cosine, mean", "1" if compared else UNKNOWN, number(found.cosine, 4)),
             ("cosine, 1st percentile", "1" if compared else UNKNOWN, number(found.cosine_p1, 4)),
             ("same nearest neighbour, %", best, number(found.neighbour_agreement)),
             ("recall@5 of neighbours, %", best, number(found.recall5)),
             ("k-NN top-1, %", number(report.dense_top1), number(found.knn_top1)),
+            *([("zero-shot agreement, %", "100", number(found.zero_shot_agreement))] if shot else []),
+            *(
+                [("zero-shot top-1, %", number(found.dense_zero_shot_top1), number(found.zero_shot_top1))]
+                if shot
+                else []
+            ),
         ]
     return [
         ("top-1, %", number(report.dense_top1), number(report.top1)),

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from edgeprune import zoo
 from edgeprune.bundles.format import default_folder
 from edgeprune.defaults import WORK
 from edgeprune.errors import InputError
 from edgeprune.images import ImageSet, drawn, load_images
+from edgeprune.io import load_array
 from edgeprune.pipeline.pictures import Pictures
 from edgeprune.records import TASKS, Progress, silent
 from edgeprune.runtimes.remote.ssh import Host
 from edgeprune.runtimes.target import Target, target_for
 from edgeprune.scheduling.goals import Goal
 from edgeprune.scheduling.paper import PAPER_BLOCK
-from edgeprune.tasks import BY_NAME, Task
+from edgeprune.tasks import BY_NAME, Embed, Task
 from edgeprune.vit.reducers import check_method
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from torch import nn
 
     from edgeprune.vit.models import Model
@@ -59,6 +63,7 @@ class Options:
     lock_clocks: bool = False  # of that host
     overrides: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None  # of records.TASKS; None: that of the model
+    text_embeddings: Path | None = None  # .npy (classes, C), for zero-shot figures of embeddings
 
 
 @dataclass(frozen=True)
@@ -71,11 +76,12 @@ class Context:
     pictures: Pictures | None
     progress: Progress = silent
     recovery: Pictures | None = None  # to tune the weights on
+    texts: NDArray[np.float32] | None = None  # embeddings of the names of classes, (classes, C)
 
     @property
     def task(self) -> Task:
         """How outputs are compared."""
-        return BY_NAME[self.model.task]
+        return BY_NAME[self.model.task] if self.texts is None else Embed(self.texts)
 
     @property
     def method(self) -> str:
@@ -137,10 +143,29 @@ def context_for(options: Options, progress: Progress = silent) -> Context:
             f"label {max(found.labels)} is out of range: {model.vit.name} has classes 0 to "
             f"{model.vit.classes - 1}: check the CSV or the weights"
         )
+    texts = None
+    if options.text_embeddings is not None:
+        texts = text_embeddings(options.text_embeddings, model, found.labels if found else None)
     training = recovery_set(options, found)
     pictures = Pictures(found, model.preprocessing, target, options.search_images, training) if found else None
     recovery = Pictures(training, model.preprocessing, target, 0) if training else None
-    return Context(options, target, model, pictures, progress, recovery)
+    return Context(options, target, model, pictures, progress, recovery, texts)
+
+
+def text_embeddings(path: Path, model: Model, labels: Sequence[int] | None) -> NDArray[np.float32]:
+    """Embeddings of the names of classes, (classes, C), from an fp32 .npy file. Raises InputError."""
+    if model.task != "embed":
+        raise InputError(f"--text-embeddings is for embeddings, and {model.vit.name} classifies: pass --task embed")
+    texts, width = load_array(path, "pass a float32 .npy"), model.vit.classes
+    if texts.ndim != 2 or texts.shape[1] != width or not len(texts):
+        raise InputError(
+            f"{path} has the shape {texts.shape}, not (classes, {width}): pass the text embeddings of this model"
+        )
+    if not np.isfinite(texts).all():
+        raise InputError(f"{path} has values that are not finite: compute the text embeddings again")
+    if labels and max(labels) >= len(texts):
+        raise InputError(f"label {max(labels)} has none of the {len(texts)} rows of {path}: pass one for every class")
+    return texts
 
 
 def check_task(task: str | None) -> None:

@@ -172,6 +172,50 @@ def test_compare_gives_the_figures_of_embeddings(
         assert row["dense_top1"] == row["fidelity"]["dense_knn_top1"] > 90
 
 
+def test_zero_shot_figures_with_text_embeddings(
+    headless: Headless, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The head of the embedded model stands for the texts."""
+    texts = np.asarray(processes.shallow_vit(3).head.weight.detach())
+    np.save(tmp_path / "texts.npy", texts)
+    command = (
+        "build",
+        *SIMULATED,
+        *SEARCHED,
+        "--model",
+        headless.model,
+        "--images",
+        headless.digits,
+        "--speedup",
+        "1.5",
+    )
+    command += ("--work", headless.work, "--out", tmp_path / "bundle", "--text-embeddings")
+    found = row_of(capsys, *command, tmp_path / "texts.npy")["fidelity"]
+    pictures, labels = labelled(headless.digits)
+    kept = np.random.default_rng(0).permutation(COUNT)[12:]
+    rows = dense_embeddings(headless)[kept], logits_of(tmp_path / "bundle" / "model.onnx", pictures)[kept]
+    before, after = ((each @ (texts / np.linalg.norm(texts, axis=1, keepdims=True)).T).argmax(1) for each in rows)
+    assert found["zero_shot_agreement"] == pytest.approx(100 * (before == after).mean())
+    assert found["zero_shot_top1"] == pytest.approx(100 * (after == labels[kept]).mean())
+    assert found["dense_zero_shot_top1"] == pytest.approx(100 * (before == labels[kept]).mean())
+    assert found["dense_zero_shot_top1"] > 80
+    assert "zero-shot top-1" in (tmp_path / "bundle" / "report.html").read_text()
+
+    wrong = {
+        "not (classes, 64): pass the text": np.ones((10, 63), np.float32),
+        "has the shape (64,)": np.ones(64, np.float32),
+        "not finite": np.full((10, 64), np.nan, np.float32),
+        "has none of the 4 rows": np.ones((4, 64), np.float32),
+        "not an fp32 array": np.ones((10, 64)),
+    }
+    for message, array in wrong.items():
+        np.save(tmp_path / "wrong.npy", array)
+        code, _, err = call(capsys, *command, tmp_path / "wrong.npy")
+        assert code == 1 and message in err.splitlines()[-1], err
+    code, _, err = call(capsys, "build", "--text-embeddings", tmp_path / "texts.npy", "--work", tmp_path / "work")
+    assert code == 1 and "--text-embeddings is for embeddings" in err.splitlines()[-1]
+
+
 def test_recovery_lowers_the_distance_of_embeddings(headless: Headless) -> None:
     from edgeprune.images import load_pixels
     from edgeprune.vit.fidelity import pruned_module
