@@ -43,11 +43,11 @@ WEIGHTS = {
     "vit": ("vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k_ft_in1k.safetensors"),
     "deit": ("deit_tiny_patch16_224", "deit_tiny_patch16_224.safetensors"),
 }
-# Chosen by the search of `edgeprune build` for these speed-ups on 2 cores of a CPU, batch 1, fp32; 2.5 by hand.
+# Chosen by the search of `edgeprune build` for 2 cores of a CPU, batch 1, fp32; those after 2.0 by hand.
 FOLD = {
     "1.5": (197, 197, 197, 129, 129, 113, 72, 72, 72, 72, 72, 72),
     "2.0": (197, 144, 144, 88, 88, 49, 49, 25, 25, 25, 25, 25),
-    "2.5": (144, 96, 96, 49, 49, 25, 25, 16, 16, 16, 16, 16),
+    "2.5": (160, 112, 112, 56, 56, 32, 32, 16, 16, 16, 16, 16),
     # About as fast as 2.0, with fewer or more tokens in late blocks.
     "2.0-early": (197, 160, 160, 96, 96, 40, 40, 16, 16, 16, 16, 16),
     "2.0-late": (197, 144, 144, 80, 80, 32, 32, 32, 32, 32, 32, 32),
@@ -128,30 +128,29 @@ class Precision:
 
     def logits(self, model: Model, method: str, tokens: Any, pixels: Any) -> Any:
         """Those of the model, with its own weights or others."""
-        last = method != "none"
         if self.kind != "int8":
-            return logits_of_schedule(model, method, tokens, pixels, last)
+            return logits_of_schedule(model, method, tokens, pixels, method != "none")
         target = target_for("cpu", "int8", self.batch)
+        full, found = self.ranges(model, method, tokens)
+        print(f"INT8 of {method}: {found.way}, in floating point {found.kept}, KL {found.kl:.4f}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            full, found = self.ranges(model, method, tokens, Path(folder))
-            print(f"INT8 of {method}: {found.way}, in floating point {found.kept}, KL {found.kl:.4f}", flush=True)
-            save_graph(int8(full, found.ranges, found.kept), Path(folder) / "int8.onnx")
-            with target.runtime.open(Path(folder) / "int8.onnx", target.setup) as session:
+            file = Path(folder) / "int8.onnx"
+            save_graph(int8(full, found.ranges, found.kept), file)
+            with target.runtime.open(file, target.setup) as session:
                 return logits_of(session, pixels, model.preprocessing, self.batch)
 
-    def ranges(self, model: Model, method: str, tokens: Any, folder: Path) -> tuple[onnx.ModelProto, Int8Ranges]:
+    def ranges(self, model: Model, method: str, tokens: Any) -> tuple[onnx.ModelProto, Int8Ranges]:
         """The fp32 graph and its calibration."""
-        onnx_of_schedule(model, method, tokens, method != "none", self.batch, folder / "fp32.onnx")
-        full = onnx.load(folder / "fp32.onnx")
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "fp32.onnx"
+            onnx_of_schedule(model, method, tokens, method != "none", self.batch, file)
+            full = onnx.load(file)
         pixels = self.calibration[calibration_indices(len(self.calibration))]
         return full, calibrated(full, [images for images, _ in batches(pixels, model.preprocessing, self.batch)])
 
     def layers(self, model: Model, method: str, tokens: Any) -> tuple[Int8Layer, ...]:
         """What to round in training."""
-        if self.kind != "int8":
-            return ()
-        with tempfile.TemporaryDirectory() as folder:
-            return int8_layers(*self.ranges(model, method, tokens, Path(folder)))
+        return int8_layers(*self.ranges(model, method, tokens)) if self.kind == "int8" else ()
 
 
 def run(name: str, recipe: Recipe, assets: Path, out: Path, loaded: dict[str, Any]) -> dict[str, Any]:

@@ -33,9 +33,9 @@ def unoptimised(model: onnx.ModelProto, feed: Any) -> Any:
     return session.run(None, {session.get_inputs()[0].name: feed})[0]
 
 
-@pytest.mark.parametrize("kind", ["cls", "map", "packed-mlp", "eva02", "grouped"])
+@pytest.mark.parametrize("kind", ["cls", "map", "eva02"])
 def test_outputs_are_those_of_the_int8_file(kind: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
-    """Models whose layers differ in number and order: fused and separate q, k, v; gated MLPs; pooling by attention."""
+    """Fused and separate q, k, v; gated MLPs; and pooling by attention, whose query is constant in the file."""
     model = tiny(kind)
     onnx_of_schedule(model, "fold", TOKENS, model.vit.prefix_pooled, 2, tmp_path / "model.onnx")
     full = onnx.load(tmp_path / "model.onnx")
@@ -64,6 +64,6 @@ def test_gradients_pass_and_other_layers_are_refused(tiny: Callable[..., Any]) -
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     module.zero_grad()
     module.requires_grad_(False)
-    with pytest.raises(ExportError, match="layer 2 of the ONNX file is not in the model"):
-        with FakeInt8([layers[0], Int8Layer("another", 3.0), *layers[2:]]):
-            module(torch.from_numpy(images()))
+    wrong = FakeInt8([layers[0], Int8Layer("another", 3.0), *layers[2:]])
+    with pytest.raises(ExportError, match="layer 2 of the ONNX file is not in the model"), wrong:
+        module(torch.from_numpy(images()))
