@@ -25,6 +25,12 @@ from edgeprune.vit import recovery
 SIMULATED = ("--simulate", "--device", "orin-nano", "--method", "topk")
 
 
+@pytest.fixture(scope="module")
+def work(shallow: Shallow, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One work folder for all builds here, so that the unpruned model is exported once."""
+    return shallow.work(tmp_path_factory.mktemp("recover") / "work")
+
+
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs, at a rate for few pictures."""
@@ -32,16 +38,16 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_build_recovers_and_can_be_interrupted(
-    shallow: Shallow, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    shallow: Shallow, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C in the second epoch, then the same command again: half of the pictures are tuned on, the others judge.
 
     The bundle verifies and runs, and the record goes with it to a compilation elsewhere.
     """
-    digits, work, bundle = few_digits(tmp_path / "digits", 80), shallow.work(tmp_path / "work"), tmp_path / "bundle"
+    digits, bundle = few_digits(tmp_path / "digits", 80), tmp_path / "bundle"
     command = (
-        "build", *SIMULATED, "--speedup", "2", "--batch", "32", *QUICK, "--model", shallow.model, "--images", digits,
-        "--work", work, "--out", bundle, "--recover",
+        "build", *SIMULATED, "--policy", "paper", "--block", "1", "--batch", "32", *QUICK, "--model", shallow.model,
+        "--images", digits, "--work", work, "--out", bundle, "--recover",
     )  # fmt: skip
     judge, epochs = recovery._Run.judge, []
 
@@ -80,10 +86,11 @@ def test_a_build_recovers_and_can_be_interrupted(
 
 
 def test_compare_recovers_on_pictures_from_anywhere(
-    shallow: Shallow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shallow: Shallow, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pictures that weights are tuned on give no figures; they are recognised by content."""
-    digits, work = few_digits(tmp_path / "digits", 80), shallow.work(tmp_path / "work")
+    monkeypatch.setattr("edgeprune.pipeline.compare.SESSIONS", 1)
+    digits = few_digits(tmp_path / "digits", 80)
     pictures = sorted((tmp_path / "digits" / "images").iterdir())
     (tmp_path / "elsewhere").mkdir()
     copies = [shutil.copy(path, tmp_path / "elsewhere" / f"copy-{path.name}") for path in pictures[:30]]
