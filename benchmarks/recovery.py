@@ -171,10 +171,14 @@ def run(name: str, recipe: Recipe, assets: Path, out: Path, loaded: dict[str, An
     before = cached(out, f"{kind}-{where}-{key}{suffix}", lambda: precision.logits(model, method, tokens, pixels))
     start, student = time.monotonic(), pruned_module(model, method, tokens, True)
     layers = precision.layers(model, method, tokens)
-    trained = recovered(student, training, model.preprocessing, recipe, None, int8=layers)
-    seconds = time.monotonic() - start
     file = out / f"{name.replace(',', '-')}-{key_of(recipe.parts)[:8]}.safetensors"
+    checkpoint = file.with_suffix(
+        ".checkpoint"
+    )  # an interrupted run continues, and its seconds are those of the rest
+    trained = recovered(student, training, model.preprocessing, recipe, checkpoint, int8=layers)
+    seconds = time.monotonic() - start
     save_recovered(trained.module.model, trained.record, file)
+    checkpoint.unlink()
     after = precision.logits(replace(model, module=trained.module.model), method, tokens, pixels)
     return {
         "run": name, "tokens": tokens, "judged": len(labels), "seconds": seconds, "recipe": asdict(recipe),
