@@ -60,6 +60,29 @@ def test_build_and_export_calibrate_on_the_same_pictures(
     assert len(chosen) == 32 and {index // 130 for index in chosen} == set(range(5))
 
 
+def test_recovery_is_of_the_layers_in_int8(
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the pruned model, with the calibration's ranges; in fp32 there are none."""
+    from edgeprune.pipeline.recovery import recover
+    from edgeprune.vit import recovery
+
+    model, files = tiny("cls"), load_images(few_digits(tmp_path / "digits", 20))
+    found = Int8Ranges(way="entropy", ranges=defaultdict(lambda: 4.0), kept=(), kl=0.0)
+    monkeypatch.setattr(onnx_files, "int8_ranges", lambda *_: found)
+    monkeypatch.setattr(recovery, "Recipe", partial(recovery.Recipe, epochs=1, least_steps=0))
+    context = context_of(model.vit, tmp_path / "work", precision="int8")
+    pictures = Pictures(files, model.preprocessing, context.target, 0)
+    context = replace(context, model=model, recovery=pictures)
+    schedule = Schedule(vit=model.vit, method="topk", policy="search", tokens=(9, 5, 5))
+    layers = onnx_files.layers_in_int8(context, schedule)
+    assert len(layers) == 12 and {layer.limit for layer in layers} == {4.0}
+    assert recover(context, schedule, layers).record.fake_int8
+    exact = replace(context, options=replace(context.options, precision="fp32"))
+    assert onnx_files.layers_in_int8(exact, schedule) == ()
+    assert not recover(exact, schedule).record.fake_int8
+
+
 def test_build_in_int8(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """All steps of a tiny random model, recovery included, which is of INT8 then.
 
