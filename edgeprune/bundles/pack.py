@@ -46,10 +46,10 @@ class Unpacked(NamedTuple):
 def pack(bundle: Path, out: Path, key: Path | None = None, progress: Progress = silent) -> Packed:
     """Write a bundle as one file: manifest.json first, then the files it lists, by name.
 
-    The bytes depend on the contents alone, not on times, owners or the order of the folder, as long as the version of
-    zstd is the same. With `key`, an OpenSSH private key, its signature is written to OUT.sig; without one, a signature
-    of an earlier file there is removed. Raises InputError for a damaged or simulated bundle, OutputError, MissingError
-    without ssh-keygen.
+    The bytes depend on the contents alone, not on times, owners or the order of the folder, as long as the version
+    of zstd is the same. With `key`, an OpenSSH private key, its signature is written to OUT.sig; without one, a
+    signature of an earlier file there is removed. Raises InputError for a damaged or simulated bundle, OutputError,
+    MissingError without ssh-keygen.
     """
     if not out.name.endswith(SUFFIX) or out.name == SUFFIX:
         raise InputError(f"{out}: the file to write must end in {SUFFIX}: choose another name")
@@ -95,9 +95,9 @@ def unpack(
 ) -> Unpacked:
     """Check the signature FILE.sig, unpack a file of `pack` and check all hashes; the folder `out` appears whole.
 
-    `allowed_signers` is a list as in ssh-keygen(1); with `signer` only that name of it will do. `unsigned` takes a file
-    without looking for a signature. Raises VerifyError for a signature that is missing or wrong, InputError for
-    anything but a whole bundle, OutputError, MissingError without ssh-keygen. `out` is absent or empty before.
+    `allowed_signers` is a list as in ssh-keygen(1); with `signer` only that name of it will do. `unsigned` takes a
+    file without looking for a signature. `out` must be absent or empty. Raises VerifyError for a signature that is
+    missing or wrong, InputError for anything but a whole bundle, OutputError, MissingError without ssh-keygen.
     """
     if (allowed_signers is None) is not unsigned:
         raise InputError("who may have signed it? pass --allowed-signers FILE, or --unsigned to take any file")
@@ -193,7 +193,7 @@ class _Archive:
 
 
 def most_bytes(manifest: Manifest, name: str) -> int:
-    """The size that a file of a bundle can have at most, in bytes: what a small archive could unpack to is bounded."""
+    """The size that a file of a bundle can have at most, in bytes, so that a small archive cannot fill the disk."""
     setup, vit = manifest.engine.setup, manifest.vit
     golden = dict(zip(GOLDEN, (3 * vit.image_px**2, vit.classes), strict=True))
     if name == manifest.engine.path:

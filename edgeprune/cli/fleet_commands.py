@@ -22,7 +22,8 @@ def ship(
         bool, typer.Option("--roll-back", help="switch back to the previous version instead")
     ] = False,
     canary: Annotated[
-        int | None, typer.Option(help="with --all: the first so many hosts get it first; if one fails, all go back", min=1)
+        int | None,
+        typer.Option(help="with --all: the first so many hosts get it first; if one fails, all go back", min=1),
     ] = None,
     wait: Annotated[
         float | None, typer.Option(help="seconds before a canary is verified again; default 60", min=0, max=604800)
@@ -91,7 +92,8 @@ def unpack(
     file: Annotated[Path, typer.Argument(help="file that `edgeprune pack` wrote")],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write: absent, or empty")],
     allowed_signers: Annotated[
-        Path | None, typer.Option(help="lines of a name and a public key, as in ssh-keygen(1): who may have signed it")
+        Path | None,
+        typer.Option(help="lines of a name and a public key, as in ssh-keygen(1): who may have signed it"),
     ] = None,
     signer: Annotated[str | None, typer.Option(help="the one name of that list that must have signed it")] = None,
     unsigned: Annotated[bool, typer.Option("--unsigned", help="take it without a signature")] = False,
