@@ -41,8 +41,8 @@ class Bundle:
         """Check the signature of a file of `pack`, unpack it into a new folder, and check its hashes.
 
         The signature must be by a key in `allowed_signers`, a list as in ssh-keygen(1), and with `signer` by that
-        name of it; `unsigned` takes any file. Raises VerifyError for a missing or wrong signature, InputError for anything
-        but a whole bundle, OutputError, and MissingError without ssh-keygen.
+        name of it; `unsigned` takes any file. Raises VerifyError for a missing or wrong signature, InputError for
+        anything but a whole bundle, OutputError, and MissingError without ssh-keygen.
         """
         from edgeprune.bundles.pack import unpack
 
@@ -83,7 +83,8 @@ class Bundle:
     def pack(self, out: str | Path, *, sign: str | Path | None = None) -> Path:
         """Write the bundle as one .tar.zst, the same bytes for the same bundle; its path.
 
-        With `sign`, an OpenSSH private key, the signature is written beside it, to OUT.sig. Raises InputError, OutputError, and MissingError without ssh-keygen.
+        With `sign`, an OpenSSH private key, the signature is written beside it, to OUT.sig. Raises InputError,
+        OutputError, and MissingError without ssh-keygen.
         """
         from edgeprune.bundles.pack import pack
 
