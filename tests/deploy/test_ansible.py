@@ -108,13 +108,14 @@ def play(devices: dict[str, Server], folder: Path, *more: str) -> subprocess.Com
     (folder / "hosts.ini").write_text(
         "\n".join(" ".join([name, *(f"{k}='{v}'" for k, v in given.items())]) for name, given in hosts.items())
     )
+    (folder / "ansible.cfg").write_text("")  # that of the machine does not count
     if not (folder / "deploy").exists():
         (folder / "deploy").symlink_to(ROOT / "deploy")
     here = ("-e", json.dumps({"edgeprune_bundle_dir": "{{ far }}", "edgeprune_bundle_program": "{{ program }}"}))
     environment = {
         "ANSIBLE_HOME": str(folder / ".ansible"), "ANSIBLE_PIPELINING": "1", "LC_ALL": "C.UTF-8",
         "ANSIBLE_SSH_ARGS": "-o ControlMaster=auto -o ControlPersist=5s", "ANSIBLE_NOCOLOR": "1",
-        "ANSIBLE_CONFIG": os.devnull,
+        "ANSIBLE_CONFIG": str(folder / "ansible.cfg"),
     }  # fmt: skip
     return subprocess.run(
         [sys.executable, "-m", "ansible", "playbook", *options, *here, *more],
