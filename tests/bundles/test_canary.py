@@ -116,20 +116,19 @@ def test_the_order_of_things(devices: Fleet, capsys: pytest.CaptureFixture[str])
     assert [line.split()[:2] for line in said[2:4]] == [["bench", "./current"]] * 2
     assert said[4:6] == ["verify ./current"] * 2 and said[6].startswith("verify ./vit_digits"), "again; then the rest"
     assert len(said) == 7 and devices.labels() == ["one"] * 3
-    devices.write(rows((1, 1, 1), (0.97, 0.93, 0.99)))
+    devices.write(rows((1, 1, 1), (0.97, 0.93, 0.99)), count=2)
     done = row_of(
         capsys, "ship", devices.bundle("two"), "--all", hosts, "--canary", 1, "--wait", 0, "--fail-slower", 5
     )
-    assert [row["speedup_to_previous"] for row in done["rows"]] == [0.97, None, None], "5 % is within the interval"
+    assert [row["speedup_to_previous"] for row in done["rows"]] == [0.97, None], "5 % is within the interval"
     assert any(line.startswith("bench ./previous ./current ") for line in devices.log.read_text().splitlines())
-    assert devices.labels() == ["two"] * 3
+    assert devices.labels() == ["two", "two", "one"]
 
 
 @pytest.mark.parametrize(
     ("said", "breaks", "why"),
     [
         (rows((1, 1, 1), (1, 1, 1)), True, "after the wait: error: output: expected 1, found 2"),
-        ("", False, "the engine does not load"),
         ("no figures", False, "gave no figures"),
         (rows((1, 1, 1), (0.8, 0.75, 0.9)), False, "at most 0.900x as fast as the version before"),
     ],
