@@ -153,10 +153,15 @@ def ship_table(results: Sequence[Shipped]) -> Table:
     from rich.table import Table
 
     table = Table(title="shipped")
-    for column in ("to", "state", "MB sent", "version, or what failed"):
-        table.add_column(column, overflow="fold", justify="right" if column == "MB sent" else "left")
+    timed = any(result.latency_ms for result in results)
+    right = ("MB sent", "latency, ms")
+    for column in ("to", "state", *right[: 1 + timed], "version, or what failed"):
+        table.add_column(column, overflow="fold", justify="right" if column in right else "left")
     for result in results:
-        table.add_row(result.to, result.state, f"{result.sent_bytes / 1e6:.1f}", result.detail)
+        figures = [f"{result.sent_bytes / 1e6:.1f}"]
+        if timed:
+            figures.append(f"{result.latency_ms['median']:.3f}" if result.latency_ms else "")
+        table.add_row(result.to, result.state + (" (canary)" if result.canary else ""), *figures, result.detail)
     return table
 
 
