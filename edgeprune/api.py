@@ -185,7 +185,7 @@ def schedule(
 def prune(model: nn.Module, schedule: Schedule | str | Path) -> nn.Module:
     """A timm VisionTransformer or Eva with a schedule, as a torch module: (B, 3, H, W) images to (B, classes) logits.
 
-    `model` has to take pictures of the schedule's size. The result shares its parameters with `model`, takes any batch
+    `model` has to take pictures of the schedule's size. The result shares its parameters with it, takes any batch
     size, runs on any device and can be trained: gradients flow through the tokens that are kept or merged, not
     through the choice of tokens. Raises ModelError for a model that is not supported, InputError if the schedule is
     for a model of another shape or size of pictures.
