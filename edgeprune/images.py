@@ -49,7 +49,7 @@ def image_size(given: str | int | Sequence[int] | None, name: str = "--image-siz
     """(height, width) from N, "N", "H,W" or (H, W), pixels; None stays None. Raises InputError, which has `name`."""
     if given is None:
         return None
-    parts = given.split(",") if isinstance(given, str) else [given] if isinstance(given, int) else list(given)
+    parts = given.split(",") if isinstance(given, str) else given if isinstance(given, Sequence) else [given]
     try:
         sides = [int(part) if isinstance(part, str) else operator.index(part) for part in parts]
     except (TypeError, ValueError):

@@ -166,7 +166,7 @@ def _check_family(name: str) -> None:
     import torch
 
     with (
-        suppress(RuntimeError, NotImplementedError, ValueError),
+        suppress(RuntimeError, NotImplementedError, ValueError, TypeError),
         torch.device("meta"),
     ):  # some models need real tensors
         family_of(timm.create_model(name))
@@ -267,7 +267,7 @@ def class_labels(model: Model, class_names: tuple[str, ...] | None) -> tuple[str
         return class_names
     if model.labels is not None:
         return model.labels
-    if vit.name == zoo.EMBEDDED:
+    if vit.name == zoo.EMBEDDED and vit.classes == len(zoo.CLASS_NAMES):
         return zoo.CLASS_NAMES
     if vit.classes == 1000:
         from timm.data import ImageNetInfo
