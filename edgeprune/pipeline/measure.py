@@ -172,7 +172,7 @@ def warn_if_missed(goal: Goal, report: Report) -> None:
     cosine = report.fidelity.cosine if report.fidelity else None
     if goal.min_cosine is not None and cosine is not None and cosine < goal.min_cosine:
         log.warning(
-            "the goal (%s) is not met on the %d %s: it is %.4f; ask for more than you need, or choose on more --search-images",
+            "the goal (%s) is not met on the %d %s: it is %.4f; ask for a higher one, or use more --search-images",
             goal, report.images, "pictures that chose nothing" if report.held_out else "evaluation pictures", cosine,
         )  # fmt: skip
     if report.speedup is not None and not meets(goal, report):
