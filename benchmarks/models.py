@@ -241,7 +241,7 @@ def page(rows: list[Row], command: str) -> str:
         f"PyTorch's by at most {TOLERANCE} of their standard deviation (the column gives that share).",
         f"Weights above {INLINE_BYTES >> 30} GiB are in a file next to the ONNX. "
         "Names with the same modules, settings and",
-        "shapes share one result.",
+        "shapes share one result. A name that was ok is not run again, so its result may be of an earlier version.",
         "",
         f"`{command}` with {versions}.",
         "",
