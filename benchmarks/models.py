@@ -225,7 +225,8 @@ def page(rows: list[Row], command: str) -> str:
     lines = [
         "# Models",
         "",
-        f"**{total['ok']} of {total['supported']} supported names work ({total['share']:.1%})**; "
+        f"**{total['ok']} of {total['supported']} supported names work ({total['share']:.1%})**, "
+        f"{total['share_of_tried']:.1%} of those that were tried; "
         f"{len(total['failed'])} fail, {len(total['not_tried'])} were not tried. Largest difference: "
         f"{max(row.get('difference', 0.0) for row in rows):.1e}.",
         f"timm registers {total['names']} names in its modules {', '.join(MODULES)}. edgeprune refuses "
@@ -241,7 +242,8 @@ def page(rows: list[Row], command: str) -> str:
         f"PyTorch's by at most {TOLERANCE} of their standard deviation (the column gives that share).",
         f"Weights above {INLINE_BYTES >> 30} GiB are in a file next to the ONNX. "
         "Names with the same modules, settings and",
-        "shapes share one result. A name that was ok is not run again, so its result may be of an earlier version.",
+        "shapes share one result. A name that was ok is not run again: its result may be of an earlier version of",
+        "edgeprune, with more memory.",
         "",
         f"`{command}` with {versions}.",
         "",
