@@ -27,6 +27,7 @@ def build(
     *,
     device: str = "cpu",
     images: str | Path | None = None,
+    image_size: int | tuple[int, int] | None = None,
     task: str | None = None,
     text_embeddings: str | Path | None = None,
     goal: Goal | None = None,
@@ -56,6 +57,8 @@ def build(
             default.
         device: `cpu`, `cuda`, a Jetson of `edgeprune devices`, or a path to your own .toml.
         images: A folder of class folders, a CSV `image[,label]`, or a folder of pictures. Labels are optional.
+        image_size: (height, width) of the pictures in pixels, or one number for a square, instead of the model's own:
+            position embeddings are resampled as timm does it. A multiple of the patches.
         task: What the output is for, `classify` or `embed`; by default `embed` for a model without a head. Embeddings
             are compared by cosine and nearest neighbours, and `Bundle.figures.fidelity` has the figures.
         text_embeddings: A float32 .npy file, (classes, C), of the names of the classes: adds zero-shot figures.
@@ -94,6 +97,7 @@ def build(
         model=model,
         weights=weights,
         images=_path(images),
+        image_size=_size(image_size),
         method=method,
         policy=policy,
         goal=goal or Goal(),
@@ -121,6 +125,7 @@ def profile(
     *,
     device: str = "cpu",
     weights: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
     trunk: str | Path | None = None,
     method: str = "none",
     precision: str = "fp32",
@@ -142,7 +147,7 @@ def profile(
 
     there = Host(host, host_program) if host else None
     target = target_for(device, precision, batch, simulate, Path(work), progress, there)
-    return run(target, model, weights, _path(trunk), method, exhaustive)
+    return run(target, model, weights, _path(trunk), method, exhaustive, _size(image_size))
 
 
 def schedule(
@@ -150,6 +155,7 @@ def schedule(
     model: str | nn.Module = zoo.EMBEDDED,
     *,
     images: str | Path | None = None,
+    image_size: int | tuple[int, int] | None = None,
     task: str | None = None,
     goal: Goal | None = None,
     weights: str | None = None,
@@ -171,17 +177,18 @@ def schedule(
     measured = staircase if isinstance(staircase, Staircase) else load(Path(staircase), Staircase)
     options = Options(
         model=model, weights=weights, images=_path(images), method=method, policy=policy, goal=goal or Goal(),
-        search_images=search_images, work=Path(work), task=task,
+        search_images=search_images, work=Path(work), task=task, image_size=_size(image_size),
     )  # fmt: skip
     return schedule_from_staircase(measured, options, progress)
 
 
 def prune(model: nn.Module, schedule: Schedule | str | Path) -> nn.Module:
-    """A timm VisionTransformer or Eva with a schedule, as a torch module: (B, 3, P, P) images to (B, classes) logits.
+    """A timm VisionTransformer or Eva with a schedule, as a torch module: (B, 3, H, W) images to (B, classes) logits.
 
-    It shares its parameters with `model`, takes any batch size, runs on any device and can be trained: gradients
-    flow through the tokens that are kept or merged, not through the choice of tokens. Raises ModelError for a model
-    that is not supported, InputError if the schedule is for a model of another shape.
+    `model` has to take pictures of the schedule's size. The result shares its parameters with it, takes any batch
+    size, runs on any device and can be trained: gradients flow through the tokens that are kept or merged, not
+    through the choice of tokens. Raises ModelError for a model that is not supported, InputError if the schedule is
+    for a model of another shape or size of pictures.
     """
     from edgeprune.io import load
     from edgeprune.vit.pruned import pruned_from_module
@@ -225,6 +232,7 @@ def compare(
     *,
     device: str = "cpu",
     images: str | Path | None = None,
+    image_size: int | tuple[int, int] | None = None,
     task: str | None = None,
     text_embeddings: str | Path | None = None,
     weights: str | None = None,
@@ -252,6 +260,7 @@ def compare(
         device=device, model=model, weights=weights, images=_path(images), precision=precision, batch=batch,
         work=Path(work), simulate=simulate, exhaustive=exhaustive, search_images=search_images, rounds=rounds,
         recover=_pictures(recover), task=task, text_embeddings=_path(text_embeddings),
+        image_size=_size(image_size),
     )  # fmt: skip
     return run(options, list(methods), list(speedups), progress)
 
@@ -277,6 +286,12 @@ def bench(
 
 def _pictures(recover: str | Path | bool | None) -> Path | bool:
     return recover if isinstance(recover, bool) else _path(recover) or False
+
+
+def _size(given: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    from edgeprune.images import image_size
+
+    return image_size(given, "image_size")
 
 
 def _path(place: str | Path | None) -> Path | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from math import isqrt
 from typing import ClassVar
 
 import msgspec
@@ -73,11 +72,41 @@ class Device(Record, frozen=True, kw_only=True):
     trt: TrtOptions | None = None
 
 
-class Preprocessing(Record, frozen=True, kw_only=True):
-    """How a picture becomes the input of the network, as in timm's eval transform."""
+Pixels = int | tuple[int, int]  # the side of a square, or (height, width) of what is no square
 
-    image_px: int
-    resize_px: int  # shorter side before the centre crop ("center"), or both sides ("squash")
+
+def sides_of(px: Pixels) -> tuple[int, int]:
+    """(height, width)."""
+    return (px, px) if isinstance(px, int) else px
+
+
+def pixels_of(height: int, width: int) -> Pixels:
+    """One number for a square."""
+    return height if height == width else (height, width)
+
+
+def text_of(px: Pixels) -> str:
+    """224, or 96x160 for a height of 96."""
+    return str(px) if isinstance(px, int) else "x".join(map(str, px))
+
+
+def check_pixels(px: Pixels, most: int) -> None:
+    """Raise ValueError for sides outside 1 to `most`, and for a square that is given as two numbers."""
+    sides = sides_of(px)
+    if not 0 < min(sides) <= max(sides) <= most or pixels_of(*sides) != px:
+        raise ValueError(f"a size is 1 to {most} px: one number, or two different ones, not {px}")
+
+
+class Preprocessing(Record, frozen=True, kw_only=True):
+    """How a picture becomes the input of the network, as in timm's eval transform.
+
+    It is resized to `resize_px` and its middle cropped to `image_px`. "squash" resizes to exactly `resize_px`;
+    "center" keeps the ratio of the sides, and the picture just covers `resize_px`: of a square, its shorter side is
+    that of the square.
+    """
+
+    image_px: Pixels  # the network's input
+    resize_px: Pixels
     interpolation: str  # bicubic | bilinear | nearest | lanczos
     crop_mode: str  # center | squash
     mean: tuple[float, float, float]
@@ -86,10 +115,15 @@ class Preprocessing(Record, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS or self.crop_mode not in CROP_MODES:
             raise ValueError(f"interpolation is one of {INTERPOLATIONS}, crop_mode one of {CROP_MODES}")
-        if not (0 < self.image_px <= MOST_PX and 0 < self.resize_px <= 4 * MOST_PX):
-            raise ValueError(f"image_px is 1 to {MOST_PX}, resize_px up to four times that")
+        check_pixels(self.image_px, MOST_PX)
+        check_pixels(self.resize_px, 4 * MOST_PX)
         if not all(np.isfinite((*self.mean, *self.std))) or min(self.std) <= 0:
             raise ValueError("mean is finite, std above 0")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the network's input, pixels."""
+        return sides_of(self.image_px)
 
 
 class Vit(Record, frozen=True, kw_only=True):
@@ -98,7 +132,7 @@ class Vit(Record, frozen=True, kw_only=True):
     name: str
     weights_sha256: str
     family: str
-    image_px: int
+    image_px: Pixels
     patch_px: int
     depth: int
     width: int
@@ -115,10 +149,22 @@ class Vit(Record, frozen=True, kw_only=True):
         sizes = (self.depth, self.width, self.heads, self.head_dim, self.mlp_width, self.mlp_matrices, self.patch_px)
         if min(sizes) < 1 or max(sizes) > MOST_UNITS or self.depth > MOST_BLOCKS:
             raise ValueError(f"sizes are 1 to {MOST_UNITS}, blocks 1 to {MOST_BLOCKS}")
-        if not (0 < self.image_px <= MOST_PX and 0 < self.tokens <= MOST_UNITS and 0 < self.classes <= MOST_CLASSES):
-            raise ValueError(f"image_px is 1 to {MOST_PX}, tokens 1 to {MOST_UNITS}, classes 1 to {MOST_CLASSES}")
+        check_pixels(self.image_px, MOST_PX)
+        if not (0 < self.tokens <= MOST_UNITS and 0 < self.classes <= MOST_CLASSES):
+            raise ValueError(f"tokens are 1 to {MOST_UNITS}, classes 1 to {MOST_CLASSES}")
         if not 0 <= self.prefix < self.tokens:
             raise ValueError(f"prefix {self.prefix} must be below tokens {self.tokens}")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the input, pixels."""
+        return sides_of(self.image_px)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches; the body tokens before the first cut, row by row."""
+        height, width = self.size
+        return height // self.patch_px, width // self.patch_px
 
 
 class Setup(Record, frozen=True, kw_only=True):
@@ -558,8 +604,8 @@ class Sample(Record, frozen=True, kw_only=True):
     ]  # by cut and patch (row by row): index of the token that holds the patch, -1: none
 
     def __post_init__(self) -> None:
-        if any(len(cut) != len(self.groups[0]) or isqrt(len(cut)) ** 2 != len(cut) for cut in self.groups):
-            raise ValueError("groups need the same square number of patches after every cut")
+        if any(len(cut) != len(self.groups[0]) for cut in self.groups):
+            raise ValueError("groups need the same number of patches after every cut")
 
 
 class BuildTrace(Record, frozen=True, kw_only=True):

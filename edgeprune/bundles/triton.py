@@ -34,7 +34,7 @@ def triton_entry(bundle: Path, repository: Path, name: str | None = None) -> Pat
         raise InputError(f"{out} exists already: choose another --name, or remove it")
     backend, file = BACKENDS[engine.suffix]
     graph = load_graph(bundle / ONNX).graph
-    inputs = _tensor("input", graph.input[0].name, (setup.batch, 3, vit.image_px, vit.image_px))
+    inputs = _tensor("input", graph.input[0].name, (setup.batch, 3, *vit.size))
     named = 'label_filename: "labels.txt"' if manifest.labels else ""
     outputs = _tensor("output", graph.output[0].name, (setup.batch, vit.classes), named)
     kind = "KIND_CPU" if setup.runtime == "ort-cpu" else "KIND_GPU"

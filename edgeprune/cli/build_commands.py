@@ -21,6 +21,7 @@ from edgeprune.cli.options import (
     Exhaustive,
     HostProgram,
     Images,
+    ImageSize,
     Interpolation,
     LockClocks,
     MaxDrop,
@@ -44,6 +45,7 @@ from edgeprune.cli.options import (
     goal_from,
     overrides_from,
     recover_from,
+    size_from,
 )
 from edgeprune.defaults import METHODS, WORK
 from edgeprune.zoo import EMBEDDED
@@ -55,6 +57,7 @@ def build(
     model: Model = EMBEDDED,
     weights: Weights = None,
     images: Images = None,
+    image_size: ImageSize = None,
     task: Task = None,
     text_embeddings: Texts = None,
     method: Method = "fold",
@@ -100,6 +103,7 @@ def build(
         model=model,
         weights=weights,
         images=images,
+        image_size=size_from(image_size),
         method=method,
         policy=policy,
         goal=goal_from(alpha, speedup, budget_ms, max_drop, min_cosine),
@@ -139,6 +143,7 @@ def compare(
     model: Model = EMBEDDED,
     weights: Weights = None,
     images: Images = None,
+    image_size: ImageSize = None,
     task: Task = None,
     text_embeddings: Texts = None,
     methods: Annotated[str, typer.Option(help="methods, separated by commas")] = ",".join(METHODS),
@@ -172,6 +177,7 @@ def compare(
         model=model,
         weights=weights,
         images=images,
+        image_size=size_from(image_size),
         precision=precision,
         batch=batch,
         work=work,
@@ -208,6 +214,7 @@ def export(
     precision: Precision = "fp32",
     batch: Batch = 1,
     images: Images = None,
+    image_size: ImageSize = None,
     task: Task = None,
     device: Annotated[
         str, typer.Option(help="device that will run the file: decides the form of INT8, and which cuts are possible")
@@ -233,7 +240,7 @@ def export(
     with output.progress() as progress:
         from edgeprune.vit.models import load_model
 
-        loaded = load_model(model, weights, task=task)
+        loaded = load_model(model, weights, task=task, image_size=size_from(image_size))
         if trunk:
             from edgeprune.vit.profiling_models import export_profiling_models
 

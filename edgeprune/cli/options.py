@@ -68,6 +68,10 @@ Simulate = Annotated[
 Exhaustive = Annotated[bool, typer.Option(help="measure every token count")]
 Block = Annotated[int, typer.Option(help="block of the single cut with --policy paper", min=0)]
 CropPct = Annotated[float | None, typer.Option(help="crop percentage, instead of the model's own", min=0.05, max=1)]
+ImageSize = Annotated[
+    str | None,
+    typer.Option("--image-size", help="pictures of H,W pixels, or N for N,N, instead of the model's own size"),
+]
 Interpolation = Annotated[str | None, typer.Option(help="interpolation, instead of the model's own")]
 Mean = Annotated[str | None, typer.Option(help="mean as r,g,b, instead of the model's own")]
 Std = Annotated[str | None, typer.Option(help="standard deviation as r,g,b, instead of the model's own")]
@@ -92,6 +96,12 @@ Recover = Annotated[
 def recover_from(value: str | None) -> Path | bool:
     """The value of --recover for Options; without a value it is empty (app.Commands)."""
     return Path(value) if value else value is not None
+
+
+def size_from(value: str | None) -> tuple[int, int] | None:
+    from edgeprune.images import image_size
+
+    return image_size(value)
 
 
 def goal_from(alpha: Any, speedup: Any, budget_ms: Any, max_drop: Any, min_cosine: Any) -> Any:

@@ -19,6 +19,7 @@ from edgeprune.cli.options import (
     Exhaustive,
     HostProgram,
     Images,
+    ImageSize,
     LockClocks,
     MaxDrop,
     Method,
@@ -35,6 +36,7 @@ from edgeprune.cli.options import (
     WholeLast,
     Work,
     goal_from,
+    size_from,
 )
 from edgeprune.defaults import WORK
 from edgeprune.zoo import EMBEDDED
@@ -45,6 +47,7 @@ def profile(
     device: Device = "cpu",
     model: Model = EMBEDDED,
     weights: Weights = None,
+    image_size: ImageSize = None,
     trunk: Annotated[Path | None, typer.Option(help="trunk.onnx of `export --trunk`; needs no torch")] = None,
     method: Annotated[str, typer.Option(help="measure the cost of cuts by this method, too")] = "none",
     precision: Precision = "fp32",
@@ -70,7 +73,7 @@ def profile(
     with output.progress() as progress, output.clocks(device, lock_clocks, host):
         there = Host(host, host_program) if host else None
         target = target_for(device, precision, batch, simulate, work, progress, there, lock_clocks)
-        staircase = run(target, model, weights, trunk, method, exhaustive)
+        staircase = run(target, model, weights, trunk, method, exhaustive, size_from(image_size))
     save(staircase, out)
     write_bytes(out.with_suffix(".svg"), staircase_svg(staircase))
     output.show(profile_table(staircase), as_json)
@@ -85,6 +88,7 @@ def schedule(
     model: Model = EMBEDDED,
     weights: Weights = None,
     images: Images = None,
+    image_size: ImageSize = None,
     task: Task = None,
     method: Method = "fold",
     policy: Policy = "search",
@@ -110,6 +114,7 @@ def schedule(
         model=model,
         weights=weights,
         images=images,
+        image_size=size_from(image_size),
         method=method,
         policy=policy,
         goal=goal_from(alpha, speedup, budget_ms, max_drop, min_cosine),

@@ -42,6 +42,7 @@ from edgeprune.records import (
     Setup,
     Staircase,
     Trial,
+    text_of,
 )
 from edgeprune.scheduling.goals import pareto
 from edgeprune.tasks import BY_NAME, Task
@@ -223,7 +224,8 @@ def _setup(engine: Engine, schedule: Schedule, report: Report, preprocessing: Pr
         "rounds": f"{len(report.latency.samples_ms)}{together}",
         "probes": f"{report.probes} latency measurements" if report.probes else None,
         "accuracy on": evaluated_on(report.images, report.held_out) if report.images else None,
-        "preprocessing": f"{how.resize_px} px {how.interpolation}, {how.crop_mode} crop of {how.image_px} px",
+        "preprocessing": f"{text_of(how.resize_px)} px {how.interpolation}, "
+        f"{how.crop_mode} crop of {text_of(how.image_px)} px",
         "engine": f"{engine.path}, {engine.size_bytes / 1e6:.1f} MB, sha256 {engine.sha256[:12]}…",
         "weights": f"sha256 {schedule.vit.weights_sha256[:12]}…",
     }

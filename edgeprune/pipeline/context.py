@@ -63,6 +63,7 @@ class Options:
     lock_clocks: bool = False  # of that host
     overrides: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None  # of records.TASKS; None: that of the model
+    image_size: tuple[int, int] | None = None  # (height, width), pixels; None: that of the model
     text_embeddings: Path | None = None  # .npy (classes, C), for zero-shot figures of embeddings
 
 
@@ -130,7 +131,7 @@ def context_for(options: Options, progress: Progress = silent) -> Context:
         options.device, options.precision, options.batch, options.simulate, options.work, progress,
         options.host, options.lock_clocks,
     )  # fmt: skip
-    model = load_model(options.model, options.weights, options.overrides, options.task)
+    model = load_model(options.model, options.weights, options.overrides, options.task, options.image_size)
     if options.goal.min_cosine is not None and model.task != "embed":
         raise InputError(
             f"--min-cosine is for embeddings, and {model.vit.name} classifies: pass --max-drop or --task embed"

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 PARITY_IMAGES = 8
 MOST_LOST = 1.5  # points of top-1 that a precision may lose against fp32
 MOST_CHANGED = 5.0  # points of agreement that it may lose where there are no labels
+MOST_COSINE = 0.002  # of the mean cosine that it may lose where fp32 does not keep to --min-cosine, either
 
 
 class Evaluated(NamedTuple):
@@ -84,6 +85,7 @@ def evaluate(
         logits = logits_on(other, pictures, each)[kept]
         names = (target.setup.precision, other.target.setup.precision)
         refused = refused or gate(names, options.goal, (own, measured), pruned[kept], logits, labels, context.task)
+        refused = refused or below_bound(names[1], options.goal, context.task, dense[kept], pruned[kept], logits)
     report = with_fidelity(report, dense[kept], pruned[kept], labels, held_out, context.task)
     if recovered is not None:
         original = logits_on(context, pictures, precise_onnx(context, pruned_onnx(context, schedule)))
@@ -199,6 +201,28 @@ def gate(
         return f"it loses {lost:.2f} points of {what} against {wider} (limit {most}) for {gain:.2f}x"
     log.info("%s: %.2fx faster than %s, %.2f points of %s lost", precision, gain, wider, lost, what)
     return None
+
+
+def below_bound(
+    wider: str,
+    goal: Goal,
+    task: Task,
+    dense: NDArray[np.float32],
+    narrow: NDArray[np.float32],
+    exact: NDArray[np.float32],
+) -> str | None:
+    """Why a precision breaks the bound of --min-cosine; None where it does not, and for other goals.
+
+    `narrow` and `exact` (images, C) are the outputs of the precision and of the wider one, `dense` those of the
+    unpruned model in fp32. Where the wider one misses the bound, too, the precision may cost MOST_COSINE more.
+    """
+    if goal.min_cosine is None:
+        return None
+    mean, whole = (1 - float(task.losses(dense, each).mean()) for each in (narrow, exact))
+    least = goal.min_cosine if whole >= goal.min_cosine else whole - MOST_COSINE
+    if mean >= least:
+        return None
+    return f"its mean cosine is {mean:.4f}, below {least:.4f}; it is {whole:.4f} in {wider}"
 
 
 def logits_on(context: Context, pictures: Pictures, file: Path) -> NDArray[np.float32]:

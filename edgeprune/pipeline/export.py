@@ -51,6 +51,7 @@ def export_model(
     and a cut beyond its limits is an error. Raises InputError, ExportError, OutputError.
     """
     from edgeprune.vit.export import onnx_of_schedule
+    from edgeprune.vit.reducers import check_sorted
 
     vit, how = model.vit, model.preprocessing
     found = Schedule(vit=vit, method="none", policy="search", tokens=(vit.tokens,) * vit.depth)
@@ -58,6 +59,8 @@ def export_model(
         found = load(schedule, Schedule)
         if found.vit != vit:
             raise InputError(f"{schedule} was made for another model or other weights: make one for this model")
+    if tensorrt and found.cuts:
+        check_sorted(found.method, vit)
     if precision in QUANTISED and pictures is None:
         raise InputError(f"{precision.upper()} needs pictures for calibration: pass --images DIR|CSV")
     kind = onnx_precision(precision, "trt" if tensorrt else "ort")

@@ -39,9 +39,8 @@ log = logging.getLogger(__name__)
 
 
 def noise_batch(vit: Vit, batch: int) -> NDArray[np.float32]:
-    """Noise with a fixed seed, (batch, 3, P, P): the golden input where there are no pictures."""
-    shape = (batch, 3, vit.image_px, vit.image_px)
-    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    """Noise with a fixed seed, (batch, 3, H, W): the golden input where there are no pictures."""
+    return np.random.default_rng(0).standard_normal((batch, 3, *vit.size), dtype=np.float32)
 
 
 def bundle_from_onnx(

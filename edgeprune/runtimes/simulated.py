@@ -39,7 +39,8 @@ def operations_of_trunk(vit: Vit, tokens: int, batch: int) -> list[Operation]:
 
 def operations_of_ends(vit: Vit, batch: int) -> list[Operation]:
     """The kernels outside the blocks: patch embedding with positions, last norm and head."""
-    patches = (vit.image_px // vit.patch_px) ** 2
+    rows, columns = vit.grid
+    patches = rows * columns
     return [
         Matmul(batch * patches, vit.width, 3 * vit.patch_px**2),
         Elementwise(batch * vit.tokens, 2 * vit.width),

@@ -75,7 +75,7 @@ def onnx_of_schedule(
 
     from edgeprune.vit.fidelity import pruned_module
 
-    example = torch.zeros(batch, 3, model.vit.image_px, model.vit.image_px)
+    example = torch.zeros(batch, 3, *model.vit.size)
     module = pruned_module(model, method, tokens, prefix_last)
     names = ("images", BY_NAME[model.task].output)
     onnx_from_module(module, example, path, names, convert, metadata, tensorrt)

@@ -18,9 +18,10 @@ import msgspec
 from edgeprune import zoo
 from edgeprune.errors import InputError, MissingError, ModelError, WeightsError, install
 from edgeprune.io import read_bytes
-from edgeprune.records import CROP_MODES, INTERPOLATIONS, Preprocessing, Vit
+from edgeprune.records import CROP_MODES, INTERPOLATIONS, Preprocessing, Vit, pixels_of, sides_of
 from edgeprune.vit import hugging_face
 from edgeprune.vit.families import Family, family_of
+from edgeprune.vit.image_size import made_for, resize
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,6 +47,7 @@ def load_model(
     weights: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     task: str | None = None,
+    image_size: tuple[int, int] | None = None,
 ) -> Model:
     """A model by name with `weights`, or a timm module with the weights it has.
 
@@ -53,8 +55,9 @@ def load_model(
     of transformers (vit/hugging_face.py). Weights are pretrained, embedded, random, or a file (.safetensors, or .pth
     as tensors only); default: embedded for the embedded model, else pretrained. A module is copied, never changed.
     `overrides` replaces keys of the data config (crop_pct, interpolation, mean, std, crop_mode). `task` is what the
-    output is for, by default embed where the model has no head, else classify. Raises ModelError, WeightsError,
-    MissingError, InputError.
+    output is for, by default embed where the model has no head, else classify. `image_size` (height, width) resizes
+    the model (vit/image_size.py); positions in a file are of the model's own size or of that one. Raises ModelError,
+    WeightsError, MissingError, InputError.
     """
     _require_timm()
     state = config = labels = None
@@ -65,7 +68,7 @@ def load_model(
     elif hugging_face.is_folder(model):
         if weights not in (None, "pretrained", "random"):
             raise WeightsError(f"{model} has weights of its own: leave out --weights")
-        found = hugging_face.read(Path(model), weights == "random")
+        found = hugging_face.read(Path(model), weights == "random", image_size)
         module, state, config, labels = found.module, found.state, found.data, found.labels
         weights, name = model, Path(model).resolve().name
         task = task or ("classify" if found.classifies else "embed")
@@ -79,8 +82,12 @@ def load_model(
             state, config = _read_state(Path(weights)), _checkpoint_config(Path(weights))
         module = _create(model, weights, state)
     key, family = family_of(module)
+    if image_size is not None and state is not None and not made_for(module, state):
+        resize(module, image_size, name)
     if state is not None:
         _fill(module, state, str(weights))
+    if image_size is not None:
+        resize(module, image_size, name)
     vit = family.describe(module, name, weights_sha256(module))
     assert vit.family == key
     how = _preprocessing(module, vit, config, overrides or {})
@@ -159,7 +166,7 @@ def _check_family(name: str) -> None:
     import torch
 
     with (
-        suppress(RuntimeError, NotImplementedError, ValueError),
+        suppress(RuntimeError, NotImplementedError, ValueError, TypeError),
         torch.device("meta"),
     ):  # some models need real tensors
         family_of(timm.create_model(name))
@@ -240,7 +247,7 @@ def _preprocessing(
         raise InputError(f"interpolation {data['interpolation']!r} is not supported: use {', '.join(INTERPOLATIONS)}")
     return Preprocessing(
         image_px=vit.image_px,
-        resize_px=math.floor(vit.image_px / data["crop_pct"]),
+        resize_px=pixels_of(*(math.floor(side / data["crop_pct"]) for side in sides_of(vit.image_px))),
         interpolation=data["interpolation"],
         crop_mode=data["crop_mode"],
         mean=_triple(data["mean"]),
@@ -260,7 +267,7 @@ def class_labels(model: Model, class_names: tuple[str, ...] | None) -> tuple[str
         return class_names
     if model.labels is not None:
         return model.labels
-    if vit.name == zoo.EMBEDDED:
+    if vit.name == zoo.EMBEDDED and vit.classes == len(zoo.CLASS_NAMES):
         return zoo.CLASS_NAMES
     if vit.classes == 1000:
         from timm.data import ImageNetInfo

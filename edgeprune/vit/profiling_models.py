@@ -47,7 +47,7 @@ def export_profiling_models(
     reducers = {method: reducer_named(method) for method in methods}
     check_profiling_models(folder, vit, batch, precision)
     stream = torch.zeros(batch, vit.tokens, vit.width)
-    images = torch.zeros(batch, 3, vit.image_px, vit.image_px)
+    images = torch.zeros(batch, 3, *vit.size)
     rotation = rotation_of(model)
     dense = PrunedViT(module, family, vit, (vit.tokens,) * vit.depth, None)
     convert = CONVERSIONS.get(precision)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import InputError
-from edgeprune.records import Schedule, Vit, check_tokens
+from edgeprune.records import Schedule, Vit, check_tokens, text_of
 from edgeprune.vit.families import Family, family_of
 from edgeprune.vit.reducers import reducer_named
 from edgeprune.vit.rotary import Rotation, moved, rows_of
@@ -48,7 +48,7 @@ class PrunedViT(nn.Module):
         self.register_buffer("rotary", None, persistent=False)  # the table as a constant, set during an export
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, P, P) images to (B, classes) logits."""
+        """(B, 3, H, W) images to (B, classes) logits."""
         table = self.family.rotary(self.model) if self.rotary is None else self.rotary
         last = self.vit.depth - 1 if self.prefix_last else self.vit.depth
         stream = self.blocks(Stream(self.family.embed(self.model, images)), 0, last, table)
@@ -115,7 +115,7 @@ class Fixed(nn.Module):
         self.family = family
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, P, P) to (B, classes)."""
+        """(B, 3, H, W) to (B, classes)."""
         return self.family.classify(self.model, self.family.embed(self.model, images))
 
 
@@ -174,6 +174,11 @@ def pruned_from_module(model: nn.Module, schedule: Schedule) -> PrunedViT:
     key, family = family_of(model)
     vit = family.describe(model, schedule.vit.name, schedule.vit.weights_sha256)
     if (key, vit) != (schedule.vit.family, schedule.vit):
+        if vit.size != schedule.vit.size:
+            raise InputError(
+                f"the schedule is for pictures of {text_of(schedule.vit.image_px)} px, the model takes "
+                f"{text_of(vit.image_px)}: call model.set_input_size(img_size={schedule.vit.size}) first"
+            )
         here = type(model).__name__
         raise InputError(
             f"the schedule was made for {schedule.vit.name}, not for this {here}: make one for this model"

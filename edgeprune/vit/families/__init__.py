@@ -34,7 +34,7 @@ class Family(Protocol):
         ...
 
     def embed(self, model: Any, images: Tensor) -> Tensor:
-        """(B, 3, P, P) images to the (B, N, C) tokens that enter block 0."""
+        """(B, 3, H, W) images to the (B, N, C) tokens that enter block 0."""
         ...
 
     def rotary(self, model: Any) -> Tensor | None:
