@@ -19,11 +19,14 @@ from edgeprune.cli.options import (
     CropPct,
     Device,
     Exhaustive,
+    HeadFile,
     HostProgram,
     Images,
     Interpolation,
+    Layers,
     LockClocks,
     MaxDrop,
+    MaxError,
     Mean,
     Method,
     MinCosine,
@@ -42,6 +45,7 @@ from edgeprune.cli.options import (
     WholeLast,
     Work,
     goal_from,
+    layers_from,
     overrides_from,
     recover_from,
 )
@@ -56,6 +60,8 @@ def build(
     weights: Weights = None,
     images: Images = None,
     task: Task = None,
+    layers: Layers = None,
+    head: HeadFile = None,
     text_embeddings: Texts = None,
     method: Method = "fold",
     policy: Policy = "search",
@@ -64,6 +70,7 @@ def build(
     budget_ms: Budget = None,
     max_drop: MaxDrop = None,
     min_cosine: MinCosine = None,
+    max_error: MaxError = None,
     precision: AnyPrecision = "fp32",
     batch: Batch = 1,
     block: Block = 3,
@@ -102,7 +109,7 @@ def build(
         images=images,
         method=method,
         policy=policy,
-        goal=goal_from(alpha, speedup, budget_ms, max_drop, min_cosine),
+        goal=goal_from(alpha, speedup, budget_ms, max_drop, min_cosine, max_error),
         precision=precision,
         batch=batch,
         work=work,
@@ -116,6 +123,8 @@ def build(
         neighbours=neighbours,
         recover=recover_from(recover),
         task=task,
+        layers=layers_from(layers),
+        head=head,
         text_embeddings=text_embeddings,
         overrides=overrides_from(crop_pct, interpolation, mean, std),
         host=Host(host, host_program) if host else None,
@@ -140,6 +149,8 @@ def compare(
     weights: Weights = None,
     images: Images = None,
     task: Task = None,
+    layers: Layers = None,
+    head: HeadFile = None,
     text_embeddings: Texts = None,
     methods: Annotated[str, typer.Option(help="methods, separated by commas")] = ",".join(METHODS),
     speedup: Annotated[str, typer.Option(help="target speed-ups, separated by commas")] = "1.25,1.5,2.0",
@@ -182,6 +193,8 @@ def compare(
         rounds=rounds,
         recover=recover_from(recover),
         task=task,
+        layers=layers_from(layers),
+        head=head,
         text_embeddings=text_embeddings,
     )
     with output.progress() as progress:
@@ -209,6 +222,7 @@ def export(
     batch: Batch = 1,
     images: Images = None,
     task: Task = None,
+    layers: Layers = None,
     device: Annotated[
         str, typer.Option(help="device that will run the file: decides the form of INT8, and which cuts are possible")
     ] = "cpu",
@@ -233,7 +247,7 @@ def export(
     with output.progress() as progress:
         from edgeprune.vit.models import load_model
 
-        loaded = load_model(model, weights, task=task)
+        loaded = load_model(model, weights, task=task, layers=layers_from(layers))
         if trunk:
             from edgeprune.vit.profiling_models import export_profiling_models
 

@@ -54,18 +54,20 @@ def profile(
     trunk: Path | None = None,
     method: str = "none",
     exhaustive: bool = False,
+    layers: Sequence[int] = (),
 ) -> Staircase:
     """The staircase of a model, of exported models (`trunk`, needs no torch), or of a simulated device.
 
-    Only one process at a time can measure in a work folder. Raises any EdgepruneError.
+    With `layers` the model has their patch features as outputs. Only one process at a time can measure in a work
+    folder. Raises any EdgepruneError.
     """
     check_method(method)
-    if trunk is None and target.setup.simulated:
+    if trunk is None and target.setup.simulated and not layers:
         return profiling.simulated_staircase(target, vit_of(model), exhaustive)
     with target.work.lock():
         if trunk is not None:
             return profiling.staircase_of_folder(target, trunk, (method,), exhaustive)
-        return measured_staircase(target, load_model(model, weights), (method,), exhaustive)
+        return measured_staircase(target, load_model(model, weights, layers=layers), (method,), exhaustive)
 
 
 def vit_of(model: str | nn.Module) -> Vit:

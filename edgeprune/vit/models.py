@@ -7,7 +7,7 @@ import difflib
 import hashlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,7 @@ def load_model(
     weights: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     task: str | None = None,
+    layers: Sequence[int] = (),
 ) -> Model:
     """A model by name with `weights`, or a timm module with the weights it has.
 
@@ -53,10 +54,14 @@ def load_model(
     of transformers (vit/hugging_face.py). Weights are pretrained, embedded, random, or a file (.safetensors, or .pth
     as tensors only); default: embedded for the embedded model, else pretrained. A module is copied, never changed.
     `overrides` replaces keys of the data config (crop_pct, interpolation, mean, std, crop_mode). `task` is what the
-    output is for, by default embed where the model has no head, else classify. Raises ModelError, WeightsError,
-    MissingError, InputError.
+    output is for, by default embed where the model has no head, else classify. With `layers` (numbers of blocks, from
+    1) it is dense, and their patch features are outputs; dense alone means the last. Raises ModelError,
+    WeightsError, MissingError, InputError.
     """
     _require_timm()
+    if layers and task not in (None, "dense"):
+        raise InputError(f"--layers is for dense features: pass --task dense instead of {task}, or leave it out")
+    task = "dense" if layers else task
     state = config = labels = None
     if not isinstance(model, str):
         if weights is not None:
@@ -83,6 +88,10 @@ def load_model(
         _fill(module, state, str(weights))
     vit = family.describe(module, name, weights_sha256(module))
     assert vit.family == key
+    if task == "dense":
+        from edgeprune.vit.pruned import with_layers
+
+        vit = with_layers(vit, layers or (vit.depth,))
     how = _preprocessing(module, vit, config, overrides or {})
     names = labels if labels and len(labels) == vit.classes else None
     return Model(module.eval(), family, vit, how, task or task_of(module), names)

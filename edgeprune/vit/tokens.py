@@ -15,6 +15,7 @@ class Stream(NamedTuple):
     x: Tensor  # (B, N, C)
     sizes: Tensor | None = None  # (B, N); None if every token still represents only itself
     places: Tensor | None = None  # (B, M) row of the table of vit/rotary.py; None if no token has moved, or no table
+    shares: Tensor | None = None  # (B, patches, M) of vit/restore.py; None if no token has moved or no features
 
 
 class Attended(NamedTuple):
