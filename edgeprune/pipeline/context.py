@@ -22,7 +22,7 @@ from edgeprune.runtimes.remote.ssh import Host
 from edgeprune.runtimes.target import Target, target_for
 from edgeprune.scheduling.goals import Goal
 from edgeprune.scheduling.paper import PAPER_BLOCK
-from edgeprune.tasks import BY_NAME, Task, task_of
+from edgeprune.tasks import BY_NAME, CLASSIFY, Task, task_of
 from edgeprune.vit.reducers import check_method
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Context:
     target: Target
     model: Model
     pictures: Pictures | None
-    task: Task  # how outputs are compared
+    task: Task = CLASSIFY  # how outputs are compared
     progress: Progress = silent
     recovery: Pictures | None = None  # to tune the weights on
     head: Head | None = None
