@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from edgeprune.errors import InputError
 from edgeprune.records import Schedule, Vit, check_tokens
-from edgeprune.vit import restore
 from edgeprune.vit.families import Family, family_of
 from edgeprune.vit.reducers import reducer_named
-from edgeprune.vit.restore import features
+from edgeprune.vit.reducers.common import take
+from edgeprune.vit.restore import Grid, after_cut, features, patches
 from edgeprune.vit.rotary import Rotation, moved, rows_of
 from edgeprune.vit.tokens import Reducer, Stream
 
@@ -86,18 +86,17 @@ def step(
     rows: Tensor | None = None,
 ) -> Stream:
     """One block that leaves `keep` tokens: timm's own block if that is all, else with a cut before its MLP."""
-    x, sizes, places, shares = stream
+    x, sizes, places, grid = stream
     if keep == x.shape[1]:
-        return Stream(family.block(block, x, sizes, rows), sizes, places, shares)
+        return Stream(family.block(block, x, sizes, rows), sizes, places, grid)
     assert reducer is not None
     attended = family.attend(block, x, sizes, rows)
     x, sizes, kept = reducer(attended.out, sizes, attended, keep, vit.prefix)
     assert x.shape[1] == keep, f"the reducer left {x.shape[1]} tokens instead of {keep}"
     if vit.layers:
-        cut = restore.shares(attended.out[:, vit.prefix :], x[:, vit.prefix :])
-        shares = restore.composed(shares, cut)
+        grid = after_cut(attended.out[:, vit.prefix :], x[:, vit.prefix :], grid)
     places = None if rows is None else moved(places, kept(), vit.tokens - vit.prefix)
-    return Stream(family.mlp(block, x), sizes, places, shares)
+    return Stream(family.mlp(block, x), sizes, places, grid)
 
 
 class Trunk(nn.Module):
@@ -138,8 +137,8 @@ class Fixed(nn.Module):
 class CutBlock(nn.Module):
     """One block with a cut: (B, n, C) to (B, keep, C). The cost of a cut is measured on it.
 
-    With dense features it also composes the shares of an earlier cut and restores one layer, without the norm that
-    the unpruned model has, too.
+    With dense features it also updates the grid of an earlier cut and restores one layer, without the norm that the
+    unpruned model has, too.
     """
 
     def __init__(
@@ -158,15 +157,20 @@ class CutBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """(B, n, C) to (B, keep, C), with dense features also (B, patches, C)."""
         rows = self.rotation.rows(x) if self.rotation else None
-        body, patches = x.shape[1] - self.vit.prefix, self.vit.tokens - self.vit.prefix
-        earlier = None
-        if self.vit.layers and body < patches:  # any shares will do, computed from the input as those of a run are
-            earlier = x[:, self.vit.prefix :, :1].transpose(1, 2).expand(-1, patches, -1)
-        stream = Stream(x, shares=earlier)
-        stream = step(self.family, self.block, stream, self.keep, self.vit, self.reducer, rows)
-        if stream.shares is None:
+        stream = step(
+            self.family, self.block, Stream(x, grid=self.earlier(x)), self.keep, self.vit, self.reducer, rows
+        )
+        if stream.grid is None:
             return stream.x
-        return stream.x, stream.shares @ stream.x[:, self.vit.prefix :]
+        return stream.x, patches(stream.x[:, self.vit.prefix :], stream.grid)
+
+    def earlier(self, x: Tensor) -> Grid | None:
+        """Any grid for tokens (B, n, C) of which some are gone, computed from them as that of a run is."""
+        body, count = x[:, self.vit.prefix :], self.vit.tokens - self.vit.prefix
+        if not self.vit.layers or body.shape[1] == count:
+            return None
+        held = torch.arange(count, device=x.device) % body.shape[1] + (body[:, :1, 0] * 0).long()
+        return Grid(held, take(body, held))
 
 
 class LastBlock(nn.Module):

@@ -1,43 +1,50 @@
 """Tokens that are left, brought back to the full grid of patches: what dense features need after cuts.
 
-At a cut, every body token is described by the tokens that are left: a mean weighted by similarity. The weights of
-several cuts are multiplied, so that features of a layer are one matrix product, and nothing is scattered. Compared
-with the nearest token alone, with distances on the grid and with adding later updates to each patch's own stream in
-docs/benchmarks.md.
+At a cut each body token is assigned to the most similar of those that are left, which stands for it from then on. A
+patch keeps its own residual stream as it was at the cut, and the later updates of the token that stands for it are
+added: the model computes the updates for few tokens, but what sets patches apart is not lost. Assignments are
+composed over cuts, so that a layer is restored by one Gather and one addition; nothing is scattered. Other ways were
+worse or no better (docs/benchmarks.md).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
 from edgeprune.records import Vit
+from edgeprune.vit.reducers.common import take
 
 if TYPE_CHECKING:
     from edgeprune.vit.families import Family
     from edgeprune.vit.tokens import Stream
 
-SHARPNESS = 20.0  # of the softmax over cosines: few tokens share a patch
+
+class Grid(NamedTuple):
+    """Where the patches are after cuts."""
+
+    held: Tensor  # (B, patches) the body token that stands for each patch
+    apart: Tensor  # (B, patches, C) what each patch's own stream had beyond that token's, at the last cut
 
 
-def shares(before: Tensor, after: Tensor) -> Tensor:
-    """(B, M, K): the share of each token that a cut left (B, K, C) in each that it got (B, M, C); body tokens.
-
-    The factor is after the product, where attention has none: nothing takes it for an attention to fuse.
-    """
-    cosines = _directions(before) @ _directions(after).transpose(1, 2)
-    return (cosines * SHARPNESS).softmax(dim=-1)
+def patches(body: Tensor, grid: Grid | None) -> Tensor:
+    """(B, patches, C) from body tokens (B, M, C); the same tokens where nothing was cut yet."""
+    return body if grid is None else take(body, grid.held) + grid.apart
 
 
-def _directions(x: Tensor) -> Tensor:
-    unit: Tensor = x / x.norm(dim=-1, keepdim=True)
-    return unit
+def after_cut(before: Tensor, after: Tensor, grid: Grid | None) -> Grid:
+    """The grid after one more cut, which turned body tokens (B, M, C) into (B, K, C)."""
+    whole, near = patches(before, grid), nearest(before, after)
+    held = near if grid is None else take(near[..., None], grid.held)[..., 0]
+    return Grid(held, whole - take(after, held))
 
 
-def composed(earlier: Tensor | None, cut: Tensor) -> Tensor:
-    """The shares (B, patches, K) after one more cut (B, M, K); `earlier` (B, patches, M) is None before the first."""
-    return cut if earlier is None else earlier @ cut
+def nearest(before: Tensor, after: Tensor) -> Tensor:
+    """(B, M): for each of (B, M, C) the index of the most similar of (B, K, C), by cosine."""
+    # Only similarities of the same token are compared, so its own length does not matter.
+    found: Tensor = (before @ (after / after.norm(dim=-1, keepdim=True)).transpose(1, 2)).argmax(dim=-1)
+    return found
 
 
 def features(family: Family, model: Any, vit: Vit, stream: Stream) -> Tensor:
@@ -46,7 +53,5 @@ def features(family: Family, model: Any, vit: Vit, stream: Stream) -> Tensor:
     Through the final norm of the model, as timm's `forward_intermediates(norm=True)` and
     `get_intermediate_layers(norm=True)` give them.
     """
-    body = stream.x[:, vit.prefix :]
-    if stream.shares is not None:
-        body = stream.shares @ body
-    return family.norm(model, body).reshape(len(body), *vit.grid, body.shape[2])
+    body = family.norm(model, patches(stream.x[:, vit.prefix :], stream.grid))
+    return body.reshape(len(body), *vit.grid, body.shape[2])
