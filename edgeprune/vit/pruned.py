@@ -169,7 +169,8 @@ class CutBlock(nn.Module):
         body, count = x[:, self.vit.prefix :], self.vit.tokens - self.vit.prefix
         if not self.vit.layers or body.shape[1] == count:
             return None
-        held = torch.arange(count, device=x.device) % body.shape[1] + (body[:, :1, 0] * 0).long()
+        places = torch.tensor([float(patch % body.shape[1]) for patch in range(count)], device=x.device)
+        held = (places + body[:, :1, 0] * 0).long()
         return Grid(held, take(body, held))
 
 
