@@ -197,10 +197,10 @@ def test_the_fastest_schedule_within_that_error_is_chosen(
     row = row_of(capsys, *command, "--max-error", "0.15", "--work", given.work, "--out", tmp_path / "bundle")
     trace = load(tmp_path / "bundle" / "story.json", BuildTrace)
     chosen = next(c for c in trace.candidates if c.tokens == tuple(row["tokens"]))
-    good = [c for c in trace.candidates if c.error is not None and c.error <= 0.2]
+    good = [c for c in trace.candidates if c.error is not None and c.error <= 0.15]
     assert chosen in good and 1 < len(good) < len(trace.candidates)
     assert chosen.predicted_ms <= 1.02 * min(c.predicted_ms for c in good) and row["speedup"] > 1.02
-    assert trace.asked == "a relative error of at most 0.2" and row["fidelity"]["head_error"] is None
+    assert trace.asked == "a relative error of at most 0.15" and row["fidelity"]["head_error"] is None
 
 
 def test_compare_gives_the_figures_of_features(
