@@ -69,16 +69,22 @@ class Bundle:
         return staircase_of(self.path) if STAIRCASE in self.manifest.files else None
 
     def predict(
-        self, images: str | Path | Sequence[str | Path], top: int = 5, progress: Progress = silent
+        self,
+        images: str | Path | Sequence[str | Path],
+        top: int = 5,
+        progress: Progress = silent,
+        out: str | Path | None = None,
     ) -> Predictions:
-        """The `top` likeliest classes of pictures (files, folders, or CSVs of them), or their embeddings.
+        """The `top` likeliest classes of pictures (files, folders, or CSVs of them), their embeddings or features.
 
-        Raises InputError, ImageError, EngineError, and DeviceError where the engine was built for another machine.
+        With `out`, a folder, all outputs of each picture are saved there as PICTURE.npz, and dense features are not
+        kept in memory. Raises InputError, ImageError, EngineError, OutputError, and DeviceError where the engine was
+        built for another machine.
         """
         from edgeprune.bundles.predict import predict
 
         sources = [images] if isinstance(images, str | Path) else images
-        return predict(self.path, [Path(source) for source in sources], top, progress)
+        return predict(self.path, [Path(source) for source in sources], top, progress, Path(out) if out else None)
 
     def pack(self, out: str | Path, *, sign: str | Path | None = None) -> Path:
         """Write the bundle as one .tar.zst, the same bytes for the same bundle; its path.

@@ -61,7 +61,7 @@ def write_bundle(
     """Write the folder `out`; an earlier bundle there is replaced only when the new one is complete.
 
     `files` maps names in the bundle to the files copied there: the engine, and the ONNX that it can be compiled from.
-    `golden` is one batch of real input, (B, 3, H, W), and its output, (B, classes), both fp32. `extra` holds the
+    `golden` is one batch of real input, (B, 3, H, W), and its output, (B, values), both fp32. `extra` holds the
     content of further files by name. Returns the manifest. Raises InputError, OutputError.
     """
     check_out(out)

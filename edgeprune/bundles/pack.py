@@ -6,6 +6,7 @@ import os
 import shutil
 import tarfile
 import tempfile
+from math import prod
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -195,7 +196,7 @@ class _Archive:
 def most_bytes(manifest: Manifest, name: str) -> int:
     """The size that a file of a bundle can have at most, in bytes, so that a small archive cannot fill the disk."""
     setup, vit = manifest.engine.setup, manifest.vit
-    golden = dict(zip(GOLDEN, (3 * vit.image_px**2, vit.classes), strict=True))
+    golden = dict(zip(GOLDEN, (3 * prod(vit.size), vit.values), strict=True))
     if name == manifest.engine.path:
         return manifest.engine.size_bytes
     if name in golden:

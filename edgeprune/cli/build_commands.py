@@ -19,12 +19,15 @@ from edgeprune.cli.options import (
     CropPct,
     Device,
     Exhaustive,
+    HeadFile,
     HostProgram,
     Images,
     ImageSize,
     Interpolation,
+    Layers,
     LockClocks,
     MaxDrop,
+    MaxError,
     Mean,
     Method,
     MinCosine,
@@ -43,6 +46,7 @@ from edgeprune.cli.options import (
     WholeLast,
     Work,
     goal_from,
+    layers_from,
     overrides_from,
     recover_from,
     size_from,
@@ -59,6 +63,8 @@ def build(
     images: Images = None,
     image_size: ImageSize = None,
     task: Task = None,
+    layers: Layers = None,
+    head: HeadFile = None,
     text_embeddings: Texts = None,
     method: Method = "fold",
     policy: Policy = "search",
@@ -67,6 +73,7 @@ def build(
     budget_ms: Budget = None,
     max_drop: MaxDrop = None,
     min_cosine: MinCosine = None,
+    max_error: MaxError = None,
     precision: AnyPrecision = "fp32",
     batch: Batch = 1,
     block: Block = 3,
@@ -106,7 +113,7 @@ def build(
         image_size=size_from(image_size),
         method=method,
         policy=policy,
-        goal=goal_from(alpha, speedup, budget_ms, max_drop, min_cosine),
+        goal=goal_from(alpha, speedup, budget_ms, max_drop, min_cosine, max_error),
         precision=precision,
         batch=batch,
         work=work,
@@ -120,6 +127,8 @@ def build(
         neighbours=neighbours,
         recover=recover_from(recover),
         task=task,
+        layers=layers_from(layers),
+        head=head,
         text_embeddings=text_embeddings,
         overrides=overrides_from(crop_pct, interpolation, mean, std),
         host=Host(host, host_program) if host else None,
@@ -145,6 +154,8 @@ def compare(
     images: Images = None,
     image_size: ImageSize = None,
     task: Task = None,
+    layers: Layers = None,
+    head: HeadFile = None,
     text_embeddings: Texts = None,
     methods: Annotated[str, typer.Option(help="methods, separated by commas")] = ",".join(METHODS),
     speedup: Annotated[str, typer.Option(help="target speed-ups, separated by commas")] = "1.25,1.5,2.0",
@@ -188,6 +199,8 @@ def compare(
         rounds=rounds,
         recover=recover_from(recover),
         task=task,
+        layers=layers_from(layers),
+        head=head,
         text_embeddings=text_embeddings,
     )
     with output.progress() as progress:
@@ -216,6 +229,7 @@ def export(
     images: Images = None,
     image_size: ImageSize = None,
     task: Task = None,
+    layers: Layers = None,
     device: Annotated[
         str, typer.Option(help="device that will run the file: decides the form of INT8, and which cuts are possible")
     ] = "cpu",
@@ -240,7 +254,7 @@ def export(
     with output.progress() as progress:
         from edgeprune.vit.models import load_model
 
-        loaded = load_model(model, weights, task=task, image_size=size_from(image_size))
+        loaded = load_model(model, weights, task=task, layers=layers_from(layers), image_size=size_from(image_size))
         if trunk:
             from edgeprune.vit.profiling_models import export_profiling_models
 

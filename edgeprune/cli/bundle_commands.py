@@ -61,15 +61,16 @@ def run(
     bundle: Annotated[Path, typer.Argument(help="folder that `edgeprune build` or `compile` wrote")],
     images: Annotated[list[Path], typer.Argument(help="pictures, or folders of them")],
     top: Annotated[int, typer.Option(help="classes listed per image", min=1)] = 5,
+    out: Annotated[Path | None, typer.Option(help="folder for all outputs of each picture, PICTURE.npz")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run pictures through a bundle's engine: their likeliest classes, or their embeddings."""
+    """Run pictures through a bundle's engine: their likeliest classes, embeddings or dense features."""
     from edgeprune.bundles.predict import predict
     from edgeprune.cli.rows import predictions_row
     from edgeprune.cli.tables import run_table
 
     with output.progress() as progress:
-        found = predict(bundle, images, top, progress)
+        found = predict(bundle, images, top, progress, out)
     output.show(run_table(found), as_json)
     if as_json:
         output.json_line(predictions_row(found))

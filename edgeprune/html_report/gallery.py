@@ -24,7 +24,7 @@ class Cut(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A picture with its label and the predicted classes, or the cosine to the unpruned embedding, and its cuts."""
+    """A picture with its label and the predicted classes, or how far its outputs are off, and its cuts."""
 
     data: str  # as a data: URI
     rows: int  # of patches
@@ -33,6 +33,7 @@ class Picture(NamedTuple):
     unpruned: str | None
     pruned: str | None
     cosine: float | None
+    error: float | None
     cuts: list[Cut]
     dropped: bool  # some patches are in none of the tokens
 
@@ -59,6 +60,7 @@ def _picture(schedule: Schedule, sample: Sample) -> Picture:
         unpruned=_first(sample.unpruned),
         pruned=_first(sample.pruned),
         cosine=sample.cosine,
+        error=sample.error,
         cuts=[Cut(block, schedule.tokens[block], colours(groups, columns)) for block, groups in cuts],
         dropped=any(group < 0 for cut in sample.groups for group in cut),
     )

@@ -11,7 +11,7 @@ from edgeprune.io import load
 from edgeprune.onnx_graph.calibration import calibrated
 from edgeprune.onnx_graph.precision import CONVERSIONS, QUANTISED, onnx_precision
 from edgeprune.records import ModelMetadata, Progress, Recovery, Schedule, silent
-from edgeprune.tasks import BY_NAME
+from edgeprune.tasks import task_of
 
 if TYPE_CHECKING:
     import onnx
@@ -69,7 +69,7 @@ def export_model(
     def quantised(graph: onnx.ModelProto) -> onnx.ModelProto:
         assert pictures is not None
         pixels = load_pixels([pictures.paths[i] for i in calibration_indices(len(pictures))], how)
-        task = BY_NAME[model.task]
+        task = task_of(model.task, model.vit)
         ranges = calibrated(graph, [images for images, _ in batches(pixels, how, batch)], progress, task)
         return QUANTISED[kind](graph, ranges.ranges, ranges.kept)
 

@@ -57,22 +57,25 @@ def profile(
     method: str = "none",
     exhaustive: bool = False,
     image_size: tuple[int, int] | None = None,
+    layers: Sequence[int] = (),
 ) -> Staircase:
     """The staircase of a model, of exported models (`trunk`, needs no torch), or of a simulated device.
 
-    Only one process at a time can measure in a work folder. Raises any EdgepruneError.
+    With `layers` the model has their patch features as outputs. Only one process at a time can measure in a work
+    folder. Raises any EdgepruneError.
     """
     check_method(method)
     if trunk is not None and image_size is not None:
         raise InputError(f"{trunk} has one size of pictures: pass --image-size to edgeprune export --trunk instead")
-    if trunk is None and target.setup.simulated:
+    if trunk is None and target.setup.simulated and not layers:
         vit = vit_of(model, image_size)
         check_sorting(target, vit, (method,))
         return profiling.simulated_staircase(target, vit, exhaustive)
     with target.work.lock():
         if trunk is not None:
             return profiling.staircase_of_folder(target, trunk, (method,), exhaustive)
-        return measured_staircase(target, load_model(model, weights, image_size=image_size), (method,), exhaustive)
+        loaded = load_model(model, weights, image_size=image_size, layers=layers)
+        return measured_staircase(target, loaded, (method,), exhaustive)
 
 
 def check_sorting(target: Target, vit: Vit, methods: Sequence[str]) -> None:

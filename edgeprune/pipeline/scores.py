@@ -40,7 +40,9 @@ class ScheduleScores:
         context = self.context
         pictures = context.pictures.key if context.pictures else ""
         model, count = context.model, context.options.search_images
-        return (model.vit, model.task, context.method, context.prefix_last, pictures, count, model.preprocessing)
+        head = (context.judged_by,) if context.judged_by else ()
+        parts = (model.vit, model.task, context.method, context.prefix_last, pictures, count, model.preprocessing)
+        return (*parts, *head)
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -48,8 +50,8 @@ class ScheduleScores:
         from edgeprune.vit.fidelity import Evaluator
 
         context, pictures = self.context, self.context.needed_pictures()
-        labels = pictures.labels(pictures.search)
-        return Evaluator(context.model, context.method, pictures.pixels[pictures.search], labels, context.prefix_last)
+        pixels, labels = pictures.pixels[pictures.search], pictures.labels(pictures.search)
+        return Evaluator(context.model, context.method, pixels, labels, context.prefix_last, context.task)
 
     def of(self, tokens: tuple[int, ...], base: tuple[int, ...]) -> Fidelity:
         """Fidelity of a schedule; `base` is the one it was derived from, whose activations it shares.

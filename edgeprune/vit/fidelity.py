@@ -10,10 +10,11 @@ import torch
 
 from edgeprune.images import normalise
 from edgeprune.records import Fidelity, Progress, check_tokens, silent
-from edgeprune.tasks import BY_NAME
+from edgeprune.tasks import Task, task_of
 from edgeprune.vit.models import Model
 from edgeprune.vit.pruned import PrunedViT, random_kept, step
 from edgeprune.vit.reducers import reducer_named
+from edgeprune.vit.restore import features
 from edgeprune.vit.rotary import rows_of
 from edgeprune.vit.tokens import Stream
 
@@ -38,15 +39,22 @@ def logits_of_schedule(
     prefix_last: bool = False,
     progress: Progress = silent,
 ) -> NDArray[np.float32]:
-    """PyTorch logits (images, classes) of a schedule for pixels (images, P, P, 3), a few images at a time."""
+    """PyTorch outputs (images, values) of a schedule for pixels (images, P, P, 3), a few images at a time."""
     module, rows = pruned_module(model, method, tokens, prefix_last), []
     with torch.inference_mode():
         for start in range(0, len(pixels), CHUNK):
             progress("evaluating images in PyTorch", start, len(pixels))
             images = normalise(pixels[start : start + CHUNK], model.preprocessing)
-            rows.append(module(torch.from_numpy(images)).numpy())
+            rows.append(packed_outputs(module(torch.from_numpy(images))))
     progress("evaluating images in PyTorch", len(pixels), len(pixels))
     return np.concatenate(rows)
+
+
+def packed_outputs(outputs: torch.Tensor | Sequence[torch.Tensor]) -> NDArray[np.float32]:
+    """The output of a module, or its several outputs in their order, as one array (images, values)."""
+    several = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    found: NDArray[np.float32] = torch.cat([each.flatten(1) for each in several], dim=1).numpy()
+    return found
 
 
 class Evaluator:
@@ -63,9 +71,10 @@ class Evaluator:
         pixels: NDArray[np.uint8],
         labels: Sequence[int] | None = None,
         prefix_last: bool = False,
+        task: Task | None = None,
     ) -> None:
         self.model, self.labels, self.prefix_last = model, labels, prefix_last
-        self.task = BY_NAME[model.task]
+        self.task = task or task_of(model.task, model.vit)
         self.reducer = reducer_named(method)
         self._blocks: Any = model.module.blocks
         self._streams: list[list[Stream]] = []  # by block, by chunk
@@ -78,33 +87,36 @@ class Evaluator:
         self.dense_logits = self.base(dense)
 
     def base(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Logits (images, classes) of a schedule, whose streams are kept for the next schedules."""
+        """Outputs (images, values) of a schedule, whose streams are kept for the next schedules."""
         if tuple(tokens) == self._base:
-            return self._classify(self._streams[-1])
+            return self._outputs(self._streams)
         shared = self._shared(tokens)
         streams = self._streams[: shared + 1] or [self._embedded]
         for block in range(len(streams) - 1, self.model.vit.depth):
             streams.append([self._step(block, stream, tokens[block]) for stream in streams[block]])
         self._streams, self._base = streams, tuple(tokens)
-        return self._classify(streams[-1])
+        return self._outputs(streams)
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Logits (images, classes) of a schedule; the blocks it shares with the base are not run again."""
+        """Outputs (images, values) of a schedule; the blocks it shares with the base are not run again."""
         check_tokens(tokens, self.model.vit, self.prefix_last)
-        shared = self._shared(tokens)
-        out = []
-        for stream in self._streams[shared]:
-            for block in range(shared, self.model.vit.depth):
+        shared, depth, layers = self._shared(tokens), self.model.vit.depth, self.model.vit.layers
+        rows = []
+        for chunk, stream in enumerate(self._streams[shared]):
+            passed = {layer: self._streams[layer][chunk] for layer in layers if layer <= shared}
+            for block in range(shared, depth):
                 stream = self._step(block, stream, tokens[block])
-            out.append(stream)
-        return self._classify(out)
+                if block + 1 in layers:
+                    passed[block + 1] = stream
+            rows.append(self._outputs_of(stream, [passed[layer] for layer in layers]))
+        return np.concatenate(rows)
 
     def fidelity(self, tokens: Sequence[int]) -> Fidelity:
         """The figures of a schedule."""
         return self.compare(self.logits(tokens))
 
     def compare(self, logits: NDArray[np.float32]) -> Fidelity:
-        """The figures of outputs (images, classes)."""
+        """The figures of outputs (images, values)."""
         return self.task.fidelity(self.dense_logits, logits, self.labels)
 
     def random_drop(self, tokens: int, seed: int = 0) -> Fidelity:
@@ -113,11 +125,11 @@ class Evaluator:
         out = []
         with torch.inference_mode():
             for stream in self._embedded:
-                x, _, places = random_kept(stream.x, tokens, self.model.vit.prefix, generator)
+                x, _, places, _ = random_kept(stream.x, tokens, self.model.vit.prefix, generator)
                 for index, block in enumerate(self._blocks):
                     x = self.model.family.block(block, x, None, rows_of(self._table, index, places))
                 out.append(Stream(x))
-        return self.compare(self._classify(out))
+        return self.compare(np.concatenate([self._outputs_of(stream, ()) for stream in out]))
 
     def _shared(self, tokens: Sequence[int]) -> int:
         count = 0
@@ -134,8 +146,18 @@ class Evaluator:
                 return Stream(x)
             return step(model.family, self._blocks[block], stream, keep, vit, self.reducer, rows)
 
-    def _classify(self, streams: Sequence[Stream]) -> NDArray[np.float32]:
+    def _outputs(self, streams: Sequence[Sequence[Stream]]) -> NDArray[np.float32]:
+        """Of the streams at the entry of every block and at the end, by block and chunk."""
+        layers = self.model.vit.layers
+        rows = [
+            self._outputs_of(stream, [streams[layer][chunk] for layer in layers])
+            for chunk, stream in enumerate(streams[-1])
+        ]
+        return np.concatenate(rows)
+
+    def _outputs_of(self, last: Stream, passed: Sequence[Stream]) -> NDArray[np.float32]:
+        """Of one chunk: its last stream, and its streams after the blocks of Vit.layers."""
+        model = self.model
         with torch.inference_mode():
-            rows = [self.model.family.classify(self.model.module, stream.x) for stream in streams]
-        logits: NDArray[np.float32] = torch.cat(rows).numpy()
-        return logits
+            found = [features(model.family, model.module, model.vit, stream) for stream in passed]
+            return packed_outputs([*found, model.family.classify(model.module, last.x)])

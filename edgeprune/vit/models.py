@@ -7,11 +7,11 @@ import difflib
 import hashlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
@@ -48,6 +48,7 @@ def load_model(
     overrides: Mapping[str, Any] | None = None,
     task: str | None = None,
     image_size: tuple[int, int] | None = None,
+    layers: Sequence[int] = (),
 ) -> Model:
     """A model by name with `weights`, or a timm module with the weights it has.
 
@@ -56,43 +57,68 @@ def load_model(
     as tensors only); default: embedded for the embedded model, else pretrained. A module is copied, never changed.
     `overrides` replaces keys of the data config (crop_pct, interpolation, mean, std, crop_mode). `task` is what the
     output is for, by default embed where the model has no head, else classify. `image_size` (height, width) resizes
-    the model (vit/image_size.py); positions in a file are of the model's own size or of that one. Raises ModelError,
-    WeightsError, MissingError, InputError.
+    the model (vit/image_size.py); positions in a file are of the model's own size or of that one. With `layers`
+    (numbers of blocks, from 1) it is dense, and their patch features are outputs; dense alone means the last. Raises
+    ModelError, WeightsError, MissingError, InputError.
     """
     _require_timm()
-    state = config = labels = None
-    if not isinstance(model, str):
-        if weights is not None:
-            raise WeightsError("a module already has weights: pass its timm name to load other weights")
-        module, name = copy.deepcopy(model), str(_config_of(model).get("architecture") or type(model).__name__)
-    elif hugging_face.is_folder(model):
-        if weights not in (None, "pretrained", "random"):
-            raise WeightsError(f"{model} has weights of its own: leave out --weights")
-        found = hugging_face.read(Path(model), weights == "random", image_size)
-        module, state, config, labels = found.module, found.state, found.data, found.labels
-        weights, name = model, Path(model).resolve().name
-        task = task or ("classify" if found.classifies else "embed")
-    else:
-        weights, name = weights or ("embedded" if model == zoo.EMBEDDED else "pretrained"), _short_name(model)
-        if weights == "embedded" and model != zoo.EMBEDDED:
-            raise WeightsError(f"only {zoo.EMBEDDED} has embedded weights: pass --weights FILE or pretrained")
-        if weights == "embedded":
-            state = _read_state(zoo.WEIGHTS)
-        elif weights not in ("pretrained", "random"):
-            state, config = _read_state(Path(weights)), _checkpoint_config(Path(weights))
-        module = _create(model, weights, state)
+    if layers and task not in (None, "dense"):
+        raise InputError(f"--layers is for dense features: pass --task dense instead of {task}, or leave it out")
+    source = _source_of(model, weights, image_size)
+    module, state, name = source.module, source.state, source.name
+    task = "dense" if layers else task or source.task
     key, family = family_of(module)
     if image_size is not None and state is not None and not made_for(module, state):
         resize(module, image_size, name)
     if state is not None:
-        _fill(module, state, str(weights))
+        _fill(module, state, str(source.weights))
     if image_size is not None:
         resize(module, image_size, name)
     vit = family.describe(module, name, weights_sha256(module))
     assert vit.family == key
-    how = _preprocessing(module, vit, config, overrides or {})
-    names = labels if labels and len(labels) == vit.classes else None
+    if task == "dense":
+        from edgeprune.vit.pruned import with_layers
+
+        vit = with_layers(vit, layers or (vit.depth,))
+    how = _preprocessing(module, vit, source.config, overrides or {})
+    names = source.labels if source.labels and len(source.labels) == vit.classes else None
     return Model(module.eval(), family, vit, how, task or task_of(module), names)
+
+
+class _Source(NamedTuple):
+    """A timm module as it is made, and what is to be filled into it."""
+
+    module: Any
+    name: str
+    weights: str | None = None  # where they are from, for messages
+    state: dict[str, Tensor] | None = None  # to fill in; None: the module has its weights
+    config: dict[str, Any] | None = None
+    labels: tuple[str, ...] | None = None
+    task: str | None = None
+
+
+def _source_of(model: str | nn.Module, weights: str | None, image_size: tuple[int, int] | None) -> _Source:
+    """What `load_model` starts from; arguments and errors are its own."""
+    if not isinstance(model, str):
+        if weights is not None:
+            raise WeightsError("a module already has weights: pass its timm name to load other weights")
+        name = str(_config_of(model).get("architecture") or type(model).__name__)
+        return _Source(copy.deepcopy(model), name)
+    if hugging_face.is_folder(model):
+        if weights not in (None, "pretrained", "random"):
+            raise WeightsError(f"{model} has weights of its own: leave out --weights")
+        found = hugging_face.read(Path(model), weights == "random", image_size)
+        name, task = Path(model).resolve().name, "classify" if found.classifies else "embed"
+        return _Source(found.module, name, model, found.state, found.data, found.labels, task)
+    weights, name = weights or ("embedded" if model == zoo.EMBEDDED else "pretrained"), _short_name(model)
+    if weights == "embedded" and model != zoo.EMBEDDED:
+        raise WeightsError(f"only {zoo.EMBEDDED} has embedded weights: pass --weights FILE or pretrained")
+    state = config = None
+    if weights == "embedded":
+        state = _read_state(zoo.WEIGHTS)
+    elif weights not in ("pretrained", "random"):
+        state, config = _read_state(Path(weights)), _checkpoint_config(Path(weights))
+    return _Source(_create(model, weights, state), name, weights, state, config)
 
 
 def task_of(module: Any) -> str:

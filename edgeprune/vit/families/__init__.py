@@ -59,6 +59,10 @@ class Family(Protocol):
         """MLP and residual of a block: (B, N, C) to (B, N, C)."""
         ...
 
+    def norm(self, model: Any, x: Tensor) -> Tensor:
+        """The final norm of tokens, (B, N, C) to (B, N, C)."""
+        ...
+
     def classify(self, model: Any, x: Tensor) -> Tensor:
         """(B, N, C) tokens after the last block to (B, classes) logits."""
         ...

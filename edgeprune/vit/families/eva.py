@@ -181,6 +181,12 @@ def mlp(block: Any, x: Tensor) -> Tensor:
     return result
 
 
+def norm(model: Any, x: Tensor) -> Tensor:
+    """The final norm of each token, (B, N, C); nothing in models that normalise after pooling."""
+    out: Tensor = model.norm(x)
+    return out
+
+
 def classify(model: Any, x: Tensor) -> Tensor:
     """(B, N, C) to (B, classes)."""
     out: Tensor = model.forward_head(model.norm(x))
