@@ -564,6 +564,7 @@ class Recovery(Record, frozen=True, kw_only=True):
     kl_after: float | None = None
     curve: tuple[float, ...]  # loss before the first epoch and after each
     rate: float  # largest learning rate
+    fake_int8: bool = False  # were linear layers computed with the rounding of INT8?
     seed: int
     weights_sha256: str  # of the kept weights
 

@@ -3,19 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
 import onnx.helper
 import onnx.numpy_helper
 
+from edgeprune.io import sha256_bytes
 from edgeprune.onnx_graph.fp16 import fp16, islands
 from edgeprune.onnx_graph.graph import infer, linear_layers
 from edgeprune.onnx_graph.passes import drop_unused
+from edgeprune.records import Int8Ranges
 
 LARGEST = 127  # quantised values are -127 to 127: symmetric, as TensorRT requires
 NOMINAL = 8.0  # range of an activation when only latency matters, so that no picture is needed
+
+
+class Int8Layer(NamedTuple):
+    """A linear layer of an fp32 graph, as INT8 will have it."""
+
+    weights: str  # hash of its fp32 weights, (in, out)
+    limit: float | None  # largest magnitude of its input; None: it stays in floating point
+
+
+def int8_layers(model: onnx.ModelProto, found: Int8Ranges) -> tuple[Int8Layer, ...]:
+    """The linear layers of a graph in order, with the ranges and exceptions of its calibration."""
+    weights = {tensor.name: tensor for tensor in model.graph.initializer}
+    return tuple(
+        Int8Layer(
+            sha256_bytes(onnx.numpy_helper.to_array(weights[node.input[1]]).tobytes()),
+            None if node.name in found.kept else found.ranges[node.input[0]],
+        )
+        for node in linear_layers(model)
+    )
 
 
 def int8(

@@ -16,6 +16,7 @@ from edgeprune.pipeline.context import Context, Options, context_for
 from edgeprune.pipeline.evaluate import Evaluated, evaluate
 from edgeprune.pipeline.export import metadata_of
 from edgeprune.pipeline.measure import warn_if_missed
+from edgeprune.pipeline.onnx_files import layers_in_int8
 from edgeprune.pipeline.profile import measured_staircase
 from edgeprune.pipeline.recovery import Recovered, recover
 from edgeprune.pipeline.refine import Refined, refine
@@ -75,7 +76,7 @@ def evaluated_schedule(context: Context, wider: Sequence[str] | None = None) -> 
     recovered = None
     if context.recovery is not None:
         log.info("step 3 of %d: recovering accuracy on %d pictures", steps, len(context.recovery.files))
-        recovered = recover(context, refined.schedule)
+        recovered = recover(context, refined.schedule, layers_in_int8(context, refined.schedule))
     log.info(
         "step %d of %d: measuring and evaluating the chosen schedule against the unpruned model", steps - 1, steps
     )

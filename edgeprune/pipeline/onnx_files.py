@@ -12,6 +12,7 @@ from edgeprune.io import code_key, key_of, load, save, sha256_file
 from edgeprune.latency.profiling import models_folder
 from edgeprune.onnx_graph.calibration import calibrated
 from edgeprune.onnx_graph.graph import save_graph, static_or_raise
+from edgeprune.onnx_graph.int8 import Int8Layer, int8_layers
 from edgeprune.onnx_graph.precision import CONVERSIONS, QUANTISED, Convert
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.profile import profiling_models
@@ -92,6 +93,17 @@ def int8_ranges(context: Context, file: Path) -> Int8Ranges:
     found = calibrated(onnx.load(file), normalised, context.progress, context.task)
     save(found, path)
     return found
+
+
+def layers_in_int8(context: Context, schedule: Schedule) -> tuple[Int8Layer, ...]:
+    """The linear layers of the pruned model, where its precision is INT8; else none.
+
+    Errors are those of precise_onnx.
+    """
+    if context.options.precision != "int8":
+        return ()
+    file = pruned_onnx(context, schedule)
+    return int8_layers(onnx.load(file), int8_ranges(context, file))
 
 
 def _converted(context: Context, file: Path, convert: Convert, how: object) -> Path:

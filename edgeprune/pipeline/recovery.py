@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from edgeprune.errors import InputError
+from edgeprune.onnx_graph.int8 import Int8Layer
 from edgeprune.pipeline.context import Context
 from edgeprune.records import Recovery, Schedule
 from edgeprune.tasks import BY_NAME
@@ -24,11 +26,11 @@ class Recovered(NamedTuple):
     record: Recovery
 
 
-def recover(context: Context, schedule: Schedule) -> Recovered:
+def recover(context: Context, schedule: Schedule, int8: Sequence[Int8Layer] = ()) -> Recovered:
     """Tune the weights of the pruned model on the pictures of --recover; an interrupted run continues.
 
-    The same model, schedule and pictures are tuned once for all precisions. Raises InputError for a schedule without
-    a cut, OutputError.
+    The same model, schedule and pictures are tuned once for all precisions but INT8, which has `int8` (fake
+    quantisation). Raises InputError for a schedule without a cut, OutputError, ExportError.
     """
     from edgeprune.vit.fidelity import pruned_module
     from edgeprune.vit.recovery import Recipe, recovered
@@ -40,13 +42,15 @@ def recover(context: Context, schedule: Schedule) -> Recovered:
     model, pictures, recipe = context.model, context.recovery, Recipe()
     parts = (
         model.vit, model.task, schedule.method, schedule.tokens, schedule.prefix_last, pictures.key, pictures.how,
-        recipe.parts,
+        recipe.parts, tuple(int8),
     )  # fmt: skip
 
     def make(path: Path) -> None:
         checkpoint = path.with_suffix(".checkpoint")
         pruned = pruned_module(model, schedule.method, schedule.tokens, schedule.prefix_last)
-        found = recovered(pruned, pictures.pixels, pictures.how, recipe, checkpoint, context.progress, model.task)
+        found = recovered(
+            pruned, pictures.pixels, pictures.how, recipe, checkpoint, context.progress, model.task, int8
+        )
         save_recovered(found.module.model, found.record, path)
         checkpoint.unlink(missing_ok=True)
 

@@ -5,26 +5,27 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from math import ceil, cos, pi
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 
 from edgeprune.images import normalise
 from edgeprune.io import key_of, sha256_bytes
+from edgeprune.onnx_graph.int8 import Int8Layer
 from edgeprune.records import Preprocessing, Progress, Recovery, silent
 from edgeprune.tasks import BY_NAME
 from edgeprune.vit.augmentation import Augmentation, augmented
+from edgeprune.vit.distillation import LOSSES, relative_error, traced
+from edgeprune.vit.fake_int8 import FakeInt8
 from edgeprune.vit.models import weights_sha256
 from edgeprune.vit.pruned import PrunedViT
 from edgeprune.vit.recovery_files import State, weights_of
-from edgeprune.vit.rotary import rows_of
-from edgeprune.vit.tokens import Stream
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -79,6 +80,7 @@ def recovered(
     checkpoint: Path | None = None,
     progress: Progress = silent,
     task: str = "classify",
+    int8: Sequence[Int8Layer] = (),
 ) -> Recovered:
     """Self-distillation: `pruned` with weights with which it answers most like the unpruned model.
 
@@ -87,9 +89,10 @@ def recovered(
     `task` is embed. A seeded share of the pictures is never trained on; the state with the lowest loss on it is
     returned, the original weights (epochs = 0)
     where none is lower. `pruned` itself is not changed. With `checkpoint`, an interrupted run continues after its
-    last whole epoch, with the same result. Raises InputError for a checkpoint of another run, OutputError.
+    last whole epoch, with the same result. With `int8`, the layers that will be INT8, the pruned model is trained
+    and judged with their rounding. Raises InputError for a checkpoint of another run, OutputError, ExportError.
     """
-    run = _Run(pruned, pixels, how, recipe, progress, task)
+    run = _Run(pruned, pixels, how, recipe, progress, task, int8)
     state = run.state
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint)
@@ -117,8 +120,10 @@ class _Run:
         recipe: Recipe,
         progress: Progress,
         task: str,
+        int8: Sequence[Int8Layer],
     ) -> None:
         self.task, self.loss = task, LOSSES[task]
+        self.rounding: AbstractContextManager[object] = FakeInt8(int8) if int8 else nullcontext()
         self.recipe, self.how, self.device, self.progress = recipe, how, device(), progress
         self.teacher = unpruned(pruned).to(self.device).eval().requires_grad_(False)
         self.student = with_own_weights(pruned).to(self.device).eval().requires_grad_(True)
@@ -132,8 +137,9 @@ class _Run:
         start, loss = weights_of(self.student), self.held_out_loss()
         self.rate = recipe.rate * min(1.0, loss / FAR) ** 0.5 if task == "classify" else recipe.rate
         key = key_of(
-            recipe.parts, task, weights_sha256(pruned.model), pruned.tokens, how, sha256_bytes(pixels.tobytes())
-        )
+            recipe.parts, task, weights_sha256(pruned.model), pruned.tokens, how, sha256_bytes(pixels.tobytes()),
+            tuple(int8),
+        )  # fmt: skip
         self.state = State(self.student, optimiser, dict(start), dict(start), 0, [loss], key)
 
     def train_epoch(self) -> None:
@@ -151,7 +157,8 @@ class _Run:
             with self.mixed_precision():
                 with torch.no_grad():
                     wanted, passed = traced(self.teacher, images)
-                answers, own = traced(self.student, images)
+                with self.rounding:
+                    answers, own = traced(self.student, images)
             loss = self.loss(wanted, answers, recipe.temperature)
             if recipe.features and own:
                 loss = loss + recipe.features * relative_error(passed, own)
@@ -197,6 +204,7 @@ class _Run:
             kl_after=state.curve[state.best_epoch] if kl else None,
             curve=tuple(state.curve),
             rate=self.rate,
+            fake_int8=isinstance(self.rounding, FakeInt8),
             seed=self.recipe.seed,
             weights_sha256=weights_sha256(self.student.model),
         )
@@ -208,7 +216,8 @@ class _Run:
         with torch.no_grad():
             for start in range(0, len(self.validation), CHUNK):
                 images = normalise(self.validation[start : start + CHUNK], self.how)
-                rows.append(module(torch.from_numpy(images).to(self.device)))
+                with self.rounding if module is self.student else nullcontext():
+                    rows.append(module(torch.from_numpy(images).to(self.device)))
         return torch.cat(rows)
 
     def held_out_loss(self) -> float:
@@ -231,48 +240,6 @@ def unpruned(pruned: PrunedViT) -> PrunedViT:
     """The model with all its tokens and a copy of the parameters."""
     every = (pruned.vit.tokens,) * pruned.vit.depth
     return PrunedViT(copy.deepcopy(pruned.model), pruned.family, pruned.vit, every, None, pruned.prefix_last)
-
-
-def traced(pruned: PrunedViT, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """As `pruned.forward`, logits (B, classes); and the prefix tokens (B, prefix, C) after every block.
-
-    The list is empty where there is no prefix.
-    """
-    blocks: Any = pruned.model.blocks
-    vit, family, passed = pruned.vit, pruned.family, []
-    table, last = family.rotary(pruned.model), vit.depth - pruned.prefix_last
-    stream = Stream(family.embed(pruned.model, images))
-    for block in range(last):
-        stream = pruned.blocks(stream, block, block + 1, table)
-        passed.append(stream.x[:, : vit.prefix])
-    x = stream.x
-    if pruned.prefix_last:
-        x = family.prefix_only(blocks[last], x, stream.sizes, vit.prefix, rows_of(table, last, stream.places))
-        passed.append(x)
-    return family.classify(pruned.model, x), passed if vit.prefix else []
-
-
-def relative_error(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
-    """Mean over blocks of the squared error of tokens (B, prefix, C), as a share of their variance over the batch."""
-    shares = []
-    for w, f in zip(wanted, found, strict=True):
-        w, f = w.float(), f.float()
-        shares.append((f - w).square().sum() / (w - w.mean(dim=0)).square().sum().clamp(min=1e-6))
-    return torch.stack(shares).mean()
-
-
-def divergence(wanted: Tensor, answers: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean KL divergence, nats, of the softmaxes of logits (B, classes), times the squared temperature."""
-    p, q = (log_softmax(logits.float() / temperature, dim=1) for logits in (wanted, answers))
-    return kl_div(q, p, reduction="batchmean", log_target=True) * temperature**2
-
-
-def cosine_distance(wanted: Tensor, answers: Tensor, temperature: float = 1.0) -> Tensor:
-    """Mean of 1 - cosine of embeddings (B, C); it has no temperature."""
-    return (1 - cosine_similarity(wanted.float(), answers.float(), dim=1)).mean()
-
-
-LOSSES = {"classify": divergence, "embed": cosine_distance}  # by task
 
 
 def rate_at(step: int, warmup: int, steps: int) -> float:

@@ -11,8 +11,9 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from support.builds import QUICK, Shallow, call, few_digits, row_of, without_torch
+from support.builds import QUICK, call, few_digits, row_of, without_torch
 from support.evaluation import labelled, logits_of
+from support.models import shake
 
 import edgeprune
 from edgeprune.bundles.format import load_bundle
@@ -25,6 +26,28 @@ from edgeprune.vit import recovery
 SIMULATED = ("--simulate", "--device", "orin-nano", "--method", "topk")
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random model of 17 tokens for 28 px digits, for --model: its staircase has few counts to probe."""
+    import timm
+    from safetensors.torch import save_file
+
+    shape = {"img_size": 28, "patch_size": 7, "embed_dim": 48, "depth": 3, "num_heads": 3}
+    name, folder = "vit_tiny_patch16_224", tmp_path_factory.mktemp("small")
+    module = shake(timm.create_model(name, num_classes=10, **shape))
+    save_file(module.state_dict(), folder / "model.safetensors")
+    how = {"input_size": [3, 28, 28], "mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 1.0}
+    config = {"architecture": name, "num_classes": 10, "model_args": shape, "pretrained_cfg": how}
+    (folder / "config.json").write_text(json.dumps(config))
+    return f"local-dir:{folder}"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One work folder for all builds here, so that the unpruned model is exported once."""
+    return tmp_path_factory.mktemp("work")
+
+
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two epochs, at a rate for few pictures."""
@@ -32,16 +55,16 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_build_recovers_and_can_be_interrupted(
-    shallow: Shallow, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    small: str, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Ctrl-C in the second epoch, then the same command again: half of the pictures are tuned on, the others judge.
 
     The bundle verifies and runs, and the record goes with it to a compilation elsewhere.
     """
-    digits, work, bundle = few_digits(tmp_path / "digits", 80), shallow.work(tmp_path / "work"), tmp_path / "bundle"
+    digits, bundle = few_digits(tmp_path / "digits", 80), tmp_path / "bundle"
     command = (
-        "build", *SIMULATED, "--speedup", "2", "--batch", "32", *QUICK, "--model", shallow.model, "--images", digits,
-        "--work", work, "--out", bundle, "--recover",
+        "build", *SIMULATED, "--policy", "paper", "--block", "1", "--batch", "32", *QUICK, "--model", small,
+        "--images", digits, "--work", work, "--out", bundle, "--recover",
     )  # fmt: skip
     judge, epochs = recovery._Run.judge, []
 
@@ -80,10 +103,11 @@ def test_a_build_recovers_and_can_be_interrupted(
 
 
 def test_compare_recovers_on_pictures_from_anywhere(
-    shallow: Shallow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: str, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pictures that weights are tuned on give no figures; they are recognised by content."""
-    digits, work = few_digits(tmp_path / "digits", 80), shallow.work(tmp_path / "work")
+    monkeypatch.setattr("edgeprune.pipeline.compare.SESSIONS", 1)
+    digits = few_digits(tmp_path / "digits", 80)
     pictures = sorted((tmp_path / "digits" / "images").iterdir())
     (tmp_path / "elsewhere").mkdir()
     copies = [shutil.copy(path, tmp_path / "elsewhere" / f"copy-{path.name}") for path in pictures[:30]]
@@ -91,8 +115,8 @@ def test_compare_recovers_on_pictures_from_anywhere(
     some.parent.mkdir()
     some.write_text("\n".join(["image,label", *(f"{path},0" for path in [*copies, pictures[30]])]) + "\n")
     rows = row_of(
-        capsys, "compare", "--simulate", "--device", "orin-nano", "--model", shallow.model, "--images", digits,
-        "--methods", "topk,none", "--speedup", "2", "--batch", "32", "--search-images", "4", "--work", work,
+        capsys, "compare", "--simulate", "--device", "orin-nano", "--model", small, "--images", digits,
+        "--methods", "topk,none", "--speedup", "1.1", "--batch", "32", "--search-images", "4", "--work", work,
         "--recover", some,
     )["rows"]  # fmt: skip
     with open(digits, newline="") as file:
@@ -116,16 +140,16 @@ def test_labels_are_not_even_read(tmp_path: Path) -> None:
     assert found[0] is not None and {images.paths[i] for i in searched} <= set(found[0].paths)
 
 
-def test_a_module_is_recovered_in_pytorch(shallow: Shallow, tmp_path: Path) -> None:
+def test_a_module_is_recovered_in_pytorch(small: str, tmp_path: Path) -> None:
     """edgeprune.recover leaves the module as it was and returns one that takes any batch."""
     import timm
     import torch
 
     from edgeprune.vit.models import load_model, weights_sha256
 
-    module = timm.create_model(shallow.model, pretrained=True).eval()
+    module = timm.create_model(small, pretrained=True).eval()
     vit = load_model(module).vit
-    schedule = Schedule(vit=vit, method="topk", policy="search", tokens=(40, 20, 5))
+    schedule = Schedule(vit=vit, method="topk", policy="search", tokens=(12, 8, 5))
     before = weights_sha256(module)
     found = edgeprune.recover(module, schedule, images=few_digits(tmp_path / "digits", 24))
     assert weights_sha256(module) == before != weights_sha256(found.model)  # type: ignore[arg-type]
@@ -135,14 +159,14 @@ def test_a_module_is_recovered_in_pytorch(shallow: Shallow, tmp_path: Path) -> N
 
 
 def test_what_cannot_be_recovered_is_refused_in_one_line(
-    shallow: Shallow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    small: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     few, work = few_digits(tmp_path / "few", 20), ("--work", tmp_path / "work", "--out", tmp_path / "bundle")
     cases = {
         "at least 16 pictures, not 10": ("--images", few, "--recover"),
         "nowhere: no such folder or CSV: pass --recover DIR": ("--recover", "nowhere"),
         "nothing to do with --method none": ("--recover", "--method", "none"),
-        "pass --images DIR|CSV or --recover DIR|CSV": ("--model", shallow.model, "--recover"),
+        "pass --images DIR|CSV or --recover DIR|CSV": ("--model", small, "--recover"),
     }
     for message, options in cases.items():
         code, out, err = call(capsys, "build", "--simulate", "--device", "orin-nano", *options, *work)

@@ -19,11 +19,15 @@ from torch import Tensor
 from edgeprune import stats, zoo
 from edgeprune.errors import InputError
 from edgeprune.images import load_images, load_pixels, normalise
-from edgeprune.vit import recovery
+from edgeprune.io import sha256_bytes
+from edgeprune.onnx_graph.int8 import Int8Layer
+from edgeprune.vit import distillation, recovery
 from edgeprune.vit.augmentation import Augmentation, augmented
+from edgeprune.vit.distillation import divergence
+from edgeprune.vit.fake_int8 import FakeInt8
 from edgeprune.vit.fidelity import logits_of_schedule, pruned_module
 from edgeprune.vit.models import load_model, weights_sha256
-from edgeprune.vit.recovery import Recipe, divergence, rate_at, recovered
+from edgeprune.vit.recovery import Recipe, rate_at, recovered
 from edgeprune.vit.recovery_files import load_recovered, save_recovered
 
 TOKENS = (20, 5)
@@ -150,15 +154,33 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
 
 def test_a_run_that_diverges_keeps_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not even a KL that is no number gets in the way."""
-    real, calls = recovery.divergence, []
+    real, calls = distillation.divergence, []
 
     def broken(*logits: Tensor, **options: Any) -> Tensor:
         calls.append(1)
         return real(*logits, **options) * (float("nan") if len(calls) > 1 else 1.0)
 
-    monkeypatch.setitem(recovery.LOSSES, "classify", broken)
+    monkeypatch.setitem(distillation.LOSSES, "classify", broken)
     record = run(replace(QUICK, patience=0.25)).record
     assert record.epochs == 0 and record.curve[1] == 100.0 and len(record.curve) == 2
+
+
+def test_weights_are_tuned_with_the_rounding_of_int8() -> None:
+    """The KL is that of the rounded model, which leaves room for it only in training; the unpruned one is exact."""
+    model, rough = digits_model(), 60.0  # ranges of activations that are far too large
+    weights = [p for name, p in model.module.blocks.named_parameters() if p.ndim == 2]
+    layers = [Int8Layer(sha256_bytes(weight.detach().numpy().T.tobytes()), rough) for weight in weights]
+    exact, found = run(), run(int8=layers)
+    record = found.record
+    assert record.fake_int8 and not exact.record.fake_int8
+    assert record.kl_before > 1.2 * exact.record.kl_before and record.epochs and record.kl_after < record.kl_before
+    held = pictures()[np.sort(np.random.default_rng(QUICK.seed).permutation(48)[:12])]
+    images = torch.from_numpy(normalise(held, model.preprocessing))
+    dense = logits_of_schedule(model, "none", (model.vit.tokens,) * 2, held)
+    pruned = pruned_module(model, "topk", TOKENS)
+    with torch.no_grad(), FakeInt8(layers):
+        before = pruned(images).numpy()
+    assert record.kl_before == pytest.approx(stats.kl_divergence(dense, before), rel=1e-4)
 
 
 def test_recovered_weights_as_a_file(tmp_path: Path) -> None:
@@ -203,15 +225,15 @@ def test_prefix_tokens_on_their_way(tiny: Callable[..., Any], kind: str) -> None
     vit, images = model.vit, torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     pruned = pruned_module(model, "fold", (9, 5, 5), vit.prefix_pooled)
     with torch.no_grad():
-        logits, passed = recovery.traced(pruned, images)
-        whole, wanted = recovery.traced(recovery.unpruned(pruned), images)
+        logits, passed = distillation.traced(pruned, images)
+        whole, wanted = distillation.traced(recovery.unpruned(pruned), images)
         assert torch.equal(logits, pruned(images)) and torch.allclose(whole, model.module(images), atol=1e-5)
     assert [p.shape for p in passed] == [(4, vit.prefix, 48)] * (3 if vit.prefix else 0)
     if vit.prefix:
-        assert float(recovery.relative_error(wanted, wanted)) == 0
-        assert float(recovery.relative_error(wanted, passed)) > 0
+        assert float(distillation.relative_error(wanted, wanted)) == 0
+        assert float(distillation.relative_error(wanted, passed)) > 0
         means = [w.mean(dim=0, keepdim=True).expand_as(w) for w in wanted]
-        assert float(recovery.relative_error(wanted, means)) == pytest.approx(1)
+        assert float(distillation.relative_error(wanted, means)) == pytest.approx(1)
 
 
 def test_divergence_is_that_of_the_figures() -> None:

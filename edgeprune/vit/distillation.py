@@ -1,0 +1,56 @@
+"""What recovery minimises: how far the outputs and prefix tokens of a pruned model are from the unpruned ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cosine_similarity, kl_div, log_softmax
+
+from edgeprune.vit.pruned import PrunedViT
+from edgeprune.vit.rotary import rows_of
+from edgeprune.vit.tokens import Stream
+
+
+def traced(pruned: PrunedViT, images: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """As `pruned.forward`, logits (B, classes); and the prefix tokens (B, prefix, C) after every block.
+
+    The list is empty where there is no prefix.
+    """
+    blocks: Any = pruned.model.blocks
+    vit, family, passed = pruned.vit, pruned.family, []
+    table, last = family.rotary(pruned.model), vit.depth - pruned.prefix_last
+    stream = Stream(family.embed(pruned.model, images))
+    for block in range(last):
+        stream = pruned.blocks(stream, block, block + 1, table)
+        passed.append(stream.x[:, : vit.prefix])
+    x = stream.x
+    if pruned.prefix_last:
+        x = family.prefix_only(blocks[last], x, stream.sizes, vit.prefix, rows_of(table, last, stream.places))
+        passed.append(x)
+    return family.classify(pruned.model, x), passed if vit.prefix else []
+
+
+def relative_error(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
+    """Mean over blocks of the squared error of tokens (B, prefix, C), as a share of their variance over the batch."""
+    shares = []
+    for w, f in zip(wanted, found, strict=True):
+        w, f = w.float(), f.float()
+        shares.append((f - w).square().sum() / (w - w.mean(dim=0)).square().sum().clamp(min=1e-6))
+    return torch.stack(shares).mean()
+
+
+def divergence(wanted: Tensor, answers: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean KL divergence, nats, of the softmaxes of logits (B, classes), times the squared temperature."""
+    p, q = (log_softmax(logits.float() / temperature, dim=1) for logits in (wanted, answers))
+    return kl_div(q, p, reduction="batchmean", log_target=True) * temperature**2
+
+
+def cosine_distance(wanted: Tensor, answers: Tensor, temperature: float = 1.0) -> Tensor:
+    """Mean of 1 - cosine of embeddings (B, C); it has no temperature."""
+    return (1 - cosine_similarity(wanted.float(), answers.float(), dim=1)).mean()
+
+
+LOSSES = {"classify": divergence, "embed": cosine_distance}  # by task
