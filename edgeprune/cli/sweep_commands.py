@@ -9,8 +9,9 @@ import typer
 
 from edgeprune.cli import output
 from edgeprune.cli.app import app
-from edgeprune.cli.options import AsJson, Work
+from edgeprune.cli.options import AsJson, OnRay, Work
 from edgeprune.defaults import ENGINES, WORK
+from edgeprune.errors import SweepError
 
 
 @app.command()
@@ -21,6 +22,7 @@ def sweep(
     max_failures: Annotated[
         int | None, typer.Option(help="stop after more failed builds than this; default: never", min=0)
     ] = None,
+    on_ray: OnRay = None,
     work: Work = WORK,
     out: Annotated[Path | None, typer.Option(help="folder for bundles, tables and the page")] = None,
     as_json: AsJson = False,
@@ -29,8 +31,10 @@ def sweep(
     from edgeprune.cli.live import live_rows
     from edgeprune.cli.rows import sweep_rows
     from edgeprune.cli.tables import plan_table, sweep_table
+    from edgeprune.distributed.cluster import connected
     from edgeprune.html_report.sweep_page import sweep_html
     from edgeprune.io import write_bytes
+    from edgeprune.sweeps.on_ray import Boards
     from edgeprune.sweeps.plan import boards_of, jobs_of
     from edgeprune.sweeps.run import InProcess, finished, run_sweep
     from edgeprune.sweeps.tables import write_tables
@@ -46,8 +50,9 @@ def sweep(
             plan = [{"job": job.name, "board": job.board, "reused": job.name in done} for job in jobs]
             output.json_line({"plan": plan})
         return
-    with live_rows(jobs) as live:
-        outcomes = run_sweep(jobs, InProcess(), work, place, resume, max_failures, live.watch, live.ended)
+    with connected(on_ray) as cluster, live_rows(jobs) as live:
+        executor = InProcess() if cluster is None else Boards(cluster)
+        outcomes = run_sweep(jobs, executor, work, place, resume, max_failures, live.watch, live.ended)
     rows = sweep_rows(outcomes)
     files = write_tables(rows, place)
     page = place / "index.html"
@@ -59,5 +64,8 @@ def sweep(
         output.json_line({"rows": rows})
     failed = [row for row in rows if row["error"] is not None]
     if failed:
-        output.tell(f"{len(failed)} of {len(rows)} builds failed: correct them, then pass --resume", True)
-        raise typer.Exit(1)
+        first = failed[0]
+        raise SweepError(
+            f"{len(failed)} of {len(rows)} builds failed, the first is {first['job']} ({first['error']}): "
+            "correct what the rows name, then pass --resume"
+        )

@@ -12,6 +12,7 @@ import numpy as np
 from edgeprune import zoo
 from edgeprune.bundles.format import default_folder
 from edgeprune.defaults import WORK
+from edgeprune.distributed.quiet import timing
 from edgeprune.errors import InputError
 from edgeprune.images import ImageSet, drawn, load_images
 from edgeprune.io import load_array
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
+    from edgeprune.distributed.cluster import Cluster
     from edgeprune.vit.models import Model
 
 ROUNDS = 60
@@ -64,6 +66,7 @@ class Options:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None  # of records.TASKS; None: that of the model
     text_embeddings: Path | None = None  # .npy (classes, C), for zero-shot figures of embeddings
+    cluster: Cluster | None = None  # where schedules are evaluated, if not in this process
 
 
 @dataclass(frozen=True)
@@ -130,6 +133,8 @@ def context_for(options: Options, progress: Progress = silent) -> Context:
         options.device, options.precision, options.batch, options.simulate, options.work, progress,
         options.host, options.lock_clocks,
     )  # fmt: skip
+    if options.cluster is not None and options.host is None and not options.simulate:
+        target = replace(target, alone=timing)
     model = load_model(options.model, options.weights, options.overrides, options.task)
     if options.goal.min_cosine is not None and model.task != "embed":
         raise InputError(

@@ -55,7 +55,7 @@ class InProcess:
         for jobs in boards.values():
             for job in jobs:
                 watch(job, "starting")
-                yield outcome_of(job, job.options(work, out), lambda *what, job=job: watch(job, _words(*what)))
+                yield outcome_of(job, job.options(work, out), lambda *what, job=job: watch(job, words(*what)))
 
 
 def outcome_of(job: Job, options: Options, progress: Progress) -> Outcome:
@@ -71,7 +71,8 @@ def outcome_of(job: Job, options: Options, progress: Progress) -> Outcome:
         return Outcome(job=job, error=f"{detail}: {REPORT}")
 
 
-def _words(what: str, done: int, total: int) -> str:
+def words(what: str, done: int, total: int) -> str:
+    """A call of Progress as a few words."""
     return f"{what} {min(done + 1, total)} of {total}" if 1 < total < 100_000 else what
 
 
