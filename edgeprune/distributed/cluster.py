@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from edgeprune.errors import HostError, InputError, MissingError, install
+from edgeprune.errors import EdgepruneError, HostError, InputError, MissingError, install
 
 log = logging.getLogger(__name__)
 
@@ -141,3 +141,19 @@ def difference(own: Mapping[str, str], found: Mapping[str, str]) -> str | None:
         if found[name] != own[name]:
             return f"{name} {found[name]}, not {own[name]}"
     return f"other sources of edgeprune {own['edgeprune']}" if found["code"] != own["code"] else None
+
+
+def received(answers: Sequence[Any]) -> list[Any]:
+    """The results of tasks, in order. Raises the EdgepruneError that a task raised, HostError for any other."""
+    ray = ray_module()
+    try:
+        found: list[Any] = ray.get(list(answers))
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, EdgepruneError):
+            raise error.cause from None
+        detail = " ".join(str(error.cause).split())[:200]
+        raise HostError(f"an evaluation failed on a node of the cluster ({detail}): correct it there") from None
+    except ray.exceptions.RayError as error:
+        detail = " ".join(str(error).split())[:200]
+        raise HostError(f"Ray lost an evaluation ({detail}): run the command again, it goes on") from None
+    return found

@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune.distributed.cluster import ray_module
+from edgeprune.distributed.cluster import ray_module, received
 from edgeprune.distributed.quiet import evaluating
-from edgeprune.errors import EdgepruneError, HostError
 from edgeprune.io import key_of
 from edgeprune.records import Fidelity, Progress, silent
 from edgeprune.tasks import BY_NAME
@@ -75,7 +74,7 @@ class SpreadEvaluator:
                 while groups and (not sent or (len(sent) + 1) * len(self._blocks) <= most):
                     sent.append((group := groups.popleft(), [self._send(n, group) for n in range(len(self._blocks))]))
                 group, answers = sent.popleft()
-                rows = np.concatenate(self._received(answers), axis=1)
+                rows = np.concatenate(received(answers), axis=1)
                 yield from ((tokens, logits) for (tokens, _), logits in zip(group, rows, strict=True))
         finally:
             for _, answers in sent:  # what an error or Ctrl-C leaves
@@ -84,20 +83,6 @@ class SpreadEvaluator:
 
     def _send(self, block: int, group: Pairs) -> Any:
         return self._remote.remote(f"{self._key}-{block}", [self._model], self._blocks[block], *self._how, group)
-
-    def _received(self, answers: list[Any]) -> list[NDArray[np.float32]]:
-        exceptions = self.ray.exceptions
-        try:
-            rows: list[NDArray[np.float32]] = self.ray.get(answers)
-        except exceptions.RayTaskError as error:
-            if isinstance(error.cause, EdgepruneError):
-                raise error.cause from None
-            detail = " ".join(str(error.cause).split())[:200]
-            raise HostError(f"an evaluation failed on a node of the cluster ({detail}): correct it there") from None
-        except exceptions.RayError as error:
-            detail = " ".join(str(error).split())[:200]
-            raise HostError(f"Ray lost an evaluation ({detail}): run the command again, it goes on") from None
-        return rows
 
 
 _evaluators: dict[str, Evaluator] = {}  # of this worker, the one used last at the end
