@@ -28,6 +28,7 @@ LONGEST = (
     "pipeline/test_build.py",
     "test_docs.py",
     "pipeline/test_resume.py",
+    "distributed/test_ray.py",
     "bundles/test_ship.py",
     "runtimes/test_remote.py",
     "cli/test_cli.py",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.pages import blocks
 
 from edgeprune.errors import DeviceError, EdgepruneError
 from edgeprune.scheduling.goals import Goal
@@ -33,6 +34,13 @@ def test_every_combination_once(tmp_path: Path) -> None:
     assert other == {("fp16", 1, True), ("fp16", 4, True)}
     assert {job.goal for job in jobs} == {Goal(speedup=1.5), Goal(max_drop=1)}
     assert len({job.name for job in jobs}) == len(jobs)
+
+
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    [example] = [block.text for block in blocks("docs/sweep.md") if block.language == "toml"]
+    jobs = jobs_of(sweep(tmp_path, example))
+    assert len(jobs) == 2 * (1 + 2 + 1) * 2
+    assert {job.board for job in jobs} == {HERE, "orin-nano, simulated", "agx-orin, simulated"}
 
 
 def test_paths_are_found_from_the_file(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from edgeprune.pipeline.context import Options
 from edgeprune.sweeps import run
 from edgeprune.sweeps.plan import Job, jobs_of
 from edgeprune.sweeps.run import InProcess, Outcome, finished, run_sweep
+from edgeprune.sweeps.tables import write_tables
 
 TWO = """
 models = ["vit_digits"]
@@ -147,3 +148,17 @@ def test_command(shallow: Shallow, tmp_path: Path, capsys: pytest.CaptureFixture
 
     code, text, _ = call(capsys, *command, "--dry-run")
     assert code == 0 and [row["reused"] for row in json.loads(text.splitlines()[-1])["plan"]] == [True, False]
+
+
+def test_parquet_has_the_same_rows(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow is not installed (extra ray)")
+    rows = [
+        {"job": "a", "error": "no", "tokens": None, "latency_ms": None, "kl": None},
+        {"job": "b", "error": None, "tokens": [197, 120], "latency_ms": {"median": 1.5, "p99": 2.0}, "kl": 0.25},
+    ]
+    assert [path.name for path in write_tables(rows, tmp_path)] == ["rows.csv", "rows.parquet"]
+    assert parquet.read_table(tmp_path / "rows.parquet").to_pylist() == [
+        {"job": "b" if b else "a", "error": None if b else "no", "tokens": [197, 120] if b else None,
+         "latency_ms.median": 1.5 if b else None, "latency_ms.p99": 2.0 if b else None, "kl": 0.25 if b else None}
+        for b in (False, True)
+    ]  # fmt: skip
