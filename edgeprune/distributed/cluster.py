@@ -115,15 +115,19 @@ def check_nodes(ray: Any) -> None:
             return found | {"edgeprune": "missing", "code": "", "processor": ""}
 
     task = ray.remote(num_cpus=0, max_retries=0)(about)
-    asked = {}
+    asked = []
     for node in ray.nodes():
         if node["Alive"]:
-            asked[node["NodeManagerAddress"]] = task.options(scheduling_strategy=on_node(node["NodeID"])).remote()
+            answer = task.options(scheduling_strategy=on_node(node["NodeID"])).remote()
+            asked.append((node["NodeID"], node["NodeManagerAddress"], answer))
     own = about()
-    for name, answer in asked.items():
+    for node_id, name, answer in asked:
         try:
             found = ray.get(answer, timeout=ANSWER_S)
         except ray.exceptions.RayError as error:
+            if not any(node["Alive"] for node in ray.nodes() if node["NodeID"] == node_id):
+                log.warning("node %s has left the cluster", name)
+                continue
             detail = " ".join(str(error).split())[:160]
             raise HostError(f"node {name} of the cluster does not answer ({detail}): restart Ray there") from None
         if problem := difference(own, found):
