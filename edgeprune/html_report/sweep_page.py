@@ -114,7 +114,7 @@ def pareto_chart(rows: Sequence[Row], figure: str) -> Chart:
     ms, values = ([place[i] for place in places] or [0.0] for i in (0, 1))
     room, space = 0.05 * (max(ms) - min(ms)), 0.08 * (max(values) - min(values)) or 1
     x = across(min(ms) - room, max(ms) + room)
-    y = Axis(min(values) - space, max(values) + space, HEIGHT - BOTTOM, TOP)
+    y = Axis(min(values) - space, max(min(max(values) + space, 100.0), max(values)), HEIGHT - BOTTOM, TOP)
     chart = Chart(f"Latency against {NAMES[figure]}", x, y, ("latency of one picture, ms", NAMES[figure]))
     chart.line([(x(picture_ms(row)), y(row[figure])) for row in pareto_rows(rows, figure)], "front")
     for row in known:

@@ -22,8 +22,11 @@ from support.rays import DyingBoard, NotingBoard, SharedBoard, marked, sweep_and
 from edgeprune import zoo
 from edgeprune.bundles.format import load_bundle
 from edgeprune.distributed.cluster import connected, difference
+from edgeprune.distributed.engines import can_spread, spread_logits
 from edgeprune.errors import EdgepruneError, HostError, MissingError
 from edgeprune.images import load_images, load_pixels
+from edgeprune.runtimes.inference import logits_of
+from edgeprune.runtimes.target import target_for
 from edgeprune.sweeps import on_ray
 from edgeprune.sweeps.on_ray import Boards
 from edgeprune.sweeps.plan import HERE, Job, jobs_of
@@ -103,10 +106,11 @@ def jobs(shallow: Shallow, tmp_path_factory: pytest.TempPathFactory) -> tuple[Jo
 
 
 @pytest.fixture(scope="module")
-def undisturbed(jobs: tuple[Job, ...], tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    """The manifests of these builds, made in this process."""
+def undisturbed(jobs: tuple[Job, ...], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Any]]:
+    """The first bundle and the manifests of these builds, made in this process."""
     folder = tmp_path_factory.mktemp("undisturbed")
-    return manifests(run_sweep(jobs, InProcess(), folder / "work", folder / "out"))
+    found = manifests(run_sweep(jobs, InProcess(), folder / "work", folder / "out"))
+    return folder / "out" / jobs[0].name, found
 
 
 def manifests(outcomes: Sequence[Outcome]) -> list[Any]:
@@ -186,7 +190,11 @@ def test_ctrl_c_leaves_no_process_and_no_lock(
 
 
 def test_driver_is_killed_and_started_again(
-    nodes: Any, jobs: tuple[Job, ...], undisturbed: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nodes: Any,
+    jobs: tuple[Job, ...],
+    undisturbed: tuple[Path, list[Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     work, out = tmp_path / "work", tmp_path / "out"
     driver = fork(sweep_and_die, nodes.address, jobs, work, out)
@@ -197,7 +205,7 @@ def test_driver_is_killed_and_started_again(
         ran: list[str] = []
         watch: Any = lambda job, state: ran.append(job.name)  # noqa: E731
         outcomes = run_sweep(jobs, Boards(cluster), work, out, resume=True, watch=watch)
-    assert manifests(outcomes) == undisturbed
+    assert manifests(outcomes) == undisturbed[1]
     assert set(ran) == {jobs[1].name}, "the first had its result"
 
 
@@ -211,6 +219,18 @@ def test_bits_are_those_of_one_process(joined: Any, evaluation: Any, alone: Any)
     assert list(spread.fidelities([*SINGLE, *WHOLE])) == wanted
     [(_, logits)] = spread.logits(WHOLE[:1])
     np.testing.assert_array_equal(logits, evaluator.logits(WHOLE[0][0]))
+
+
+def test_outputs_of_an_engine_are_those_of_one_process(joined: Any, undisturbed: Any, evaluation: Any) -> None:
+    model, pixels, _ = evaluation
+    pixels = np.concatenate([pixels, pixels[::-1]])  # two tasks
+    folder, _ = undisturbed
+    target = target_for("orin-nano", batch=1, simulate=True)
+    assert can_spread(target)
+    with target.runtime.open(folder / "model.onnx", target.setup) as session:
+        wanted = logits_of(session, pixels, model.preprocessing, 1)
+    found = spread_logits(target, folder / "model.onnx", pixels, model.preprocessing)
+    np.testing.assert_array_equal(found, wanted)
 
 
 def test_node_is_killed_in_a_search(nodes: Any, joined: Any, evaluation: Any, alone: Any) -> None:
@@ -227,13 +247,17 @@ def test_node_is_killed_in_a_search(nodes: Any, joined: Any, evaluation: Any, al
 
 
 def test_board_is_killed_in_a_staircase(
-    joined: Any, jobs: tuple[Job, ...], undisturbed: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    joined: Any,
+    jobs: tuple[Job, ...],
+    undisturbed: tuple[Path, list[Any]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(on_ray, "Board", DyingBoard)
     work = tmp_path / "work"
     work.mkdir()
     outcomes = run_sweep(jobs, Boards(joined), work, tmp_path / "out")
-    assert manifests(outcomes) == undisturbed, "its probes are counted, too"
+    assert manifests(outcomes) == undisturbed[1], "its probes are counted, too"
     saved, _ = msgspec.json.decode((work / "died").read_bytes())
     assert saved, "it had measured something before"
 
