@@ -16,15 +16,19 @@ import msgspec
 import numpy as np
 import pytest
 from support.builds import Shallow, call, few_digits
+from support.loopback import Server
 from support.processes import command, fork
-from support.rays import DyingBoard, NotingBoard, SharedBoard, marked, sweep_and_die
+from support.rays import ROUNDS, DyingBoard, NotingBoard, SharedBoard, marked, named, sweep_and_die
 
 from edgeprune import zoo
-from edgeprune.bundles.format import load_bundle
+from edgeprune.bundles.format import STAIRCASE, load_bundle
 from edgeprune.distributed.cluster import connected, difference
 from edgeprune.distributed.engines import can_spread, spread_logits
 from edgeprune.errors import EdgepruneError, HostError, MissingError
 from edgeprune.images import load_images, load_pixels
+from edgeprune.io import load
+from edgeprune.latency.staircase import SampleKey
+from edgeprune.records import Staircase
 from edgeprune.runtimes.inference import logits_of
 from edgeprune.runtimes.target import target_for
 from edgeprune.sweeps import on_ray
@@ -260,6 +264,38 @@ def test_board_is_killed_in_a_staircase(
     assert manifests(outcomes) == undisturbed[1], "its probes are counted, too"
     saved, _ = msgspec.json.decode((work / "died").read_bytes())
     assert saved, "it had measured something before"
+
+
+def test_board_behind_ssh_is_killed_in_a_staircase(
+    joined: Any, there: Server, shallow: Shallow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it had measured is part of what is measured in the end, and nothing runs on the board any more."""
+    few_digits(tmp_path / "digits")
+    (tmp_path / "hosts.toml").write_text(
+        f'[[to]]\nhost = "{there.address}"\ndir = "x"\nprogram = "{there.program}"\ndevice = "cpu"\n'
+    )
+    (tmp_path / "s.toml").write_text(
+        f'models = ["{shallow.model}"]\nimages = "digits/labels.csv"\nmethods = ["topk"]\nsearch_images = 4\n'
+        'goals = [{ alpha = 0.5 }]\nneighbours = 0\nrounds = 5\ndevices = ["cpu"]\nhosts = "hosts.toml"\n'
+    )
+    [job] = jobs_of(tmp_path / "s.toml")
+    work = tmp_path / "work"
+    shallow.work(job.options(work, tmp_path).work)
+    (work / "ssh").write_text(there.ssh)
+    monkeypatch.setattr(on_ray, "Board", DyingBoard)
+    [manifest] = manifests(run_sweep([job], Boards(joined), work, tmp_path / "out"))
+    assert manifest.engine.setup.runtime == "ort-cpu"
+    pairs, _ = msgspec.json.decode((work / "died").read_bytes(), type=tuple[list[tuple[SampleKey, list[float]]], Any])
+    before = {key.tokens[0]: ms for key, ms in pairs if key.kind == "trunk" and ms}
+    staircase = load(tmp_path / "out" / job.name / STAIRCASE, Staircase)
+    points = {point.tokens: list(point.latency.samples_ms) for point in staircase.points}
+    assert before and all(points[n][: len(ms)] == ms for n, ms in before.items())
+    assert max(map(len, points.values())) == ROUNDS, "no sample is counted twice"
+    for _ in range(100):
+        if not named(f"{there.program}"):
+            break
+        time.sleep(0.1)
+    assert not named(f"{there.program}")
 
 
 def test_boards_take_turns(
