@@ -20,11 +20,15 @@ from edgeprune.cli.options import (
     CropPct,
     Device,
     Exhaustive,
+    HeadFile,
     HostProgram,
     Images,
+    ImageSize,
     Interpolation,
+    Layers,
     LockClocks,
     MaxDrop,
+    MaxError,
     Mean,
     Method,
     MinCosine,
@@ -44,8 +48,10 @@ from edgeprune.cli.options import (
     WholeLast,
     Work,
     goal_from,
+    layers_from,
     overrides_from,
     recover_from,
+    size_from,
 )
 from edgeprune.defaults import METHODS, WORK
 from edgeprune.zoo import EMBEDDED
@@ -57,7 +63,10 @@ def build(
     model: Model = EMBEDDED,
     weights: Weights = None,
     images: Images = None,
+    image_size: ImageSize = None,
     task: Task = None,
+    layers: Layers = None,
+    head: HeadFile = None,
     text_embeddings: Texts = None,
     method: Method = "fold",
     policy: Policy = "search",
@@ -66,6 +75,7 @@ def build(
     budget_ms: Budget = None,
     max_drop: MaxDrop = None,
     min_cosine: MinCosine = None,
+    max_error: MaxError = None,
     precision: AnyPrecision = "fp32",
     batch: Batch = 1,
     block: Block = 3,
@@ -104,9 +114,10 @@ def build(
         model=model,
         weights=weights,
         images=images,
+        image_size=size_from(image_size),
         method=method,
         policy=policy,
-        goal=goal_from(alpha, speedup, budget_ms, max_drop, min_cosine),
+        goal=goal_from(alpha, speedup, budget_ms, max_drop, min_cosine, max_error),
         precision=precision,
         batch=batch,
         work=work,
@@ -120,6 +131,8 @@ def build(
         neighbours=neighbours,
         recover=recover_from(recover),
         task=task,
+        layers=layers_from(layers),
+        head=head,
         text_embeddings=text_embeddings,
         overrides=overrides_from(crop_pct, interpolation, mean, std),
         host=Host(host, host_program) if host else None,
@@ -143,7 +156,10 @@ def compare(
     model: Model = EMBEDDED,
     weights: Weights = None,
     images: Images = None,
+    image_size: ImageSize = None,
     task: Task = None,
+    layers: Layers = None,
+    head: HeadFile = None,
     text_embeddings: Texts = None,
     methods: Annotated[str, typer.Option(help="methods, separated by commas")] = ",".join(METHODS),
     speedup: Annotated[str, typer.Option(help="target speed-ups, separated by commas")] = "1.25,1.5,2.0",
@@ -178,6 +194,7 @@ def compare(
         model=model,
         weights=weights,
         images=images,
+        image_size=size_from(image_size),
         precision=precision,
         batch=batch,
         work=work,
@@ -188,6 +205,8 @@ def compare(
         rounds=rounds,
         recover=recover_from(recover),
         task=task,
+        layers=layers_from(layers),
+        head=head,
         text_embeddings=text_embeddings,
     )
     with connected(on_ray) as cluster, output.progress() as progress:
@@ -215,7 +234,9 @@ def export(
     precision: Precision = "fp32",
     batch: Batch = 1,
     images: Images = None,
+    image_size: ImageSize = None,
     task: Task = None,
+    layers: Layers = None,
     device: Annotated[
         str, typer.Option(help="device that will run the file: decides the form of INT8, and which cuts are possible")
     ] = "cpu",
@@ -240,7 +261,7 @@ def export(
     with output.progress() as progress:
         from edgeprune.vit.models import load_model
 
-        loaded = load_model(model, weights, task=task)
+        loaded = load_model(model, weights, task=task, layers=layers_from(layers), image_size=size_from(image_size))
         if trunk:
             from edgeprune.vit.profiling_models import export_profiling_models
 

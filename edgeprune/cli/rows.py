@@ -199,9 +199,15 @@ def _baseline_figures(ratio: Ratio | None) -> dict[str, Any]:
 
 
 def _prediction(row: Prediction) -> dict[str, Any]:
+    saved = {"file": str(row.file)} if row.file else {}
     if row.embedding is not None:
-        return {"norm": row.norm, "embedding": row.embedding}
-    return {"top": [{"class": c.index, "label": c.label, "percent": c.percent} for c in row.top]}
+        return {"norm": row.norm, "embedding": row.embedding, **_shapes(row), **saved}
+    return saved | {"top": [{"class": c.index, "label": c.label, "percent": c.percent} for c in row.top]}
+
+
+def _shapes(row: Prediction) -> dict[str, Any]:
+    """Shapes of dense features, which are too large for JSON: `run --out` saves them."""
+    return {"features": {name: list(array.shape) for name, array in row.features.items()}} if row.features else {}
 
 
 def predictions_row(found: Predictions) -> dict[str, Any]:

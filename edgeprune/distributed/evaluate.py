@@ -12,7 +12,7 @@ from edgeprune.distributed.cluster import ray_module, received
 from edgeprune.distributed.quiet import evaluating
 from edgeprune.io import key_of
 from edgeprune.records import Fidelity, Progress, silent
-from edgeprune.tasks import BY_NAME
+from edgeprune.tasks import Task, task_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -44,11 +44,12 @@ class SpreadEvaluator:
         pixels: NDArray[np.uint8],
         labels: Sequence[int] | None = None,
         prefix_last: bool = False,
+        task: Task | None = None,
     ) -> None:
         from edgeprune.vit.packing import packed
 
         self.ray = ray_module()
-        self.task, self.labels, self.images = BY_NAME[model.task], labels, len(pixels)
+        self.task, self.labels = task or task_of(model.task, model.vit), labels
         self._key = key_of(model.vit, model.preprocessing, model.task, method, prefix_last)
         self._how = (method, prefix_last)
         self._model = self.ray.put(packed(model))

@@ -169,7 +169,13 @@ def meets(goal: Goal, found: Measured | Report) -> bool:
 
 
 def warn_if_missed(goal: Goal, report: Report) -> None:
-    """Log a warning if the final measurement misses the goal."""
+    """Log a warning if the final measurement misses the goal, or a bound on the cosine on the final pictures."""
+    cosine = report.fidelity.cosine if report.fidelity else None
+    if goal.min_cosine is not None and cosine is not None and cosine < goal.min_cosine:
+        log.warning(
+            "the goal (%s) is not met on the %d %s: it is %.4f; ask for a higher one, or use more --search-images",
+            goal, report.images, "pictures that chose nothing" if report.held_out else "evaluation pictures", cosine,
+        )  # fmt: skip
     if report.speedup is not None and not meets(goal, report):
         ms = report.latency.median_ms
         log.warning(

@@ -41,7 +41,9 @@ class ScheduleScores:
         context = self.context
         pictures = context.pictures.key if context.pictures else ""
         model, count = context.model, context.options.search_images
-        return (model.vit, model.task, context.method, context.prefix_last, pictures, count, model.preprocessing)
+        head = (context.judged_by,) if context.judged_by else ()
+        parts = (model.vit, model.task, context.method, context.prefix_last, pictures, count, model.preprocessing)
+        return (*parts, *head)
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -49,8 +51,8 @@ class ScheduleScores:
         from edgeprune.vit.fidelity import Evaluator
 
         context, pictures = self.context, self.context.needed_pictures()
-        labels = pictures.labels(pictures.search)
-        return Evaluator(context.model, context.method, pictures.pixels[pictures.search], labels, context.prefix_last)
+        pixels, labels = pictures.pixels[pictures.search], pictures.labels(pictures.search)
+        return Evaluator(context.model, context.method, pixels, labels, context.prefix_last, context.task)
 
     @cached_property
     def spread(self) -> SpreadEvaluator:
@@ -58,10 +60,8 @@ class ScheduleScores:
         from edgeprune.distributed.evaluate import SpreadEvaluator
 
         context, pictures = self.context, self.context.needed_pictures()
-        labels = pictures.labels(pictures.search)
-        return SpreadEvaluator(
-            context.model, context.method, pictures.pixels[pictures.search], labels, context.prefix_last
-        )
+        pixels, labels = pictures.pixels[pictures.search], pictures.labels(pictures.search)
+        return SpreadEvaluator(context.model, context.method, pixels, labels, context.prefix_last, context.task)
 
     def ahead(self, schedules: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
         """Evaluate schedules, each with its base, together where a cluster does so; elsewhere each in its turn.

@@ -56,6 +56,7 @@ class GoalEntry(Record, frozen=True, kw_only=True):
     budget_ms: float | None = None
     max_drop: float | None = None
     min_cosine: float | None = None
+    max_error: float | None = None
 
 
 class SweepFile(Record, frozen=True, kw_only=True):

@@ -12,10 +12,11 @@ import torch
 
 from edgeprune.images import normalise
 from edgeprune.records import Fidelity, Progress, check_tokens, silent
-from edgeprune.tasks import BY_NAME
+from edgeprune.tasks import Task, task_of
 from edgeprune.vit.models import Model
 from edgeprune.vit.pruned import PrunedViT, random_kept, step
 from edgeprune.vit.reducers import reducer_named
+from edgeprune.vit.restore import features
 from edgeprune.vit.rotary import rows_of
 from edgeprune.vit.tokens import Stream
 
@@ -64,7 +65,7 @@ def logits_of_schedule(
     prefix_last: bool = False,
     progress: Progress = silent,
 ) -> NDArray[np.float32]:
-    """PyTorch logits (images, classes) of a schedule for pixels (images, P, P, 3), a few images at a time."""
+    """PyTorch outputs (images, values) of a schedule for pixels (images, P, P, 3), a few images at a time."""
     module = pruned_module(model, method, tokens, prefix_last)
     what, starts = "evaluating images in PyTorch", range(0, len(pixels), CHUNK)
 
@@ -72,12 +73,18 @@ def logits_of_schedule(
         progress(what, start, len(pixels))
         images = normalise(pixels[start : start + CHUNK], model.preprocessing)
         with torch.inference_mode():
-            found: NDArray[np.float32] = module(torch.from_numpy(images)).numpy()
-        return found
+            return packed_outputs(module(torch.from_numpy(images)))
 
     rows = each_chunk(outputs, starts)
     progress(what, len(pixels), len(pixels))
     return np.concatenate(rows)
+
+
+def packed_outputs(outputs: torch.Tensor | Sequence[torch.Tensor]) -> NDArray[np.float32]:
+    """The output of a module, or its several outputs in their order, as one array (images, values)."""
+    several = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    found: NDArray[np.float32] = torch.cat([each.flatten(1) for each in several], dim=1).numpy()
+    return found
 
 
 class Evaluator:
@@ -94,9 +101,10 @@ class Evaluator:
         pixels: NDArray[np.uint8],
         labels: Sequence[int] | None = None,
         prefix_last: bool = False,
+        task: Task | None = None,
     ) -> None:
         self.model, self.labels, self.prefix_last = model, labels, prefix_last
-        self.task = BY_NAME[model.task]
+        self.task = task or task_of(model.task, model.vit)
         self.reducer = reducer_named(method)
         self._blocks: Any = model.module.blocks
         self._streams: list[list[Stream]] = []  # by chunk, by block
@@ -109,32 +117,34 @@ class Evaluator:
         self.dense_logits = self.base(dense)
 
     def base(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Logits (images, classes) of a schedule, whose streams are kept for the next schedules."""
+        """Outputs (images, values) of a schedule, whose streams are kept for the next schedules."""
         if tuple(tokens) != self._base:
             shared = self._shared(tokens)
             kept = [streams[: shared + 1] for streams in self._streams] or [[first] for first in self._embedded]
             self._streams, self._base = each_chunk(lambda streams: self._rest(streams, tokens), kept), tuple(tokens)
-        return self._classify([streams[-1] for streams in self._streams])
+        return np.concatenate(each_chunk(self._outputs, self._streams))
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Logits (images, classes) of a schedule; the blocks it shares with the base are not run again."""
+        """Outputs (images, values) of a schedule; the blocks it shares with the base are not run again."""
         check_tokens(tokens, self.model.vit, self.prefix_last)
-        shared = self._shared(tokens)
+        shared, layers = self._shared(tokens), self.model.vit.layers
 
-        def last(streams: list[Stream]) -> Stream:
-            stream = streams[shared]
+        def outputs(streams: list[Stream]) -> NDArray[np.float32]:
+            stream, passed = streams[shared], {layer: streams[layer] for layer in layers if layer <= shared}
             for block in range(shared, self.model.vit.depth):
                 stream = self._step(block, stream, tokens[block])
-            return stream
+                if block + 1 in layers:
+                    passed[block + 1] = stream
+            return self._outputs_of(stream, [passed[layer] for layer in layers])
 
-        return self._classify(each_chunk(last, self._streams))
+        return np.concatenate(each_chunk(outputs, self._streams))
 
     def fidelity(self, tokens: Sequence[int]) -> Fidelity:
         """The figures of a schedule."""
         return self.compare(self.logits(tokens))
 
     def compare(self, logits: NDArray[np.float32]) -> Fidelity:
-        """The figures of outputs (images, classes)."""
+        """The figures of outputs (images, values)."""
         return self.task.fidelity(self.dense_logits, logits, self.labels)
 
     def random_drop(self, tokens: int, seed: int = 0) -> Fidelity:
@@ -142,14 +152,14 @@ class Evaluator:
         generator = torch.Generator().manual_seed(seed)
         kept = [random_kept(s.x, tokens, self.model.vit.prefix, generator) for s in self._embedded]
 
-        def last(stream: Stream) -> Stream:
+        def outputs(stream: Stream) -> NDArray[np.float32]:
             x = stream.x
             with torch.inference_mode():
                 for index, block in enumerate(self._blocks):
                     x = self.model.family.block(block, x, None, rows_of(self._table, index, stream.places))
-            return Stream(x)
+            return self._outputs_of(Stream(x), ())
 
-        return self.compare(self._classify(each_chunk(last, kept)))
+        return self.compare(np.concatenate(each_chunk(outputs, kept)))
 
     def _embed(self, pixels: NDArray[np.uint8]) -> Stream:
         with torch.inference_mode():
@@ -178,11 +188,13 @@ class Evaluator:
                 return Stream(x)
             return step(model.family, self._blocks[block], stream, keep, vit, self.reducer, rows)
 
-    def _classify(self, streams: Sequence[Stream]) -> NDArray[np.float32]:
-        def classified(stream: Stream) -> Any:
-            with torch.inference_mode():
-                return self.model.family.classify(self.model.module, stream.x)
+    def _outputs(self, streams: Sequence[Stream]) -> NDArray[np.float32]:
+        """Of one chunk: its streams at the entry of every block and at the end."""
+        return self._outputs_of(streams[-1], [streams[layer] for layer in self.model.vit.layers])
 
+    def _outputs_of(self, last: Stream, passed: Sequence[Stream]) -> NDArray[np.float32]:
+        """Of one chunk: its last stream, and its streams after the blocks of Vit.layers."""
+        model = self.model
         with torch.inference_mode():
-            logits: NDArray[np.float32] = torch.cat(each_chunk(classified, streams)).numpy()
-        return logits
+            found = [features(model.family, model.module, model.vit, stream) for stream in passed]
+            return packed_outputs([*found, model.family.classify(model.module, last.x)])
