@@ -22,7 +22,7 @@ from support.rays import ROUNDS, DyingBoard, NotingBoard, SharedBoard, marked, n
 
 from edgeprune import zoo
 from edgeprune.bundles.format import STAIRCASE, load_bundle
-from edgeprune.distributed.cluster import connected, difference
+from edgeprune.distributed.cluster import check_nodes, connected, difference
 from edgeprune.distributed.engines import can_spread, spread_logits
 from edgeprune.errors import EdgepruneError, HostError, MissingError
 from edgeprune.images import load_images, load_pixels
@@ -40,7 +40,7 @@ ray = pytest.importorskip("ray", reason="Ray is not installed (extra ray)")
 from ray.cluster_utils import Cluster  # noqa: E402
 
 DENSE = (197,) * 12
-SINGLE = [((197,) * block + (n,) * (12 - block), DENSE) for block in range(12) for n in (40, 80, 120, 160)]
+SINGLE = [((197,) * block + (n,) * (12 - block), DENSE) for block in range(12) for n in (60, 120)]
 WHOLE = [(t, t) for t in ((197,) * 6 + (90,) * 3 + (30,) * 3, (197,) * 6 + (90,) * 6)]
 STORE = {"object_store_memory": 80_000_000}
 
@@ -153,14 +153,6 @@ def test_another_version_of_ray(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> 
     assert not ray.is_initialized()
 
 
-def test_another_edgeprune_on_a_node(nodes: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edgeprune.io.code_key", lambda: "other sources")
-    said = r"node [\d.]+ of the cluster has other sources of edgeprune"
-    with pytest.raises(HostError, match=said), connected(nodes.address):
-        pass
-    assert not ray.is_initialized()
-
-
 def test_differences_are_named() -> None:
     own = {"edgeprune": "1", "torch": "2", "timm": "3", "code": "4", "processor": "5"}
     assert difference(own, own | {"processor": "6"}) is None
@@ -193,23 +185,33 @@ def test_ctrl_c_leaves_no_process_and_no_lock(
 # --- the same results, whatever dies ---
 
 
-def test_driver_is_killed_and_started_again(
+def test_another_edgeprune_on_a_node(joined: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("edgeprune.io.code_key", lambda: "other sources")
+    with pytest.raises(HostError, match=r"node [\d.]+ of the cluster has other sources of edgeprune"):
+        check_nodes(ray)
+
+
+def test_board_is_killed_in_a_staircase_then_the_driver(
     nodes: Any,
+    joined: Any,
     jobs: tuple[Job, ...],
     undisturbed: tuple[Path, list[Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The driver dies when the first build has ended; another one goes on with the second."""
     work, out = tmp_path / "work", tmp_path / "out"
+    work.mkdir()
     driver = fork(sweep_and_die, nodes.address, jobs, work, out)
     driver.join()
     assert driver.exitcode == -9
+    saved, _ = msgspec.json.decode((work / "died").read_bytes())
+    assert saved, "the board had measured something when it died"
     monkeypatch.setattr(on_ray, "Board", SharedBoard)
-    with connected(nodes.address) as cluster:
-        ran: list[str] = []
-        watch: Any = lambda job, state: ran.append(job.name)  # noqa: E731
-        outcomes = run_sweep(jobs, Boards(cluster), work, out, resume=True, watch=watch)
-    assert manifests(outcomes) == undisturbed[1]
+    ran: list[str] = []
+    watch: Any = lambda job, state: ran.append(job.name)  # noqa: E731
+    outcomes = run_sweep(jobs, Boards(joined), work, out, resume=True, watch=watch)
+    assert manifests(outcomes) == undisturbed[1], "probes are counted, too"
     assert set(ran) == {jobs[1].name}, "the first had its result"
 
 
@@ -235,35 +237,6 @@ def test_outputs_of_an_engine_are_those_of_one_process(joined: Any, undisturbed:
         wanted = logits_of(session, pixels, model.preprocessing, 1)
     found = spread_logits(target, folder / "model.onnx", pixels, model.preprocessing)
     np.testing.assert_array_equal(found, wanted)
-
-
-def test_node_is_killed_in_a_search(nodes: Any, joined: Any, evaluation: Any, alone: Any) -> None:
-    from edgeprune.distributed.evaluate import SpreadEvaluator
-
-    spread, found = SpreadEvaluator(*evaluation[:1], "fold", *evaluation[1:]), []
-    victim = next(node for node in nodes.list_all_nodes() if node is not nodes.head_node)
-    for each in spread.fidelities([*SINGLE, *WHOLE]):
-        if not found:
-            nodes.remove_node(victim, allow_graceful=False)
-        found.append(each)
-    nodes.add_node(num_cpus=1, **STORE)
-    assert found == alone[1]
-
-
-def test_board_is_killed_in_a_staircase(
-    joined: Any,
-    jobs: tuple[Job, ...],
-    undisturbed: tuple[Path, list[Any]],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(on_ray, "Board", DyingBoard)
-    work = tmp_path / "work"
-    work.mkdir()
-    outcomes = run_sweep(jobs, Boards(joined), work, tmp_path / "out")
-    assert manifests(outcomes) == undisturbed[1], "its probes are counted, too"
-    saved, _ = msgspec.json.decode((work / "died").read_bytes())
-    assert saved, "it had measured something before"
 
 
 def test_board_behind_ssh_is_killed_in_a_staircase(
@@ -312,3 +285,15 @@ def test_boards_take_turns(
     others = [end for name, (_, end) in busy.items() if not name.startswith(HERE)]
     assert max(others) <= busy[f"{HERE} 1"][0]
     assert busy["a 1"][0] < busy["b 2"][1] and busy["b 1"][0] < busy["a 2"][1], "side by side"
+
+
+def test_node_is_killed_in_a_search(nodes: Any, joined: Any, evaluation: Any, alone: Any) -> None:
+    from edgeprune.distributed.evaluate import SpreadEvaluator
+
+    spread, found = SpreadEvaluator(*evaluation[:1], "fold", *evaluation[1:]), []
+    victim = next(node for node in nodes.list_all_nodes() if node is not nodes.head_node)
+    for each in spread.fidelities([*SINGLE, *WHOLE]):
+        if not found:
+            nodes.remove_node(victim, allow_graceful=False)
+        found.append(each)
+    assert found == alone[1]

@@ -53,10 +53,10 @@ class NotingBoard(Board):
 
 
 def sweep_and_die(address: str, jobs: Sequence[Job], work: Path, out: Path) -> None:
-    """A driver that is killed when its first build has ended."""
+    """A driver that is killed when its first build has ended, whose board died before."""
     from edgeprune.sweeps import on_ray
 
-    on_ray.Board = SharedBoard  # type: ignore[misc]
+    on_ray.Board = DyingBoard  # type: ignore[misc]
     with connected(address) as cluster:
         assert cluster is not None
         run_sweep(jobs, Boards(cluster), work, out, ended=lambda outcome: die())
