@@ -28,6 +28,7 @@ LONGEST = (
     "pipeline/test_build.py",
     "test_docs.py",
     "pipeline/test_resume.py",
+    "distributed/test_ray.py",
     "deploy/test_ansible.py",
     "bundles/test_ship.py",
     "bundles/test_canary.py",

@@ -49,6 +49,8 @@ ADDED: dict[str, tuple[str, ...]] = {
 PARSED_ONLY = {
     "--host": "needs another machine",
     "ship": "needs another machine",
+    "sweep": "many builds: tests/sweeps runs some",
+    "--ray": "starts a cluster: tests/distributed does",
 }
 # Commands that are not edgeprune's, by their first word, and why they are not run.
 FOREIGN = {

@@ -27,6 +27,7 @@ class Destination(Record, frozen=True, kw_only=True):
     host: str  # USER@HOST, or a name of ~/.ssh/config
     dir: str
     program: str = "edgeprune"  # edgeprune there, for verify
+    device: str | None = None  # what it is, as in --device: `sweep` measures there
 
     @property
     def text(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,7 @@ from edgeprune.cli.options import (
     MinCosine,
     Model,
     OnHost,
+    OnRay,
     Policy,
     Precision,
     Recover,
@@ -91,6 +93,7 @@ def build(
     std: Std = None,
     host: OnHost = None,
     host_program: HostProgram = "edgeprune",
+    on_ray: OnRay = None,
     work: Work = WORK,
     out: Annotated[Path | None, typer.Option(help="folder for the bundle")] = None,
     as_json: AsJson = False,
@@ -98,6 +101,7 @@ def build(
     """Build a bundle: measure the staircase, choose a schedule, export, compile and measure it."""
     from edgeprune.cli.rows import precision_rows, row_of
     from edgeprune.cli.tables import build_table, precision_table
+    from edgeprune.distributed.cluster import connected
     from edgeprune.pipeline.auto import build_fastest
     from edgeprune.pipeline.build import build as build_one
     from edgeprune.pipeline.context import Options
@@ -134,8 +138,8 @@ def build(
         host=Host(host, host_program) if host else None,
         lock_clocks=lock_clocks,
     )
-    with output.progress() as progress, output.clocks(device, lock_clocks, host):
-        built = run(options, progress)
+    with connected(on_ray) as cluster, output.progress() as progress, output.clocks(device, lock_clocks, host):
+        built = run(replace(options, cluster=cluster), progress)
     output.show(build_table(built.manifest), as_json)
     manifest = built.manifest
     if built.precisions:
@@ -167,6 +171,7 @@ def compare(
     search_images: SearchImages = 128,
     recover: Recover = None,
     rounds: Annotated[int, typer.Option(help="interleaved rounds of a measurement", min=5)] = 40,
+    on_ray: OnRay = None,
     work: Work = WORK,
     plot: Annotated[Path | None, typer.Option(help="file for a plot of the results (.svg)")] = None,
     as_json: AsJson = False,
@@ -174,6 +179,7 @@ def compare(
     """Compare pruning methods at equal measured latency, with searched and with published schedules."""
     from edgeprune.cli.rows import compare_rows
     from edgeprune.cli.tables import compare_table
+    from edgeprune.distributed.cluster import connected
     from edgeprune.html_report.files import compare_svg
     from edgeprune.io import write_bytes
     from edgeprune.pipeline.compare import compare as run
@@ -203,7 +209,8 @@ def compare(
         head=head,
         text_embeddings=text_embeddings,
     )
-    with output.progress() as progress:
+    with connected(on_ray) as cluster, output.progress() as progress:
+        options = replace(options, cluster=cluster)
         comparison = run(options, [name.strip() for name in methods.split(",")], targets, progress)
     rows = compare_rows(comparison)
     output.show(compare_table(rows), as_json)

@@ -75,6 +75,10 @@ WholeLast = Annotated[
     bool,
     typer.Option("--whole-last", help="compute the whole last block even if the head reads only the prefix tokens"),
 ]
+OnRay = Annotated[
+    str | None,
+    typer.Option("--ray", help="local | auto | HOST:PORT: evaluate schedules on a Ray cluster; needs the extra ray"),
+]
 Work = Annotated[Path, typer.Option(help="folder that keeps finished steps")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
 Simulate = Annotated[

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.html_report.figures import (
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgeprune.bundles.predict import Predictions
     from edgeprune.bundles.ship import Shipped
     from edgeprune.bundles.verify import Check
+    from edgeprune.sweeps.plan import Job
 
 
 def build_table(manifest: Manifest) -> Table:
@@ -247,3 +248,35 @@ def _both(row: dict[str, Any], figure: str, digits: int = 2) -> str:
     """A figure of a comparison, after the one without recovery if weights were recovered."""
     before = number(row["unrecovered"][figure], digits) + " → " if row["unrecovered"] else ""
     return before + number(row[figure], digits)
+
+
+def sweep_table(rows: list[dict[str, Any]]) -> Table:
+    """Builds of a sweep; what made one fail is in its row and on the page."""
+    from rich.table import Table
+
+    simulated = ", some with SIMULATED latency" if any(row.get("simulated") for row in rows) else ""
+    table = Table(title=f"{len(rows)} builds{simulated}")
+    figures = ("latency, ms", "speed-up", "top-1", "agreement")
+    for column in ("model", "device", "method", "goal", *figures, ""):
+        table.add_column(column, justify="right" if column in figures else "left", overflow="fold")
+    for row in rows:
+        device = f"{row['device']}, {row['precision']}, batch {row['batch']}" + (
+            ", simulated" if row.get("simulated") else ""
+        )
+        ms = row["latency_ms"]["median"] if row["latency_ms"] else None
+        cells = (number(ms, 3), number(row["speedup"]), number(row["top1"]), number(row["agreement"]))
+        table.add_row(row["model"], device, row["method"], row["goal"], *cells, "failed" if row["error"] else "")
+    return table
+
+
+def plan_table(boards: Mapping[str, Sequence[Job]], finished: Collection[str]) -> Table:
+    """The builds of a sweep by board, before they are run."""
+    from rich.table import Table
+
+    table = Table(title="plan")
+    for column in ("board", "build", "goal", ""):
+        table.add_column(column, overflow="fold")
+    for board, jobs in boards.items():
+        for job in jobs:
+            table.add_row(board, job.name, str(job.goal), "has a result" if job.name in finished else "")
+    return table

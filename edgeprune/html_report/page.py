@@ -64,7 +64,7 @@ def page_html(
     task: str = "classify",
 ) -> str:
     """The HTML text. The same records give the same text; the template escapes every string in them."""
-    return _template().render(
+    return template_named("template.html.j2").render(
         version=__version__,
         css=Markup("".join((HERE / name).read_text(encoding="utf-8") for name in ("chart.css", "page.css"))),
         setup=engine.setup,
@@ -119,7 +119,8 @@ def page_of_bundle(bundle: Path, out: Path | None = None) -> Path:
 
 
 @cache
-def _template() -> Template:
+def template_named(name: str) -> Template:
+    """A template of this folder: strings are escaped, and an unknown name in it is an error."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -128,7 +129,7 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("template.html.j2")
+    return environment.get_template(name)
 
 
 def _summary(report: Report, setup: Setup, task: Task) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from edgeprune import zoo
 from edgeprune.bundles.format import default_folder
 from edgeprune.defaults import WORK
+from edgeprune.distributed.quiet import timing
 from edgeprune.errors import InputError
 from edgeprune.images import ImageSet, drawn, load_images
 from edgeprune.io import load_array
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
+    from edgeprune.distributed.cluster import Cluster
     from edgeprune.vit.models import Model
 
 ROUNDS = 60
@@ -69,6 +71,7 @@ class Options:
     layers: tuple[int, ...] = ()  # blocks, from 1, whose patch features are outputs
     head: Path | None = None  # ONNX on dense features, whose output is what counts
     text_embeddings: Path | None = None  # .npy (classes, C), for zero-shot figures of embeddings
+    cluster: Cluster | None = None  # where schedules are evaluated, if not in this process
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,8 @@ def context_for(options: Options, progress: Progress = silent) -> Context:
         options.device, options.precision, options.batch, options.simulate, options.work, progress,
         options.host, options.lock_clocks,
     )  # fmt: skip
+    if options.cluster is not None and options.host is None and not options.simulate:
+        target = replace(target, alone=timing)
     model = loaded(options)
     head = Head(options.head, model.vit) if options.head else None
     check_goal(options, model)

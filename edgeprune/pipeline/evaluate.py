@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from edgeprune import stats
+from edgeprune.distributed.engines import can_spread, spread_logits
 from edgeprune.errors import REPORT, ExportError
 from edgeprune.io import save_array, sha256_file
 from edgeprune.onnx_graph import attention_fusion
@@ -238,6 +239,11 @@ def logits_on(context: Context, pictures: Pictures, file: Path) -> NDArray[np.fl
     """Logits of an ONNX file's engine for all pictures, (images, classes). Raises EngineError, OutputError."""
 
     def make(path: Path) -> None:
+        if context.options.cluster is not None and can_spread(context.target):
+            save_array(
+                spread_logits(context.target, context.target.engine(file), pictures.pixels, pictures.how), path
+            )
+            return
         with context.target.opener(file)() as session:
             array = logits_of(
                 session, pictures.pixels, pictures.how, context.options.batch, context.progress, "evaluating images"

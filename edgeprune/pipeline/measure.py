@@ -62,7 +62,8 @@ def interleaved(engines: Sequence[tuple[Target, Path]], rounds: int) -> list[Lat
     def make(path: Path) -> None:
         openers = dict(enumerate(own.opener(file) for own, file in engines))
         warmup_ms = 0.0 if target.setup.noiseless else WARMUP_MS
-        samples = interleave(openers, rounds, progress=target.progress, what=what, warmup_ms=warmup_ms)
+        with target.alone():
+            samples = interleave(openers, rounds, progress=target.progress, what=what, warmup_ms=warmup_ms)
         write_bytes(path, msgspec.json.encode([samples[i] for i in range(len(engines))]))
 
     parts = ([(sha256_file(file), own.setup) for own, file in engines], rounds)

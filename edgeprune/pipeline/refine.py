@@ -136,9 +136,9 @@ def most_promising(
     dense_ms = best.speedup * best.measured.latency.median_ms
     limit_ms = goal.limit_ms(dense_ms)
     ranked: list[tuple[float, Schedule]] = []
-    for tokens in similar_schedules(schedule.tokens, confirmed_edges(staircase), last):
-        if tokens in known:
-            continue
+    similar = [t for t in similar_schedules(schedule.tokens, confirmed_edges(staircase), last) if t not in known]
+    scores.ahead([(tokens, tokens) for tokens in similar])
+    for tokens in similar:
         other = finished(staircase, schedule.method, schedule.policy, tokens, schedule.prefix_last)
         score = scores.candidate(staircase, tokens)
         ms = score.predicted_ms * scale

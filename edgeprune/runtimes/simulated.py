@@ -15,6 +15,7 @@ from edgeprune.io import replacing, sha256_file
 from edgeprune.onnx_graph.operations import Attention, Elementwise, Matmul, Operation, operations_of_onnx
 from edgeprune.records import Device, Engine, Progress, Setup, Vit, silent
 from edgeprune.runtimes.kernel_times import latency_ms, model_of
+from edgeprune.runtimes.ort import threads
 from edgeprune.version import __version__
 
 if TYPE_CHECKING:
@@ -108,7 +109,9 @@ def _onnx_runtime(path: Path) -> Any:
     except ImportError:
         raise MissingError(f"ONNX Runtime is not installed: {install('ort')}") from None
     try:
-        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads()
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base below this one
         detail = " ".join(str(error).split())[:200]
         raise EngineError(f"{path}: ONNX Runtime cannot load it ({detail}): export it again") from None
