@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,6 @@ from edgeprune.cli import output
 from edgeprune.cli.rows import compare_rows
 from edgeprune.cli.tables import runs
 from edgeprune.features import Dense, unpacked
-from edgeprune.io import write_bytes
 from edgeprune.pipeline.compare import Comparison, compare
 from edgeprune.pipeline.context import Context, Options, context_for
 from edgeprune.pipeline.evaluate import logits_on
@@ -81,13 +81,14 @@ def prepared(assets: Path, folder: Path) -> tuple[str, Path]:
 
 
 def pictures(assets: Path, folder: Path, count: int) -> Path:
-    """A CSV of pictures spread over nips17, without labels."""
+    """A folder of copies of pictures spread over nips17, without labels."""
     with open(assets / "nips17" / "labels.csv", newline="") as file:
         names = [row["image"] for row in csv.DictReader(file)]
-    chosen = [names[i] for i in np.linspace(0, len(names) - 1, count).astype(int)]
-    path = folder / f"nips{count}.csv"
-    write_bytes(path, "\n".join(["image", *(str((assets / "nips17" / name).resolve()) for name in chosen)]).encode())
-    return path
+    out = folder / f"nips-{count}"
+    out.mkdir(parents=True, exist_ok=True)
+    for index in np.linspace(0, len(names) - 1, count).astype(int):
+        shutil.copyfile(assets / "nips17" / names[index], out / Path(names[index]).name)
+    return out
 
 
 def per_picture(context: Context, wanted: NDArray[np.float32], found: NDArray[np.float32]) -> dict[str, Any]:

@@ -289,9 +289,8 @@ def test_profile_schedule_and_export_one_by_one(
     assert code == 1 and "is of a model with --layers 2,3, this one has no --layers: pass the same" in err
     found = row_of(capsys, *asked, "--layers", "2,3", "--head", given.head)
     assert found["tokens"][-1] < 197
-    code, _, err = call(
-        capsys, "export", *model, "--schedule", schedule, "--layers", "3", "--out", tmp_path / "m.onnx"
-    )
+    export = ("export", *model, "--schedule", schedule, "--out", tmp_path / "m.onnx")
+    code, _, err = call(capsys, *export, "--layers", "3")
     assert code == 1 and "is for --layers 2,3, this model has --layers 3: pass the same --layers to export" in err
     row_of(capsys, *export, "--layers", "2,3")
     assert [output.name for output in onnx.load(tmp_path / "m.onnx").graph.output] == list(SHAPES)
