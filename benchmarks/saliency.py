@@ -3,7 +3,7 @@
 python benchmarks/saliency.py --assets DIR --work DIR [--task embed] [--images 216] [--methods …] [--targets …]
 DIR holds vits14_saliency.fp16.safetensors and nips17. Prints a Markdown table and one JSON line last. Figures are of
 pictures that chose nothing; standard errors of differences to fold are paired by picture. Interrupted, it continues.
-Some 40 min on 2 cores.
+Some 40 min on 2 cores; with --predicted, which builds no engines, a quarter of that.
 """
 
 from __future__ import annotations
@@ -11,9 +11,12 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import shutil
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,14 +27,16 @@ from torch.nn.functional import interpolate
 
 from edgeprune import stats
 from edgeprune.cli import output
-from edgeprune.cli.rows import compare_rows
 from edgeprune.cli.tables import runs
 from edgeprune.features import Dense, unpacked
-from edgeprune.io import write_bytes
 from edgeprune.pipeline.compare import Comparison, compare
+from edgeprune.pipeline.compare import _Methods as Methods
 from edgeprune.pipeline.context import Context, Options, context_for
 from edgeprune.pipeline.evaluate import logits_on
 from edgeprune.pipeline.onnx_files import dense_onnx, pruned_onnx
+from edgeprune.records import Progress, Schedule
+from edgeprune.scheduling.goals import Goal
+from edgeprune.vit.fidelity import logits_of_schedule
 
 FILE, LAYER, SALIENT = "vits14_saliency.fp16.safetensors", 12, 0.5
 IMAGENET = {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
@@ -81,13 +86,14 @@ def prepared(assets: Path, folder: Path) -> tuple[str, Path]:
 
 
 def pictures(assets: Path, folder: Path, count: int) -> Path:
-    """A CSV of pictures spread over nips17, without labels."""
+    """A folder of copies of pictures spread over nips17, without labels."""
     with open(assets / "nips17" / "labels.csv", newline="") as file:
         names = [row["image"] for row in csv.DictReader(file)]
-    chosen = [names[i] for i in np.linspace(0, len(names) - 1, count).astype(int)]
-    path = folder / f"nips{count}.csv"
-    write_bytes(path, "\n".join(["image", *(str((assets / "nips17" / name).resolve()) for name in chosen)]).encode())
-    return path
+    out = folder / f"nips-{count}"
+    out.mkdir(parents=True, exist_ok=True)
+    for index in np.linspace(0, len(names) - 1, count).astype(int):
+        shutil.copyfile(assets / "nips17" / names[index], out / Path(names[index]).name)
+    return out
 
 
 def per_picture(context: Context, wanted: NDArray[np.float32], found: NDArray[np.float32]) -> dict[str, Any]:
@@ -115,37 +121,79 @@ def cosines(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float6
     return found
 
 
-def judged(options: Options, comparison: Comparison) -> list[dict[str, Any]]:
-    """Rows of a comparison with all figures, and their paired differences to fold (search) with standard errors.
+class Row(NamedTuple):
+    """A schedule with its speed-up and the figures of each picture."""
 
-    The outputs are those that `compare` has left in the work folder.
-    """
+    target: float
+    method: str
+    policy: str
+    schedule: Schedule
+    speedup: float
+    each: dict[str, NDArray[np.float64]]
+
+
+def measured(options: Options, comparison: Comparison) -> list[Row]:
+    """The entries of a comparison; their outputs are those that `compare` has left in the work folder."""
     context = context_for(options)
     pool = context.needed_pictures()
     with context.target.work.lock():
         kept, _ = pool.held_out("fold", "fp32")
-        wanted = logits_on(context, pool, dense_onnx(context))[kept]
-        rows: list[dict[str, Any]] = compare_rows(comparison)
-        for row, entry in zip(rows, comparison.entries, strict=True):
+        wanted, rows = logits_on(context, pool, dense_onnx(context))[kept], []
+        for entry in comparison.entries:
             own = context.with_method(entry.method)
-            row["each"] = per_picture(context, wanted, logits_on(own, pool, pruned_onnx(own, entry.schedule))[kept])
-    for row in rows:
-        [ours] = [r for r in rows if (r["method"], r["policy"], r["target"]) == ("fold", "search", row["target"])]
-        row["figures"] = {name: float(values.mean()) for name, values in row["each"].items()}
-        row["more_than_fold"] = {
-            name: (float((values - ours["each"][name]).mean()), stats.standard_error(values - ours["each"][name]))
-            for name, values in row["each"].items()
-        }
-    for row in rows:
-        del row["each"]
+            found = logits_on(own, pool, pruned_onnx(own, entry.schedule))[kept]
+            assert entry.report is not None and entry.report.speedup is not None
+            each = per_picture(context, wanted, found)
+            rows.append(Row(entry.target, entry.method, entry.policy, entry.schedule, entry.report.speedup, each))
     return rows
+
+
+def predicted(
+    options: Options, methods: Sequence[str], targets: Sequence[float], searched: Sequence[str], progress: Progress
+) -> list[Row]:
+    """Schedules of equal predicted latency on a measured staircase, evaluated in PyTorch; no engine is built."""
+    context = context_for(options, progress)
+    pool, model = context.needed_pictures(), context.model
+    with context.target.work.lock():
+        solver, rows = Methods(context, methods, searched), []
+        kept, _ = pool.held_out("fold", "fp32")
+        pixels = pool.pixels[kept]
+        wanted = logits_of_schedule(model, "none", context.dense_tokens, pixels, False, progress)
+        for target, method in product(targets, methods):
+            for policy in ("search", "published") if method in searched else ("published",):
+                schedule = solver.solved(method, policy, Goal(speedup=target))
+                if schedule is None:
+                    continue
+                tokens, last = schedule.tokens, schedule.prefix_last
+                found = logits_of_schedule(model, method, tokens, pixels, last, progress)
+                assert schedule.predicted_ms is not None
+                speedup = solver.staircase.dense.median_ms / schedule.predicted_ms
+                rows.append(Row(target, method, policy, schedule, speedup, per_picture(context, wanted, found)))
+    return rows
+
+
+def summarised(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Means, and mean differences to fold's searched schedule for the same target, with standard errors."""
+    found = []
+    for row in rows:
+        [ours] = [r for r in rows if (r.method, r.policy, r.target) == ("fold", "search", row.target)]
+        apart = {name: values - ours.each[name] for name, values in row.each.items()}
+        found.append(
+            {
+                "target": row.target, "method": row.method, "policy": row.policy, "speedup": row.speedup,
+                "tokens": list(row.schedule.tokens), "images": len(next(iter(row.each.values()))),
+                "figures": {name: float(values.mean()) for name, values in row.each.items()},
+                "more_than_fold": {n: (float(d.mean()), stats.standard_error(d)) for n, d in apart.items()},
+            }
+        )  # fmt: skip
+    return found
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """Rows by target and method; in brackets the difference to fold and its standard error."""
     names = list(rows[0]["figures"])
     lines = [
-        f"| target | method | shape | measured speed-up | {' | '.join(names)} | tokens |",
+        f"| target | method | shape | speed-up | {' | '.join(names)} | tokens |",
         f"| ---: | --- | --- | ---: | {'---: | ' * len(names)}--- |",
     ]
     for row in sorted(rows, key=lambda r: (r["target"], -r["figures"]["embedding cosine"])):
@@ -170,6 +218,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--methods", default="fold,pomt,tome,topk,evit")
     parser.add_argument("--searched", default="fold", help="methods whose schedules are searched as fold's are")
+    parser.add_argument("--predicted", action="store_true", help="build no engines: speed-ups are predictions")
     parser.add_argument("--targets", default="1.25,1.5,2.0")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
@@ -183,11 +232,13 @@ def main() -> None:
     methods, searched = (given.split(",") for given in (args.methods, args.searched))
     targets = [float(target) for target in args.targets.split(",")]
     with output.progress() as progress:
-        comparison = compare(options, methods, targets, progress, searched)
-    rows = judged(options, comparison)
+        if args.predicted:
+            found = predicted(options, methods, targets, searched, progress)
+        else:
+            found = measured(options, compare(options, methods, targets, progress, searched))
+    rows = summarised(found)
     print(markdown(rows))
-    missing = [list(each) for each in comparison.missing]
-    print(json.dumps({"task": args.task, "rows": rows, "missing": missing}))
+    print(json.dumps({"task": args.task, "predicted": args.predicted, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from edgeprune.images import ImageSet, batches, calibration_indices, load_pixels
 from edgeprune.io import load
 from edgeprune.onnx_graph.calibration import calibrated
 from edgeprune.onnx_graph.precision import CONVERSIONS, QUANTISED, onnx_precision
+from edgeprune.pipeline.schedule import named
 from edgeprune.records import ModelMetadata, Progress, Recovery, Schedule, silent
 from edgeprune.tasks import task_of
 
@@ -57,6 +58,9 @@ def export_model(
     found = Schedule(vit=vit, method="none", policy="search", tokens=(vit.tokens,) * vit.depth)
     if schedule is not None:
         found = load(schedule, Schedule)
+        if found.vit.layers != vit.layers:
+            made, here = named(found.vit.layers), named(vit.layers)
+            raise InputError(f"{schedule} is for {made}, this model has {here}: pass the same --layers to export")
         if found.vit != vit:
             raise InputError(f"{schedule} was made for another model or other weights: make one for this model")
     if tensorrt and found.cuts:

@@ -171,6 +171,25 @@ def test_the_bundle_verifies_runs_and_goes_to_triton(
     assert there["fidelity"]["error"] == 0 and len(there["fidelity"]["layers"]) == 2
 
 
+def test_what_is_profiled_has_the_features_and_cuts_that_restore_them(
+    given: Pictures, built: tuple[Path, dict[str, Any]]
+) -> None:
+    [folder] = given.work.glob("profiling-models-*")
+    assert not (folder / "last.onnx").exists(), "every token of the last block is needed"
+    graphs = {path.name: onnx.load(path, load_external_data=False).graph for path in folder.glob("*.onnx")}
+    for name in ("fixed.onnx", "dense.onnx"):
+        assert [output.name for output in graphs[name].output] == list(SHAPES)
+    norms = [node for node in graphs["fixed.onnx"].node if node.op_type == "LayerNormalization"]
+    assert len(norms) == 3, "each layer has its own"
+    cuts = [graph for name, graph in graphs.items() if name.startswith("cut-topk")]
+    assert len(cuts) == 2
+    for graph in cuts:
+        assert [d.dim_value for d in graph.output[1].type.tensor_type.shape.dim] == [32, 196, 64]
+        kinds = [node.op_type for node in graph.node]
+        first = graph.input[0].type.tensor_type.shape.dim[1].dim_value == 197
+        assert kinds.count("ArgMax") == 1 and kinds.count("Gather") >= (3 if first else 5)
+
+
 def test_verify_sees_one_output_that_is_off(
     built: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -254,6 +273,27 @@ def test_what_does_not_fit_is_refused_in_one_line(
         assert not (tmp_path / "bundle").exists()
     with pytest.raises(InputError, match="--max-error is for dense features"):
         edgeprune.build(shallow.model, device="orin-nano", simulate=True, images=given.digits, goal=Goal(max_error=1))
+
+
+def test_profile_schedule_and_export_one_by_one(
+    shallow: Shallow, given: Pictures, built: tuple[Path, dict[str, Any]], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """With the layers of the build, whose work they find; without them each says what is missing."""
+    model, places = ("--model", shallow.model), ("--work", given.work)
+    stairs, schedule = tmp_path / "stairs.json", tmp_path / "schedule.json"
+    row_of(capsys, "profile", *SIMULATED, *model, "--layers", "2,3", *places, "--out", stairs)
+    asked = ("schedule", stairs, *model, "--images", given.digits, "--method", "topk", *QUICK[:2], "--speedup", "1.4")
+    asked += ("--work", given.work, "--out", schedule)
+    code, _, err = call(capsys, *asked)
+    assert code == 1 and "is of a model with --layers 2,3, this one has no --layers: pass the same" in err
+    found = row_of(capsys, *asked, "--layers", "2,3", "--head", given.head)
+    assert found["tokens"][-1] < 197
+    export = ("export", *model, "--schedule", schedule, "--out", tmp_path / "m.onnx")
+    code, _, err = call(capsys, *export, "--layers", "3")
+    assert code == 1 and "is for --layers 2,3, this model has --layers 3: pass the same --layers to export" in err
+    row_of(capsys, *export, "--layers", "2,3")
+    assert [output.name for output in onnx.load(tmp_path / "m.onnx").graph.output] == list(SHAPES)
 
 
 def test_a_head_with_one_input_and_a_fixed_batch_may_have_any_names(given: Pictures, tmp_path: Path) -> None:

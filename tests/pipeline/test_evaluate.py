@@ -16,6 +16,7 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeprune.errors import ExportError
+from edgeprune.features import Dense
 from edgeprune.images import normalise
 from edgeprune.pipeline.evaluate import (
     PARITY_IMAGES,
@@ -26,7 +27,7 @@ from edgeprune.pipeline.evaluate import (
     with_unrecovered,
 )
 from edgeprune.pipeline.measure import Measured
-from edgeprune.records import Latency, Report, Schedule
+from edgeprune.records import Latency, Output, Report, Schedule
 from edgeprune.runtimes.trt import TensorRT
 from edgeprune.scheduling.goals import Goal
 from edgeprune.tasks import BY_NAME, CLASSIFY
@@ -171,6 +172,15 @@ def test_a_precision_keeps_to_the_bound_on_the_cosine(
 ) -> None:
     goal = Goal(min_cosine=bound)
     assert below_bound("fp32", goal, BY_NAME["embed"], EXACT, turned(narrow), turned(whole)) == told
+
+
+def test_gate_of_dense_features_is_their_error() -> None:
+    task = Dense((Output("features_1", (2, 2, 2)), Output("embedding", (2,))))
+    assert gate(NAMES, Goal(), FASTER, EXACT * 1.08, EXACT, LABELS, task) is None
+    told = "its outputs are 12.00 % off those in fp16 (limit 10) for 2.00x"
+    assert gate(NAMES, Goal(), FASTER, EXACT * np.float32(1.12), EXACT, None, task) == told
+    told = "its outputs are 8.00 % off those in fp16 (limit 5) for 2.00x"
+    assert gate(NAMES, Goal(max_error=0.05), FASTER, EXACT * np.float32(1.08), EXACT, None, task) == told
 
 
 # --- the figures ---

@@ -21,7 +21,6 @@ from edgeprune.onnx_graph.fp16 import fp16
 from edgeprune.records import Schedule
 from edgeprune.vit import export, restore
 from edgeprune.vit.fidelity import Evaluator, logits_of_schedule, packed_outputs, pruned_module
-from edgeprune.vit.profiling_models import export_profiling_models
 from edgeprune.vit.pruned import pruned_from_module, with_layers
 
 LAYERS = (1, 3)
@@ -112,7 +111,7 @@ def test_onnx_has_the_outputs_of_the_module_for_every_method(
     for name, each in unpacked(outputs_of(graph, tmp_path), model.vit.outputs).items():
         other = unpacked(wanted, model.vit.outputs)[name]
         assert np.linalg.norm(each - other) / np.linalg.norm(other) < 1e-5, name
-    half = unpacked(outputs_of(fp16(graph), tmp_path), model.vit.outputs)
+    half = unpacked(outputs_of(fp16(graph), tmp_path), model.vit.outputs) if method == "fold" else {}
     for name, each in half.items():
         other = unpacked(wanted, model.vit.outputs)[name]
         assert 0 < np.linalg.norm(each - other) / np.linalg.norm(other) < 0.02, name
@@ -139,27 +138,6 @@ def test_the_evaluator_has_the_outputs_of_the_pruned_model(kind: str, dense: Cal
         np.testing.assert_allclose(evaluator.logits(tokens), wanted, atol=1e-4)
     errors = [evaluator.fidelity(tokens).error for tokens in ((whole,) * 3, base, other)]  # type: ignore[union-attr]
     assert errors[0] == pytest.approx(0, abs=1e-6) and errors[0] < errors[1] < errors[2] < 1  # type: ignore[operator]
-
-
-def test_what_is_profiled_has_the_features_and_cuts_that_restore_them(
-    dense: Callable[..., Any], tmp_path: Path
-) -> None:
-    model = dense("cls")
-    export_profiling_models(model, ("topk",), 2, tmp_path)
-    assert not (tmp_path / "last.onnx").exists(), "every token of the last block is needed"
-    names = {path.name: [o.name for o in onnx.load(path).graph.output] for path in tmp_path.glob("*.onnx")}
-    outputs = ["features_1", "features_3", "embedding"]
-    assert names["fixed.onnx"] == names["dense.onnx"] == outputs
-    norms = [n for n in onnx.load(tmp_path / "fixed.onnx").graph.node if n.op_type == "LayerNormalization"]
-    assert len(norms) == 3, "each layer has its own"
-    cuts = [path for path in names if path.startswith("cut-topk")]
-    assert len(cuts) == 2
-    for path in cuts:
-        graph = onnx.load(tmp_path / path).graph
-        assert [d.dim_value for d in graph.output[1].type.tensor_type.shape.dim] == [2, 16, 48]
-        kinds = [node.op_type for node in graph.node]
-        first = graph.input[0].type.tensor_type.shape.dim[1].dim_value == 17
-        assert kinds.count("ArgMax") == 1 and kinds.count("Gather") >= (3 if first else 5)
 
 
 def test_prune_gives_a_module_with_the_outputs_of_a_schedule(dense: Callable[..., Any]) -> None:
