@@ -103,7 +103,7 @@ def tried(name: str, folder: Path) -> Row:
         for parameter in model.module.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=NOISE)
     vit, schedule = model.vit, folding(model.vit)
-    image = np.random.default_rng(0).standard_normal((1, 3, vit.image_px, vit.image_px), dtype=np.float32)
+    image = np.random.default_rng(0).standard_normal((1, 3, *vit.size), dtype=np.float32)
     with torch.inference_mode():
         module = pruned_module(model, schedule.method, schedule.tokens, schedule.prefix_last)
         wanted = module(torch.from_numpy(image)).numpy()
@@ -225,12 +225,13 @@ def page(rows: list[Row], command: str) -> str:
     lines = [
         "# Models",
         "",
-        f"**{total['ok']} of {total['supported']} supported names work ({total['share']:.1%})**; "
+        f"**{total['ok']} of {total['supported']} supported names work ({total['share']:.1%})**, "
+        f"{total['share_of_tried']:.1%} of those that were tried; "
         f"{len(total['failed'])} fail, {len(total['not_tried'])} were not tried. Largest difference: "
         f"{max(row.get('difference', 0.0) for row in rows):.1e}.",
         f"timm registers {total['names']} names in its modules {', '.join(MODULES)}. edgeprune refuses "
         f"{total['names'] - total['supported']} of them",
-        "and says why: their blocks are not attention followed by an MLP, or their images are not square.",
+        "and says why: their blocks are not attention followed by an MLP, or their patches are not square.",
         "",
         f"Each model has random weights with added normal noise of {NOISE}, and a {METHOD} schedule: "
         "cuts at a quarter,",
@@ -241,7 +242,8 @@ def page(rows: list[Row], command: str) -> str:
         f"PyTorch's by at most {TOLERANCE} of their standard deviation (the column gives that share).",
         f"Weights above {INLINE_BYTES >> 30} GiB are in a file next to the ONNX. "
         "Names with the same modules, settings and",
-        "shapes share one result.",
+        "shapes share one result. A name that was ok is not run again: its result may be of an earlier version of",
+        "edgeprune, with more memory.",
         "",
         f"`{command}` with {versions}.",
         "",

@@ -39,7 +39,7 @@ def main() -> None:
     target = target_for("cpu")
     with tempfile.TemporaryDirectory() as folder:
         files = {method: Path(folder) / f"{method}.onnx" for method in METHODS}
-        image = torch.zeros(1, 3, vit.image_px, vit.image_px)
+        image = torch.zeros(1, 3, *vit.size)
         for method, path in files.items():
             onnx_from_module(pruned_module(model, method, tokens, prefix_last=True), image, path)
         samples = interleave({method: target.opener(path) for method, path in files.items()}, args.rounds)

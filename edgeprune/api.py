@@ -27,7 +27,10 @@ def build(
     *,
     device: str = "cpu",
     images: str | Path | None = None,
+    image_size: int | tuple[int, int] | None = None,
     task: str | None = None,
+    layers: Sequence[int] = (),
+    head: str | Path | None = None,
     text_embeddings: str | Path | None = None,
     goal: Goal | None = None,
     weights: str | None = None,
@@ -56,11 +59,16 @@ def build(
             default.
         device: `cpu`, `cuda`, a Jetson of `edgeprune devices`, or a path to your own .toml.
         images: A folder of class folders, a CSV `image[,label]`, or a folder of pictures. Labels are optional.
-        task: What the output is for, `classify` or `embed`; by default `embed` for a model without a head. Embeddings
-            are compared by cosine and nearest neighbours, and `Bundle.figures.fidelity` has the figures.
+        image_size: (height, width) of the pictures in pixels, or one number for a square, instead of the model's own:
+            position embeddings are resampled as timm does it. A multiple of the patches.
+        task: What the output is for, `classify`, `embed` or `dense`; by default `embed` for a model without a head.
+            Embeddings are compared by cosine and nearest neighbours, dense features by their relative error, and
+            `Bundle.figures.fidelity` has the figures.
+        layers: Numbers of blocks, from 1, whose patch features are outputs on the full grid (dense features).
+        head: An ONNX file on dense features: the error of its output is then what counts.
         text_embeddings: A float32 .npy file, (classes, C), of the names of the classes: adds zero-shot figures.
-        goal: A speed-up, a latency budget, a bound on lost top-1 or on the cosine of embeddings, or a trade-off,
-            which is the default (Goal()).
+        goal: A speed-up, a latency budget, a bound on lost top-1, on the cosine of embeddings or on the error of
+            dense features, or a trade-off, which is the default (Goal()).
         weights: `pretrained`, `embedded`, `random`, or a checkpoint file; for names only.
         method: How tokens are removed: fold, pomt, tome, evit, topk, none.
         policy: `search` (cuts in any blocks, lowest KL) or `paper` (one cut, highest utility).
@@ -94,6 +102,7 @@ def build(
         model=model,
         weights=weights,
         images=_path(images),
+        image_size=_size(image_size),
         method=method,
         policy=policy,
         goal=goal or Goal(),
@@ -108,6 +117,8 @@ def build(
         neighbours=neighbours,
         recover=_pictures(recover),
         task=task,
+        layers=tuple(layers),
+        head=_path(head),
         text_embeddings=_path(text_embeddings),
         overrides=preprocessing or {},
         host=Host(host, host_program) if host else None,
@@ -121,12 +132,14 @@ def profile(
     *,
     device: str = "cpu",
     weights: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
     trunk: str | Path | None = None,
     method: str = "none",
     precision: str = "fp32",
     batch: int = 1,
     simulate: bool = False,
     exhaustive: bool = False,
+    layers: Sequence[int] = (),
     host: str | None = None,
     host_program: str = "edgeprune",
     work: str | Path = WORK,
@@ -142,7 +155,7 @@ def profile(
 
     there = Host(host, host_program) if host else None
     target = target_for(device, precision, batch, simulate, Path(work), progress, there)
-    return run(target, model, weights, _path(trunk), method, exhaustive)
+    return run(target, model, weights, _path(trunk), method, exhaustive, _size(image_size), layers)
 
 
 def schedule(
@@ -150,7 +163,10 @@ def schedule(
     model: str | nn.Module = zoo.EMBEDDED,
     *,
     images: str | Path | None = None,
+    image_size: int | tuple[int, int] | None = None,
     task: str | None = None,
+    layers: Sequence[int] = (),
+    head: str | Path | None = None,
     goal: Goal | None = None,
     weights: str | None = None,
     method: str = "fold",
@@ -171,17 +187,22 @@ def schedule(
     measured = staircase if isinstance(staircase, Staircase) else load(Path(staircase), Staircase)
     options = Options(
         model=model, weights=weights, images=_path(images), method=method, policy=policy, goal=goal or Goal(),
-        search_images=search_images, work=Path(work), task=task,
+        search_images=search_images, work=Path(work), task=task, layers=tuple(layers), head=_path(head),
+        image_size=_size(image_size),
     )  # fmt: skip
     return schedule_from_staircase(measured, options, progress)
 
 
 def prune(model: nn.Module, schedule: Schedule | str | Path) -> nn.Module:
-    """A timm VisionTransformer or Eva with a schedule, as a torch module: (B, 3, P, P) images to (B, classes) logits.
+    """A timm VisionTransformer or Eva with a schedule, as a torch module: (B, 3, H, W) images to (B, classes) logits.
 
-    It shares its parameters with `model`, takes any batch size, runs on any device and can be trained: gradients
-    flow through the tokens that are kept or merged, not through the choice of tokens. Raises ModelError for a model
-    that is not supported, InputError if the schedule is for a model of another shape.
+    With a schedule for dense features it gives them on the full grid, (B, rows, columns, C) for each layer, and then
+    the embedding.
+
+    `model` has to take pictures of the schedule's size. The result shares its parameters with it, takes any batch
+    size, runs on any device and can be trained: gradients flow through the tokens that are kept or merged, not
+    through the choice of tokens. Raises ModelError for a model that is not supported, InputError if the schedule is
+    for a model of another shape or size of pictures.
     """
     from edgeprune.io import load
     from edgeprune.vit.pruned import pruned_from_module
@@ -225,7 +246,10 @@ def compare(
     *,
     device: str = "cpu",
     images: str | Path | None = None,
+    image_size: int | tuple[int, int] | None = None,
     task: str | None = None,
+    layers: Sequence[int] = (),
+    head: str | Path | None = None,
     text_embeddings: str | Path | None = None,
     weights: str | None = None,
     methods: Sequence[str] = METHODS,
@@ -251,7 +275,8 @@ def compare(
     options = Options(
         device=device, model=model, weights=weights, images=_path(images), precision=precision, batch=batch,
         work=Path(work), simulate=simulate, exhaustive=exhaustive, search_images=search_images, rounds=rounds,
-        recover=_pictures(recover), task=task, text_embeddings=_path(text_embeddings),
+        recover=_pictures(recover), task=task, layers=tuple(layers), head=_path(head),
+        text_embeddings=_path(text_embeddings), image_size=_size(image_size),
     )  # fmt: skip
     return run(options, list(methods), list(speedups), progress)
 
@@ -277,6 +302,12 @@ def bench(
 
 def _pictures(recover: str | Path | bool | None) -> Path | bool:
     return recover if isinstance(recover, bool) else _path(recover) or False
+
+
+def _size(given: int | tuple[int, int] | None) -> tuple[int, int] | None:
+    from edgeprune.images import image_size
+
+    return image_size(given, "image_size")
 
 
 def _path(place: str | Path | None) -> Path | None:

@@ -14,6 +14,7 @@ EdgepruneError
 ├── EngineError         a runtime that cannot compile, load or run a model
 ├── PrecisionError      fp16 or INT8 that is slower than fp32 or loses more than allowed
 ├── VerifyError         a bundle that is damaged, is for another machine, or computes something else
+├── SweepError          builds of a sweep that failed; the others have their results
 └── ScheduleError       no schedule meets the goal
 """
 
@@ -81,6 +82,10 @@ class EngineError(EdgepruneError):
 
 class VerifyError(EdgepruneError):
     """A bundle that is damaged, is for another machine, or computes something else."""
+
+
+class SweepError(EdgepruneError):
+    """Builds of a sweep that failed; the others have their results."""
 
 
 class ScheduleError(EdgepruneError):

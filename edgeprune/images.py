@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import logging
+import operator
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from edgeprune.errors import ImageError
+from edgeprune.errors import ImageError, InputError
 from edgeprune.io import key_of, sha256_file
-from edgeprune.records import Preprocessing, Progress, silent
+from edgeprune.records import MOST_PX, Preprocessing, Progress, sides_of, silent, text_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -42,6 +43,20 @@ class ImageSet:
     def key(self) -> str:
         """Hash of the files' contents and the labels."""
         return key_of([sha256_file(path) for path in self.paths], self.labels)
+
+
+def image_size(given: str | int | Sequence[int] | None, name: str = "--image-size") -> tuple[int, int] | None:
+    """(height, width) from N, "N", "H,W" or (H, W), pixels; None stays None. Raises InputError, which has `name`."""
+    if given is None:
+        return None
+    parts = given.split(",") if isinstance(given, str) else given if isinstance(given, Sequence) else [given]
+    try:
+        sides = [int(part) if isinstance(part, str) else operator.index(part) for part in parts]
+    except (TypeError, ValueError):
+        sides = []
+    if len(sides) not in (1, 2) or not 0 < min(sides) <= max(sides) <= MOST_PX:
+        raise InputError(f"{name} {given!r}: pass H,W in pixels, or one number for a square, 1 to {MOST_PX} each")
+    return sides[0], sides[-1]
 
 
 def drawn(images: int, count: int) -> NDArray[np.int64]:
@@ -121,7 +136,7 @@ def _label(text: str | None, where: str) -> int:
 
 
 def read_image(path: Path, how: Preprocessing) -> NDArray[np.uint8]:
-    """One picture as (P, P, 3) bytes after resizing and centre cropping. Raises ImageError."""
+    """One picture as (H, W, 3) bytes after resizing and centre cropping. Raises ImageError."""
     resample = {
         "bicubic": Image.Resampling.BICUBIC,
         "bilinear": Image.Resampling.BILINEAR,
@@ -134,34 +149,43 @@ def read_image(path: Path, how: Preprocessing) -> NDArray[np.uint8]:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path}: not a readable picture ({error}): remove or replace it") from None
     width, height = image.size
-    if how.crop_mode == "squash":
-        target = (how.resize_px, how.resize_px)
-    else:  # shorter side to resize_px; the longer side is rounded down as in torchvision
-        short, long = min(width, height), max(width, height)
-        longer = int(how.resize_px * long / short)
-        target = (how.resize_px, longer) if width <= height else (longer, how.resize_px)
+    target = resized(width, height, how)
     if target[0] * target[1] > MAX_RESIZED_PIXELS:
-        raise ImageError(f"{path}: {width} x {height} is too narrow to be resized to {how.resize_px} px: crop it")
+        raise ImageError(
+            f"{path}: {width} x {height} is too narrow to be resized to {text_of(how.resize_px)} px: crop it"
+        )
     if target != image.size:
         image = image.resize(target, resample)
-    return _centre(np.asarray(image), how.image_px)
+    return _centre(np.asarray(image), how.size)
 
 
-def _centre(pixels: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Centre crop of (H, W, 3) to (side, side, 3); black where the picture is smaller."""
-    for axis in (0, 1):
+def resized(width: int, height: int, how: Preprocessing) -> tuple[int, int]:
+    """(width, height) of a picture before its middle is cropped, rounded as torchvision and timm do."""
+    tall, wide = sides_of(how.resize_px)
+    if how.crop_mode == "squash":
+        return wide, tall
+    if tall == wide:  # the shorter side; the longer one is rounded down
+        longer = int(wide * max(width, height) / min(width, height))
+        return (wide, longer) if width <= height else (longer, wide)
+    ratio = min(height / tall, width / wide)
+    return round(width / ratio), round(height / ratio)
+
+
+def _centre(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    """Centre crop of (H, W, 3) to a (height, width); black where the picture is smaller."""
+    for axis, side in enumerate(size):
         missing = side - pixels.shape[axis]
         if missing > 0:
             pad = [(0, 0)] * 3
             pad[axis] = (missing // 2, missing - missing // 2)
             pixels = np.pad(pixels, pad)
-    top = round((pixels.shape[0] - side) / 2.0)
-    left = round((pixels.shape[1] - side) / 2.0)
-    return pixels[top : top + side, left : left + side]
+    high, wide = size
+    top, left = round((pixels.shape[0] - high) / 2.0), round((pixels.shape[1] - wide) / 2.0)
+    return pixels[top : top + high, left : left + wide]
 
 
 def normalise(pixels: NDArray[np.uint8], how: Preprocessing) -> NDArray[np.float32]:
-    """(B, P, P, 3) bytes to the network's (B, 3, P, P) fp32 input."""
+    """(B, H, W, 3) bytes to the network's (B, 3, H, W) fp32 input."""
     mean = np.array(how.mean, np.float32)[:, None, None]
     std = np.array(how.std, np.float32)[:, None, None]
     planes = pixels.transpose(0, 3, 1, 2).astype(np.float32) / np.float32(255)
@@ -169,7 +193,7 @@ def normalise(pixels: NDArray[np.uint8], how: Preprocessing) -> NDArray[np.float
 
 
 def load_pixels(paths: Sequence[Path], how: Preprocessing, progress: Progress = silent) -> NDArray[np.uint8]:
-    """All pictures as (images, P, P, 3) bytes: 150 kB an image at 224 px. Raises ImageError."""
+    """All pictures as (images, H, W, 3) bytes: 150 kB an image at 224 px. Raises ImageError."""
     pixels = []
     for done, path in enumerate(paths):
         progress("decoding images", done, len(paths))
@@ -179,7 +203,7 @@ def load_pixels(paths: Sequence[Path], how: Preprocessing, progress: Progress = 
 
 
 def batches(pixels: NDArray[np.uint8], how: Preprocessing, batch: int) -> Iterator[tuple[NDArray[np.float32], int]]:
-    """Batches (batch, 3, P, P) of equal size, each with its number of real pictures; the last picture is repeated."""
+    """Batches (batch, 3, H, W) of equal size, each with its number of real pictures; the last picture is repeated."""
     for start in range(0, len(pixels), batch):
         piece = pixels[start : start + batch]
         real = len(piece)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from math import isqrt
-from typing import ClassVar
+from math import prod
+from typing import ClassVar, NamedTuple
 
 import msgspec
 import numpy as np
@@ -23,7 +23,7 @@ MOST = 1e12  # for any figure
 MOST_PX, MOST_UNITS, MOST_BLOCKS, MOST_CLASSES = 1 << 13, 1 << 17, 1 << 10, 1 << 20
 INTERPOLATIONS = ("bicubic", "bilinear", "nearest", "lanczos")
 CROP_MODES = ("center", "squash")
-TASKS = ("classify", "embed")  # what the output of a model is for (tasks.py)
+TASKS = ("classify", "embed", "dense")  # what the output of a model is for (tasks.py)
 ENGINE_FILES = ("model.engine", "model.onnx")
 FILE_NAME = r"\w[\w.-]*"  # of a file in a bundle: no path, not hidden, cannot be mistaken for an option
 
@@ -73,11 +73,41 @@ class Device(Record, frozen=True, kw_only=True):
     trt: TrtOptions | None = None
 
 
-class Preprocessing(Record, frozen=True, kw_only=True):
-    """How a picture becomes the input of the network, as in timm's eval transform."""
+Pixels = int | tuple[int, int]  # the side of a square, or (height, width) of what is no square
 
-    image_px: int
-    resize_px: int  # shorter side before the centre crop ("center"), or both sides ("squash")
+
+def sides_of(px: Pixels) -> tuple[int, int]:
+    """(height, width)."""
+    return (px, px) if isinstance(px, int) else px
+
+
+def pixels_of(height: int, width: int) -> Pixels:
+    """One number for a square."""
+    return height if height == width else (height, width)
+
+
+def text_of(px: Pixels) -> str:
+    """224, or 96x160 for a height of 96."""
+    return str(px) if isinstance(px, int) else "x".join(map(str, px))
+
+
+def check_pixels(px: Pixels, most: int) -> None:
+    """Raise ValueError for sides outside 1 to `most`, and for a square that is given as two numbers."""
+    sides = sides_of(px)
+    if not 0 < min(sides) <= max(sides) <= most or pixels_of(*sides) != px:
+        raise ValueError(f"a size is 1 to {most} px: one number, or two different ones, not {px}")
+
+
+class Preprocessing(Record, frozen=True, kw_only=True):
+    """How a picture becomes the input of the network, as in timm's eval transform.
+
+    It is resized to `resize_px` and its middle cropped to `image_px`. "squash" resizes to exactly `resize_px`;
+    "center" keeps the ratio of the sides, and the picture just covers `resize_px`: of a square, its shorter side is
+    that of the square.
+    """
+
+    image_px: Pixels  # the network's input
+    resize_px: Pixels
     interpolation: str  # bicubic | bilinear | nearest | lanczos
     crop_mode: str  # center | squash
     mean: tuple[float, float, float]
@@ -86,10 +116,27 @@ class Preprocessing(Record, frozen=True, kw_only=True):
     def __post_init__(self) -> None:
         if self.interpolation not in INTERPOLATIONS or self.crop_mode not in CROP_MODES:
             raise ValueError(f"interpolation is one of {INTERPOLATIONS}, crop_mode one of {CROP_MODES}")
-        if not (0 < self.image_px <= MOST_PX and 0 < self.resize_px <= 4 * MOST_PX):
-            raise ValueError(f"image_px is 1 to {MOST_PX}, resize_px up to four times that")
+        check_pixels(self.image_px, MOST_PX)
+        check_pixels(self.resize_px, 4 * MOST_PX)
         if not all(np.isfinite((*self.mean, *self.std))) or min(self.std) <= 0:
             raise ValueError("mean is finite, std above 0")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the network's input, pixels."""
+        return sides_of(self.image_px)
+
+
+class Output(NamedTuple):
+    """An output of a model with dense features: its name in the ONNX, and its shape without the batch."""
+
+    name: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Values for one picture."""
+        return prod(self.shape)
 
 
 class Vit(Record, frozen=True, kw_only=True):
@@ -98,7 +145,7 @@ class Vit(Record, frozen=True, kw_only=True):
     name: str
     weights_sha256: str
     family: str
-    image_px: int
+    image_px: Pixels
     patch_px: int
     depth: int
     width: int
@@ -109,16 +156,48 @@ class Vit(Record, frozen=True, kw_only=True):
     prefix: int  # CLS, distillation and register tokens
     tokens: int  # tokens entering block 0, prefix included
     classes: int
-    prefix_pooled: bool  # the head reads only the prefix tokens
+    prefix_pooled: bool  # the outputs need only the prefix tokens
+    layers: tuple[int, ...] = ()  # blocks, from 1, whose patch features are outputs; empty where none are
 
     def __post_init__(self) -> None:
         sizes = (self.depth, self.width, self.heads, self.head_dim, self.mlp_width, self.mlp_matrices, self.patch_px)
         if min(sizes) < 1 or max(sizes) > MOST_UNITS or self.depth > MOST_BLOCKS:
             raise ValueError(f"sizes are 1 to {MOST_UNITS}, blocks 1 to {MOST_BLOCKS}")
-        if not (0 < self.image_px <= MOST_PX and 0 < self.tokens <= MOST_UNITS and 0 < self.classes <= MOST_CLASSES):
-            raise ValueError(f"image_px is 1 to {MOST_PX}, tokens 1 to {MOST_UNITS}, classes 1 to {MOST_CLASSES}")
+        check_pixels(self.image_px, MOST_PX)
+        if not (0 < self.tokens <= MOST_UNITS and 0 < self.classes <= MOST_CLASSES):
+            raise ValueError(f"tokens are 1 to {MOST_UNITS}, classes 1 to {MOST_CLASSES}")
         if not 0 <= self.prefix < self.tokens:
             raise ValueError(f"prefix {self.prefix} must be below tokens {self.tokens}")
+        if self.layers:
+            if (
+                list(self.layers) != sorted(set(self.layers))
+                or not 1 <= self.layers[0] <= self.layers[-1] <= self.depth
+            ):
+                raise ValueError(f"layers are ascending numbers of blocks, 1 to {self.depth}")
+            if self.prefix_pooled or prod(self.grid) != self.tokens - self.prefix:
+                raise ValueError("features of layers need every patch of the grid")
+
+    @property
+    def outputs(self) -> tuple[Output, ...]:
+        """With `layers`, all outputs in the order in which arrays of several outputs are packed; else empty."""
+        features = tuple(Output(f"features_{layer}", (*self.grid, self.width)) for layer in self.layers)
+        return (*features, Output("embedding", (self.classes,))) if features else ()
+
+    @property
+    def values(self) -> int:
+        """Values that the model gives for one picture."""
+        return sum(output.size for output in self.outputs) or self.classes
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the input, pixels."""
+        return sides_of(self.image_px)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of patches; the body tokens before the first cut, row by row."""
+        height, width = self.size
+        return height // self.patch_px, width // self.patch_px
 
 
 class Setup(Record, frozen=True, kw_only=True):
@@ -390,7 +469,35 @@ class EmbedFidelity(Record, frozen=True, kw_only=True, tag_field="task", tag="em
         return self.knn_top1
 
 
-Fidelity = ClassFidelity | EmbedFidelity
+class LayerFidelity(Record, frozen=True, kw_only=True):
+    """Patch features of one layer against those of the unpruned model, on the full grid."""
+
+    layer: int
+    error: float  # length of the difference, all pictures together, relative to that of the unpruned features
+    cosine: float  # mean over patches
+
+    def __post_init__(self) -> None:
+        check_figures([self.error, self.cosine], -1.0)
+
+
+class DenseFidelity(Record, frozen=True, kw_only=True, tag_field="task", tag="dense"):
+    """Patch features, and a head on them if one was given, against the unpruned ones; None where unknown."""
+
+    kl: ClassVar[None] = None
+    cosine: ClassVar[None] = None
+    agreement: ClassVar[None] = None
+    top1: ClassVar[None] = None
+    error: float | None = None  # relative error of the head's output; without a head root mean square over layers
+    layers: tuple[LayerFidelity, ...] = ()
+    embedding_cosine: float | None = None  # mean over pictures
+    head_error: float | None = None
+    head_difference: float | None = None  # mean absolute difference of the head's output, in its unit
+
+    def __post_init__(self) -> None:
+        check_figures([self.error, self.embedding_cosine, self.head_error, self.head_difference], -1.0)
+
+
+Fidelity = ClassFidelity | EmbedFidelity | DenseFidelity
 
 
 class Unrecovered(Record, frozen=True, kw_only=True):
@@ -417,7 +524,8 @@ class Unrecovered(Record, frozen=True, kw_only=True):
 class Report(Record, frozen=True, kw_only=True):
     """Measured figures: latency in ms, top-1 and agreement in percent, KL in nats; None where unknown.
 
-    Of embeddings, top-1 is that of k nearest neighbours, agreement that of the nearest neighbour, and KL is None.
+    Of embeddings, top-1 is that of k nearest neighbours, agreement that of the nearest neighbour, and KL is None. Of
+    dense features all four are None.
     """
 
     latency: Latency
@@ -477,12 +585,15 @@ class PrecisionResult(Record, frozen=True, kw_only=True):
     agreement: float | None = None
     kl: float | None = None
     cosine: float | None = None
+    error: float | None = None  # of dense features
     accepted: bool = False
     reason: str | None = None  # why it was not chosen
 
     @property
     def loss(self) -> float:
-        """KL in nats, or 1 - cosine; 0 where neither is known."""
+        """KL in nats, 1 - cosine, or the squared relative error; 0 where none is known."""
+        if self.error is not None:
+            return self.error**2
         return 1 - self.cosine if self.cosine is not None else self.kl or 0.0
 
 
@@ -515,24 +626,37 @@ class Candidate(Record, frozen=True):
 
     tokens: tuple[int, ...]
     predicted_ms: float
-    kl: float | None  # None for embeddings
-    agreement: float
+    kl: float | None  # of classes
+    agreement: float | None
     top1: float | None
-    cosine: float | None = None  # None for classes
+    cosine: float | None = None  # of embeddings
+    error: float | None = None  # of dense features
 
     def __post_init__(self) -> None:
         check_figures([self.predicted_ms])
-        check_figures([self.kl, self.agreement, self.top1, self.cosine], -1.0)
-        if (self.kl is None) == (self.cosine is None):
-            raise ValueError("a candidate has a KL or a cosine")
+        check_figures([self.kl, self.agreement, self.top1, self.cosine, self.error], -1.0)
+        if (self.kl, self.cosine, self.error).count(None) != 2 or (self.agreement is None) != (
+            self.error is not None
+        ):
+            raise ValueError("a candidate has a KL, a cosine or an error, and the first two an agreement")
 
     @property
     def loss(self) -> float:
-        """What the search makes small: KL in nats, or 1 - cosine."""
+        """What the search makes small: KL in nats, 1 - cosine, or the squared relative error."""
+        if self.error is not None:
+            return self.error**2
         if self.kl is not None:
             return self.kl
         assert self.cosine is not None
         return 1 - self.cosine
+
+    @property
+    def accuracy(self) -> float:
+        """What the utility of a goal counts: the agreement, of dense features 1 - relative error; percent."""
+        if self.agreement is not None:
+            return self.agreement
+        assert self.error is not None
+        return 100 * max(1 - self.error, 0.0)
 
 
 class Trial(Record, frozen=True, kw_only=True):
@@ -554,13 +678,14 @@ class Sample(Record, frozen=True, kw_only=True):
     unpruned: str | None = None  # class predicted by the unpruned model; None for embeddings
     pruned: str | None = None
     cosine: float | None = None  # to the unpruned embedding; None for classes
+    error: float | None = None  # relative error of dense features; None for the others
     groups: tuple[
         tuple[int, ...], ...
     ]  # by cut and patch (row by row): index of the token that holds the patch, -1: none
 
     def __post_init__(self) -> None:
-        if any(len(cut) != len(self.groups[0]) or isqrt(len(cut)) ** 2 != len(cut) for cut in self.groups):
-            raise ValueError("groups need the same square number of patches after every cut")
+        if any(len(cut) != len(self.groups[0]) for cut in self.groups):
+            raise ValueError("groups need the same number of patches after every cut")
 
 
 class BuildTrace(Record, frozen=True, kw_only=True):

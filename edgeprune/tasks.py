@@ -1,17 +1,19 @@
 """What the output of a model is for, and how a pruned model's outputs are compared with the unpruned ones.
 
-One object for each task of records.TASKS. `outputs` are (images, C) fp32: logits of classes, or embeddings.
+One object for each task of records.TASKS. `outputs` are (images, C) fp32: logits of classes, embeddings, or all
+values of several outputs (features.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import numpy as np
 
 from edgeprune import stats
-from edgeprune.records import ClassFidelity, EmbedFidelity, Fidelity
+from edgeprune.features import Dense, Head
+from edgeprune.records import ClassFidelity, DenseFidelity, EmbedFidelity, Fidelity, Vit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -26,7 +28,7 @@ class Task(Protocol):
     """The figures of a task; all of them are of the same pictures, unpruned first."""
 
     name: str
-    output: str  # name of the output in the ONNX
+    output: str  # name of the output in the ONNX, of several the last
     loss_name: str
     loss_unit: str
     top1_name: str
@@ -38,14 +40,6 @@ class Task(Protocol):
         """What a schedule should make small, for each picture, (images,)."""
         ...
 
-    def agrees(self, dense: NDArray[np.float32], outputs: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Is the answer for a picture that of the unpruned model? (images,)."""
-        ...
-
-    def right(self, outputs: NDArray[np.float32], labels: Sequence[int]) -> NDArray[np.bool_]:
-        """Is the label of a picture predicted? (images,)."""
-        ...
-
     def off(self, found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDArray[np.floating]:
         """How far the outputs of two runtimes are apart, (images,): rounding, or something computed wrongly."""
         ...
@@ -54,6 +48,19 @@ class Task(Protocol):
         self, dense: NDArray[np.float32] | None, outputs: NDArray[np.float32], labels: Sequence[int] | None
     ) -> Fidelity:
         """All figures; those of the comparison are None without unpruned outputs, those of labels without labels."""
+        ...
+
+
+@runtime_checkable
+class Answers(Protocol):
+    """A task whose outputs are answers, which can be the same and can be right."""
+
+    def agrees(self, dense: NDArray[np.float32], outputs: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Is the answer for a picture that of the unpruned model? (images,)."""
+        ...
+
+    def right(self, outputs: NDArray[np.float32], labels: Sequence[int]) -> NDArray[np.bool_]:
+        """Is the label of a picture predicted? (images,)."""
         ...
 
 
@@ -168,7 +175,19 @@ class Embed:
 
 
 CLASSIFY = Classify()
-BY_NAME: dict[str, Task] = {task.name: task for task in (CLASSIFY, Embed())}
+BY_NAME: dict[str, Task] = {"classify": CLASSIFY, "embed": Embed(), "dense": Dense()}  # for names
+
+
+def task_of(name: str, vit: Vit, texts: NDArray[np.float32] | None = None, head: Head | None = None) -> Task:
+    """The task of a model; `texts` as in Embed, `head` as in Dense."""
+    if name == "dense":
+        return Dense(vit.outputs, head)
+    return BY_NAME[name] if texts is None else Embed(texts)
+
+
+def output_names(name: str, vit: Vit) -> tuple[str, ...]:
+    """The outputs of a model of this task in the ONNX, in order."""
+    return tuple(output.name for output in vit.outputs) or (BY_NAME[name].output,)
 
 
 def percent(hits: NDArray[np.bool_]) -> float:
@@ -179,7 +198,14 @@ def percent(hits: NDArray[np.bool_]) -> float:
 def points_lost(
     task: Task, dense: NDArray[np.float32], outputs: NDArray[np.float32], labels: Sequence[int] | None
 ) -> tuple[float, str]:
-    """Points of top-1 that `outputs` lose against `dense`, points of agreement without labels; and which it is."""
+    """Points of top-1 that `outputs` lose against `dense`, points of agreement without labels; and which it is.
+
+    Of dense features it is the relative error, percent.
+    """
+    if not isinstance(task, Answers):
+        error = task.fidelity(dense, outputs, None)
+        assert isinstance(error, DenseFidelity) and error.error is not None
+        return 100 * error.error, "relative error"
     if labels:
         return percent(task.right(dense, labels)) - percent(task.right(outputs, labels)), task.top1_name
     return 100 - percent(task.agrees(dense, outputs)), task.agreement_name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shutil
+import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from pkgutil import resolve_name
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import typer
-from support.builds import Shallow, call, few_digits
+from support.builds import Shallow, Shared, call, few_digits
 from support.pages import PAGES, Command, blocks, commands, inline, script_of
 from support.paths import ROOT
 
@@ -48,6 +49,8 @@ ADDED: dict[str, tuple[str, ...]] = {
 PARSED_ONLY = {
     "--host": "needs another machine",
     "ship": "needs another machine",
+    "sweep": "many builds: tests/sweeps runs some",
+    "--ray": "starts a cluster: tests/distributed does",
 }
 # Commands that are not edgeprune's, by their first word, and why they are not run.
 FOREIGN = {
@@ -57,6 +60,7 @@ FOREIGN = {
     "pip": "needs a network",
     "export": "sets variables of the shell",
     "docker": "needs docker and a Jetson",
+    "ansible-playbook": "run in tests/deploy",
     "jetson_clocks": "changes clocks",
 }
 # Flags in the text that are not edgeprune's but those of the scripts named next to them.
@@ -69,7 +73,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def folder(tmp_path_factory: pytest.TempPathFactory, shared: Shared) -> Iterator[Path]:
     """A folder with what a reader has, in which the tutorial was run: its steps in engines/.work are shared.
 
     The tutorial reads the first 72 of the embedded model's pictures.
@@ -78,6 +82,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     few_digits(place / "val", 12)
     few_digits(place / "digits", 72)
     shutil.copy(next((place / "val" / "images").iterdir()), place / "picture.png")
+    shutil.copytree(shared.bundle, place / "bundle")
+    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", place / "release"], check=True, timeout=30)
+    (place / "allowed_signers").write_text(f"release@example.com {(place / 'release.pub').read_text()}")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
         patch.setattr(zoo, "images_dir", lambda: place / "digits")
@@ -206,7 +213,7 @@ def test_wrong_names_are_noticed() -> None:
 def test_paths_and_modules_exist(page: str) -> None:
     """Paths in the text are in the checkout, dotted names can be imported, links lead to a file."""
     for text in inline(page):
-        if re.fullmatch(r"(edgeprune|docs|tests|calib|engines|benchmarks|docker|\.github)/[\w./*<>-]*", text):
+        if re.fullmatch(r"(edgeprune|docs|tests|calib|engines|benchmarks|deploy|docker|\.github)/[\w./*<>-]*", text):
             assert text.startswith(MADE) or list(ROOT.glob(text.rstrip("/"))), f"{page}: {text} does not exist"
         if re.fullmatch(r"(pipeline|latency|runtimes|vit|bundles|scheduling|edgeprune)(\.\w+)+", text):
             resolve_name(f"edgeprune.{text.removeprefix('edgeprune.')}")

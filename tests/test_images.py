@@ -13,7 +13,7 @@ from PIL import Image
 
 from edgeprune.errors import ImageError
 from edgeprune.images import batches, calibration_indices, drawn, load_images, load_pixels, normalise, read_image
-from edgeprune.records import Preprocessing
+from edgeprune.records import Pixels, Preprocessing, sides_of
 
 HOW = Preprocessing(
     image_px=8, resize_px=8, interpolation="nearest", crop_mode="center", mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4)
@@ -37,17 +37,19 @@ def picture(path: Path, size: tuple[int, int] = (8, 8), mode: str = "RGB", seed:
         ("bilinear", 0.875, "center", 96),
         ("bicubic", 0.95, "squash", 96),
         ("bicubic", 1.3, "center", 97),  # the crop is larger than what was resized: black edges
+        ("bicubic", 0.9, "center", (96, 160)),
+        ("bilinear", 0.95, "squash", (112, 64)),
     ],
 )
 def test_equals_timm(
-    interpolation: str, crop_pct: float, crop_mode: str, image_px: int, size: tuple[int, int], tmp_path: Path
+    interpolation: str, crop_pct: float, crop_mode: str, image_px: Pixels, size: tuple[int, int], tmp_path: Path
 ) -> None:
     from timm.data import create_transform, resolve_model_data_config
 
     from edgeprune.vit.models import _preprocessing
 
     config = {
-        "input_size": (3, image_px, image_px),
+        "input_size": (3, *sides_of(image_px)),
         "interpolation": interpolation,
         "crop_pct": crop_pct,
         "crop_mode": crop_mode,
@@ -59,7 +61,7 @@ def test_equals_timm(
     wanted = create_transform(**resolve_model_data_config(module))(Image.open(path)).numpy()
     how = _preprocessing(module, SimpleNamespace(image_px=image_px), None, {})  # type: ignore[arg-type]
     found = normalise(read_image(path, how)[None], how)[0]
-    assert found.dtype == np.float32 and found.shape == (3, image_px, image_px)
+    assert found.dtype == np.float32 and found.shape == (3, *sides_of(image_px))
     np.testing.assert_allclose(found, wanted, atol=1e-6, rtol=0)
 
 

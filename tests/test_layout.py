@@ -12,7 +12,18 @@ import sys
 
 import edgeprune
 
-BLOCKED = ("torch", "torchvision", "timm", "onnxscript", "onnxruntime", "tensorrt", "pycuda", "rich")
+BLOCKED = (
+    "torch",
+    "torchvision",
+    "timm",
+    "onnxscript",
+    "onnxruntime",
+    "tensorrt",
+    "pycuda",
+    "rich",
+    "ray",
+    "pyarrow",
+)
 BLOCK = f"""
 import importlib.abc, importlib, sys
 class Blocker(importlib.abc.MetaPathFinder):

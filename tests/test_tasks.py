@@ -89,5 +89,5 @@ def test_a_candidate_has_one_loss() -> None:
     assert Candidate((3,), 1.0, 0.25, 90.0, None).loss == 0.25
     assert Candidate((3,), 1.0, None, 90.0, None, 0.75).loss == 0.25
     for figures in ((None, 90.0, None, None), (0.1, 90.0, None, 0.9)):
-        with pytest.raises(ValueError, match="a KL or a cosine"):
+        with pytest.raises(ValueError, match="a KL, a cosine or an error"):
             Candidate((3,), 1.0, *figures)

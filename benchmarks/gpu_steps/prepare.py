@@ -190,7 +190,7 @@ def _pictures(folder: Path, model: Model, images: Path | None, count: int) -> An
     path, how, labels = folder / "pictures.npz", model.preprocessing, None
     if not path.exists():
         if images is None:
-            pixels = np.random.default_rng(0).integers(0, 256, (count, how.image_px, how.image_px, 3), np.uint8)
+            pixels = np.random.default_rng(0).integers(0, 256, (count, *how.size, 3), np.uint8)
         else:
             found = load_images(images)
             picked = [i * len(found.paths) // count for i in range(count)]

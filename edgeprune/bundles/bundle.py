@@ -28,6 +28,28 @@ class Bundle:
         """Open a bundle and check the hashes of its files. Raises InputError, RecordError."""
         return cls(Path(path), load_bundle(Path(path)))
 
+    @classmethod
+    def unpack(
+        cls,
+        file: str | Path,
+        folder: str | Path,
+        *,
+        allowed_signers: str | Path | None = None,
+        signer: str | None = None,
+        unsigned: bool = False,
+    ) -> Bundle:
+        """Check the signature of a file of `pack`, unpack it into a new folder, and check its hashes.
+
+        The signature must be by a key in `allowed_signers`, a list as in ssh-keygen(1), and with `signer` by that
+        name of it; `unsigned` takes any file. Raises VerifyError for a missing or wrong signature, InputError for
+        anything but a whole bundle, OutputError, and MissingError without ssh-keygen.
+        """
+        from edgeprune.bundles.pack import unpack
+
+        allowed = Path(allowed_signers) if allowed_signers is not None else None
+        done = unpack(Path(file), Path(folder), allowed, signer, unsigned)
+        return cls(done.path, done.manifest)
+
     @property
     def figures(self) -> Report:
         """Figures: latencies in ms, top-1 and agreement in percent, KL in nats; None is unknown.
@@ -47,16 +69,32 @@ class Bundle:
         return staircase_of(self.path) if STAIRCASE in self.manifest.files else None
 
     def predict(
-        self, images: str | Path | Sequence[str | Path], top: int = 5, progress: Progress = silent
+        self,
+        images: str | Path | Sequence[str | Path],
+        top: int = 5,
+        progress: Progress = silent,
+        out: str | Path | None = None,
     ) -> Predictions:
-        """The `top` likeliest classes of pictures (files, folders, or CSVs of them), or their embeddings.
+        """The `top` likeliest classes of pictures (files, folders, or CSVs of them), their embeddings or features.
 
-        Raises InputError, ImageError, EngineError, and DeviceError where the engine was built for another machine.
+        With `out`, a folder, all outputs of each picture are saved there as PICTURE.npz, and dense features are not
+        kept in memory. Raises InputError, ImageError, EngineError, OutputError, and DeviceError where the engine was
+        built for another machine.
         """
         from edgeprune.bundles.predict import predict
 
         sources = [images] if isinstance(images, str | Path) else images
-        return predict(self.path, [Path(source) for source in sources], top, progress)
+        return predict(self.path, [Path(source) for source in sources], top, progress, Path(out) if out else None)
+
+    def pack(self, out: str | Path, *, sign: str | Path | None = None) -> Path:
+        """Write the bundle as one .tar.zst, the same bytes for the same bundle; its path.
+
+        With `sign`, an OpenSSH private key, the signature is written beside it, to OUT.sig. Raises InputError,
+        OutputError, and MissingError without ssh-keygen.
+        """
+        from edgeprune.bundles.pack import pack
+
+        return pack(self.path, Path(out), Path(sign) if sign is not None else None).path
 
     def verify(self) -> list[Check]:
         """Check its files, its machine, its outputs and its latency; checks end at the first that fails."""

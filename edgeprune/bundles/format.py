@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -60,7 +61,7 @@ def write_bundle(
     """Write the folder `out`; an earlier bundle there is replaced only when the new one is complete.
 
     `files` maps names in the bundle to the files copied there: the engine, and the ONNX that it can be compiled from.
-    `golden` is one batch of real input, (B, 3, H, W), and its output, (B, classes), both fp32. `extra` holds the
+    `golden` is one batch of real input, (B, 3, H, W), and its output, (B, values), both fp32. `extra` holds the
     content of further files by name. Returns the manifest. Raises InputError, OutputError.
     """
     check_out(out)
@@ -111,9 +112,14 @@ def check_out(out: Path) -> None:
             f".{out.name}.*.old"
         ):  # the earlier bundle, where a build was killed while replacing it
             shutil.rmtree(old) if out.exists() else os.rename(old, out)
-        for left in out.parent.glob(f".{out.name}.*.tmp"):
-            if time.time() - left.stat().st_mtime > STALE_S:
-                shutil.rmtree(left, ignore_errors=True)
+        remove_stale(out)
+
+
+def remove_stale(out: Path) -> None:
+    """Remove the temporary folders that killed processes left beside `out` a day ago or earlier."""
+    for left in out.parent.glob(f".{out.name}.*.tmp"):
+        if time.time() - left.stat().st_mtime > STALE_S:
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _replace(fresh: Path, out: Path) -> None:
@@ -140,24 +146,44 @@ def _swapped(a: Path, b: Path) -> bool:
     return int(swap(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE)) == 0
 
 
+def version_name(path: Path, manifest: Manifest) -> str:
+    """The name of a bundle's folder on a device: <model>-<method>-<precision>-b<batch>-<hash of the manifest>.
+
+    Raises InputError for a simulated bundle, which is for no device.
+    """
+    setup = manifest.engine.setup
+    if setup.simulated:
+        raise InputError(f"{path} is simulated, it has no engine for a device: build it on the device first")
+    digest = sha256_file(path / MANIFEST)
+    name = f"{manifest.vit.name}-{manifest.schedule.method}-{setup.precision}-b{setup.batch}-{digest[:12]}"
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise InputError(f"{name!r} cannot be the name of a folder: rename the model")
+    return name
+
+
 def load_bundle(path: Path) -> Manifest:
     """The manifest of a bundle, whose files are checked by their hashes. Raises InputError, RecordError."""
     if not (path / MANIFEST).is_file():
         raise InputError(f"{path}: not a bundle ({MANIFEST} is missing): make one with edgeprune build")
     manifest = decode(read_bytes(path / MANIFEST), Manifest, str(path / MANIFEST))
+    check_files(path, manifest, path)
+    return manifest
+
+
+def check_files(path: Path, manifest: Manifest, named: Path) -> None:
+    """Check the files in the folder `path` by their hashes. Raises InputError, which calls the bundle `named`."""
     for name, digest in manifest.files.items():
         file = path / name
         if not file.is_file() or file.is_symlink():  # Manifest has checked that names stay in the folder
-            raise InputError(f"{path}: {name} is missing: build the bundle again")
+            raise InputError(f"{named}: {name} is missing: build the bundle again")
         found = sha256_file(file)
         if found != digest:
             raise InputError(
-                f"{path}: {name} has sha256 {found[:12]}…, not {digest[:12]}… as in the manifest: it was "
+                f"{named}: {name} has sha256 {found[:12]}…, not {digest[:12]}… as in the manifest: it was "
                 "changed or truncated, copy or build the bundle again"
             )
     if manifest.engine.path not in manifest.files:
-        raise InputError(f"{path}: the engine {manifest.engine.path} is not in the manifest: build the bundle again")
-    return manifest
+        raise InputError(f"{named}: the engine {manifest.engine.path} is not in the manifest: build the bundle again")
 
 
 def staircase_of(path: Path) -> Staircase:

@@ -1,20 +1,25 @@
-"""Classes or embeddings of pictures, by a bundle's engine."""
+"""Classes, embeddings or dense features of pictures, by a bundle's engine."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import io
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from edgeprune.bundles.open import open_bundle
-from edgeprune.errors import EngineError
+from edgeprune.errors import EngineError, InputError
+from edgeprune.features import unpacked
 from edgeprune.images import batches, load_images, read_image
+from edgeprune.io import write_bytes
 from edgeprune.latency.timing import latency_of
-from edgeprune.records import Latency, Progress, Setup, silent
+from edgeprune.records import Latency, Progress, Setup, Vit, silent
 from edgeprune.stats import log_softmax
+from edgeprune.tasks import output_names
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,11 +37,16 @@ class ClassScore:
 
 
 class Prediction(NamedTuple):
-    """What the engine says about one picture: its likeliest classes, the likeliest first, or its embedding."""
+    """What the engine says about one picture: its likeliest classes, the likeliest first, or its embedding.
+
+    With dense features also those, (rows, columns, C) by the name of the output, or the file that they were saved to.
+    """
 
     image: Path
     top: tuple[ClassScore, ...] = ()
     embedding: tuple[float, ...] | None = None  # None for a model that classifies
+    features: Mapping[str, NDArray[np.float32]] = MappingProxyType({})
+    file: Path | None = None
 
     @property
     def norm(self) -> float:
@@ -56,14 +66,23 @@ class Predictions:
     task: str = "classify"
 
 
-def predict(bundle: Path, sources: Sequence[Path], top: int = 5, progress: Progress = silent) -> Predictions:
-    """The `top` likeliest classes of pictures, or their embeddings, as the bundle's task is.
+def predict(
+    bundle: Path, sources: Sequence[Path], top: int = 5, progress: Progress = silent, out: Path | None = None
+) -> Predictions:
+    """The `top` likeliest classes of pictures, their embeddings or dense features, as the bundle's task is.
 
-    Sources are pictures, folders, or CSVs, read one batch at a time.
-    Raises ImageError, InputError, DeviceError, EngineError.
+    Sources are pictures, folders, or CSVs, read one batch at a time. With `out` all outputs of each picture are saved
+    to a file of its name in that folder, `out`/PICTURE.npz, and dense features are not kept in memory.
+    Raises ImageError, InputError, DeviceError, EngineError, OutputError.
     """
     opened = open_bundle(bundle)
     manifest, paths = opened.manifest, [path for source in sources for path in _pictures(source)]
+    files = [None if out is None else out / f"{path.stem}.npz" for path in paths]
+    if out is not None and len(set(files)) < len(files):
+        twice = next(file for file in files if files.count(file) > 1)
+        raise InputError(
+            f"several pictures would be saved as {twice}: run them one after the other, with other --out"
+        )
     how, batch = manifest.preprocessing, manifest.engine.setup.batch
     rows: list[Prediction] = []
     with opened.open_engine() as session:
@@ -73,10 +92,17 @@ def predict(bundle: Path, sources: Sequence[Path], top: int = 5, progress: Progr
             pixels = np.stack([read_image(path, how) for path in part])
             for images, real in batches(pixels, how, batch):
                 outputs = session.infer(images)[:real]
-                if outputs.shape[1] != manifest.vit.classes:
-                    sizes = f"{outputs.shape[1]} outputs for {manifest.vit.classes} classes"
+                if outputs.shape[1] != manifest.vit.values:
+                    sizes = f"{outputs.shape[1]} outputs for {manifest.vit.values} classes"
                     raise EngineError(f"{bundle}: the engine has {sizes}: build it again")
-            rows += PREDICTIONS[manifest.task](part, outputs, manifest.labels, top)
+            found = (
+                _dense(part, outputs, manifest.vit)
+                if manifest.vit.outputs
+                else (PREDICTIONS[manifest.task](part, outputs, manifest.labels, top))
+            )
+            named = tuple(output_names(manifest.task, manifest.vit))
+            for row, output, file in zip(found, outputs, files[start : start + batch], strict=True):
+                rows.append(row if file is None else _saved(row, output, named[-1], file))
         progress("running pictures", len(paths), len(paths))
         latency = latency_of(session, TIMED)
     return Predictions(bundle, manifest.vit.name, opened.setup, tuple(rows), latency, manifest.task)
@@ -95,6 +121,22 @@ def _embeddings(
 ) -> Iterator[Prediction]:
     for path, row in zip(images, outputs, strict=True):
         yield Prediction(path, embedding=tuple(row.tolist()))
+
+
+def _dense(images: Sequence[Path], outputs: NDArray[np.float32], vit: Vit) -> Iterator[Prediction]:
+    for path, row in zip(images, outputs, strict=True):
+        found = {name: array[0] for name, array in unpacked(row[None], vit.outputs).items()}
+        embedding = tuple(found.pop("embedding").tolist())
+        yield Prediction(path, embedding=embedding, features=found)
+
+
+def _saved(row: Prediction, output: NDArray[np.float32], name: str, file: Path) -> Prediction:
+    """A prediction whose outputs are written to an .npz file; `output` is all there is without features."""
+    arrays: dict[str, Any] = {**row.features, name: np.array(row.embedding, np.float32) if row.features else output}
+    data = io.BytesIO()
+    np.savez(data, **arrays)
+    write_bytes(file, data.getvalue())
+    return row._replace(features=MappingProxyType({}), file=file)
 
 
 PREDICTIONS = {"classify": _classes, "embed": _embeddings}  # by task

@@ -12,6 +12,7 @@ from edgeprune.bundles.format import ONNX, load_bundle
 from edgeprune.errors import InputError
 from edgeprune.io import writable
 from edgeprune.onnx_graph.graph import load_graph, weights_of
+from edgeprune.records import Output
 
 # Triton Inference Server, "Model Configuration": backend names and the file that each loads by default.
 BACKENDS = {".engine": ("tensorrt", "model.plan"), ".onnx": ("onnxruntime", "model.onnx")}
@@ -34,9 +35,10 @@ def triton_entry(bundle: Path, repository: Path, name: str | None = None) -> Pat
         raise InputError(f"{out} exists already: choose another --name, or remove it")
     backend, file = BACKENDS[engine.suffix]
     graph = load_graph(bundle / ONNX).graph
-    inputs = _tensor("input", graph.input[0].name, (setup.batch, 3, vit.image_px, vit.image_px))
+    inputs = _tensor("input", graph.input[0].name, (setup.batch, 3, *vit.size))
     named = 'label_filename: "labels.txt"' if manifest.labels else ""
-    outputs = _tensor("output", graph.output[0].name, (setup.batch, vit.classes), named)
+    shapes = vit.outputs or (Output(graph.output[0].name, (vit.classes,)),)
+    outputs = "".join(_tensor("output", name, (setup.batch, *shape), named) for name, shape in shapes)
     kind = "KIND_CPU" if setup.runtime == "ort-cpu" else "KIND_GPU"
     config = (
         f"name: {json.dumps(name)}\nbackend: {json.dumps(backend)}\nmax_batch_size: 0\n"

@@ -12,7 +12,7 @@ from edgeprune.errors import EdgepruneError
 from edgeprune.io import load_array
 from edgeprune.latency.timing import latency_of
 from edgeprune.records import Latency
-from edgeprune.tasks import BY_NAME, typically_off
+from edgeprune.tasks import task_of, typically_off
 from edgeprune.version import __version__
 
 MIB = 1 << 20
@@ -105,10 +105,10 @@ def _run(bundle: LocalBundle, advice: str) -> Iterator[Check]:
     images, wanted = (load_array(bundle.path / name) for name in GOLDEN)
     with bundle.open_engine() as session:
         output = session.infer(images)
-        if output.shape != wanted.shape:
+        if output.shape != wanted.shape or output.shape[1:] != (manifest.vit.values,):
             yield Check("output", "failed", f"shape {wanted.shape}", f"shape {output.shape}", advice)
             return
-        typical = typically_off(BY_NAME[manifest.task], output, wanted)
+        typical = typically_off(task_of(manifest.task, manifest.vit), output, wanted)
         what = f"within {manifest.tolerance:g} of the golden output", f"{typical:.2g} from it"
         good = typical <= manifest.tolerance  # NaN is not
         yield Check("output", "ok", *what) if good else Check("output", "failed", *what, advice)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -19,16 +20,21 @@ from edgeprune.cli.options import (
     CropPct,
     Device,
     Exhaustive,
+    HeadFile,
     HostProgram,
     Images,
+    ImageSize,
     Interpolation,
+    Layers,
     LockClocks,
     MaxDrop,
+    MaxError,
     Mean,
     Method,
     MinCosine,
     Model,
     OnHost,
+    OnRay,
     Policy,
     Precision,
     Recover,
@@ -42,8 +48,10 @@ from edgeprune.cli.options import (
     WholeLast,
     Work,
     goal_from,
+    layers_from,
     overrides_from,
     recover_from,
+    size_from,
 )
 from edgeprune.defaults import METHODS, WORK
 from edgeprune.zoo import EMBEDDED
@@ -55,7 +63,10 @@ def build(
     model: Model = EMBEDDED,
     weights: Weights = None,
     images: Images = None,
+    image_size: ImageSize = None,
     task: Task = None,
+    layers: Layers = None,
+    head: HeadFile = None,
     text_embeddings: Texts = None,
     method: Method = "fold",
     policy: Policy = "search",
@@ -64,6 +75,7 @@ def build(
     budget_ms: Budget = None,
     max_drop: MaxDrop = None,
     min_cosine: MinCosine = None,
+    max_error: MaxError = None,
     precision: AnyPrecision = "fp32",
     batch: Batch = 1,
     block: Block = 3,
@@ -81,6 +93,7 @@ def build(
     std: Std = None,
     host: OnHost = None,
     host_program: HostProgram = "edgeprune",
+    on_ray: OnRay = None,
     work: Work = WORK,
     out: Annotated[Path | None, typer.Option(help="folder for the bundle")] = None,
     as_json: AsJson = False,
@@ -88,6 +101,7 @@ def build(
     """Build a bundle: measure the staircase, choose a schedule, export, compile and measure it."""
     from edgeprune.cli.rows import precision_rows, row_of
     from edgeprune.cli.tables import build_table, precision_table
+    from edgeprune.distributed.cluster import connected
     from edgeprune.pipeline.auto import build_fastest
     from edgeprune.pipeline.build import build as build_one
     from edgeprune.pipeline.context import Options
@@ -100,9 +114,10 @@ def build(
         model=model,
         weights=weights,
         images=images,
+        image_size=size_from(image_size),
         method=method,
         policy=policy,
-        goal=goal_from(alpha, speedup, budget_ms, max_drop, min_cosine),
+        goal=goal_from(alpha, speedup, budget_ms, max_drop, min_cosine, max_error),
         precision=precision,
         batch=batch,
         work=work,
@@ -116,13 +131,15 @@ def build(
         neighbours=neighbours,
         recover=recover_from(recover),
         task=task,
+        layers=layers_from(layers),
+        head=head,
         text_embeddings=text_embeddings,
         overrides=overrides_from(crop_pct, interpolation, mean, std),
         host=Host(host, host_program) if host else None,
         lock_clocks=lock_clocks,
     )
-    with output.progress() as progress, output.clocks(device, lock_clocks, host):
-        built = run(options, progress)
+    with connected(on_ray) as cluster, output.progress() as progress, output.clocks(device, lock_clocks, host):
+        built = run(replace(options, cluster=cluster), progress)
     output.show(build_table(built.manifest), as_json)
     manifest = built.manifest
     if built.precisions:
@@ -139,7 +156,10 @@ def compare(
     model: Model = EMBEDDED,
     weights: Weights = None,
     images: Images = None,
+    image_size: ImageSize = None,
     task: Task = None,
+    layers: Layers = None,
+    head: HeadFile = None,
     text_embeddings: Texts = None,
     methods: Annotated[str, typer.Option(help="methods, separated by commas")] = ",".join(METHODS),
     speedup: Annotated[str, typer.Option(help="target speed-ups, separated by commas")] = "1.25,1.5,2.0",
@@ -151,6 +171,7 @@ def compare(
     search_images: SearchImages = 128,
     recover: Recover = None,
     rounds: Annotated[int, typer.Option(help="interleaved rounds of a measurement", min=5)] = 40,
+    on_ray: OnRay = None,
     work: Work = WORK,
     plot: Annotated[Path | None, typer.Option(help="file for a plot of the results (.svg)")] = None,
     as_json: AsJson = False,
@@ -158,6 +179,7 @@ def compare(
     """Compare pruning methods at equal measured latency, with searched and with published schedules."""
     from edgeprune.cli.rows import compare_rows
     from edgeprune.cli.tables import compare_table
+    from edgeprune.distributed.cluster import connected
     from edgeprune.html_report.files import compare_svg
     from edgeprune.io import write_bytes
     from edgeprune.pipeline.compare import compare as run
@@ -172,6 +194,7 @@ def compare(
         model=model,
         weights=weights,
         images=images,
+        image_size=size_from(image_size),
         precision=precision,
         batch=batch,
         work=work,
@@ -182,9 +205,12 @@ def compare(
         rounds=rounds,
         recover=recover_from(recover),
         task=task,
+        layers=layers_from(layers),
+        head=head,
         text_embeddings=text_embeddings,
     )
-    with output.progress() as progress:
+    with connected(on_ray) as cluster, output.progress() as progress:
+        options = replace(options, cluster=cluster)
         comparison = run(options, [name.strip() for name in methods.split(",")], targets, progress)
     rows = compare_rows(comparison)
     output.show(compare_table(rows), as_json)
@@ -208,7 +234,9 @@ def export(
     precision: Precision = "fp32",
     batch: Batch = 1,
     images: Images = None,
+    image_size: ImageSize = None,
     task: Task = None,
+    layers: Layers = None,
     device: Annotated[
         str, typer.Option(help="device that will run the file: decides the form of INT8, and which cuts are possible")
     ] = "cpu",
@@ -233,7 +261,7 @@ def export(
     with output.progress() as progress:
         from edgeprune.vit.models import load_model
 
-        loaded = load_model(model, weights, task=task)
+        loaded = load_model(model, weights, task=task, layers=layers_from(layers), image_size=size_from(image_size))
         if trunk:
             from edgeprune.vit.profiling_models import export_profiling_models
 

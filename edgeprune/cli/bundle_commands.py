@@ -1,4 +1,4 @@
-"""Commands on finished bundles: bench, run, verify, ship, export-triton, report."""
+"""Commands on finished bundles: bench, run, verify, export-triton, report."""
 
 from __future__ import annotations
 
@@ -9,12 +9,8 @@ import typer
 
 from edgeprune.cli import output
 from edgeprune.cli.app import app
-from edgeprune.cli.options import (
-    AsJson,
-    HostProgram,
-    LockClocks,
-)
-from edgeprune.errors import HostError, VerifyError
+from edgeprune.cli.options import AsJson, LockClocks
+from edgeprune.errors import VerifyError
 
 
 @app.command()
@@ -65,15 +61,16 @@ def run(
     bundle: Annotated[Path, typer.Argument(help="folder that `edgeprune build` or `compile` wrote")],
     images: Annotated[list[Path], typer.Argument(help="pictures, or folders of them")],
     top: Annotated[int, typer.Option(help="classes listed per image", min=1)] = 5,
+    out: Annotated[Path | None, typer.Option(help="folder for all outputs of each picture, PICTURE.npz")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run pictures through a bundle's engine: their likeliest classes, or their embeddings."""
+    """Run pictures through a bundle's engine: their likeliest classes, embeddings or dense features."""
     from edgeprune.bundles.predict import predict
     from edgeprune.cli.rows import predictions_row
     from edgeprune.cli.tables import run_table
 
     with output.progress() as progress:
-        found = predict(bundle, images, top, progress)
+        found = predict(bundle, images, top, progress, out)
     output.show(run_table(found), as_json)
     if as_json:
         output.json_line(predictions_row(found))
@@ -99,39 +96,6 @@ def verify(
     if failed is not None:
         advice = f": {failed.advice}" if failed.advice else ""
         raise VerifyError(f"{bundle}: {failed.name}: expected {failed.expected}, found {failed.found}{advice}")
-
-
-@app.command()
-def ship(
-    bundle: Annotated[Path | None, typer.Argument(help="folder that `edgeprune build` or `compile` wrote")] = None,
-    to: Annotated[str | None, typer.Argument(help="USER@HOST:DIR")] = None,
-    all_: Annotated[Path | None, typer.Option("--all", help="hosts.toml: several destinations at once")] = None,
-    roll_back: Annotated[
-        bool, typer.Option("--roll-back", help="switch back to the previous version instead")
-    ] = False,
-    host_program: HostProgram = "edgeprune",
-    as_json: AsJson = False,
-) -> None:
-    """Copy a bundle to devices over ssh, verify it there, and switch DIR/current to it."""
-    from edgeprune.bundles import ship as shipping
-    from edgeprune.cli.tables import ship_table
-
-    if to is None and roll_back and bundle is not None:  # `ship --roll-back USER@HOST:DIR`
-        bundle, to = None, str(bundle)
-    if (to is None) == (all_ is None) or (bundle is None) != roll_back:
-        raise typer.BadParameter("pass BUNDLE and USER@HOST:DIR, or --all hosts.toml; --roll-back takes no bundle")
-    where = shipping.fleet(all_) if all_ else (shipping.destination(to or "", host_program),)
-    with output.progress() as progress:
-        if bundle is None:
-            results = shipping.each(shipping.roll_back, where, progress)
-        else:
-            results = shipping.ship_all(bundle, where, progress)
-    output.show(ship_table(results), as_json)
-    if as_json:
-        output.json_line({"rows": [result._asdict() for result in results]})
-    failed = [result for result in results if result.state == "failed"]
-    if failed:
-        raise HostError(f"{len(failed)} of {len(results)} failed: {failed[0].to}: {failed[0].detail}")
 
 
 @app.command(name="export-triton")

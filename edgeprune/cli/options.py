@@ -37,9 +37,24 @@ MinCosine = Annotated[
     float | None,
     typer.Option(help="goal: mean cosine to the unpruned embeddings of at least this much", min=0, max=1),
 ]
+MaxError = Annotated[
+    float | None,
+    typer.Option(help="goal: relative error of dense features, or of the --head's output, of at most this", min=0),
+]
 Task = Annotated[
     str | None,
-    typer.Option(help="classify | embed: what the output is for; default: embed for a model without a head"),
+    typer.Option(
+        help="classify | embed | dense: what the output is for; default: embed for a model without a head, dense "
+        "with --layers or --head"
+    ),
+]
+Layers = Annotated[
+    str | None,
+    typer.Option(metavar="3,6,9,12", help="blocks, from 1, whose patch features are outputs, on the full grid"),
+]
+HeadFile = Annotated[
+    Path | None,
+    typer.Option("--head", help="ONNX that takes dense features: the error of its output is what counts"),
 ]
 Texts = Annotated[
     Path | None,
@@ -60,6 +75,10 @@ WholeLast = Annotated[
     bool,
     typer.Option("--whole-last", help="compute the whole last block even if the head reads only the prefix tokens"),
 ]
+OnRay = Annotated[
+    str | None,
+    typer.Option("--ray", help="local | auto | HOST:PORT: evaluate schedules on a Ray cluster; needs the extra ray"),
+]
 Work = Annotated[Path, typer.Option(help="folder that keeps finished steps")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
 Simulate = Annotated[
@@ -68,6 +87,10 @@ Simulate = Annotated[
 Exhaustive = Annotated[bool, typer.Option(help="measure every token count")]
 Block = Annotated[int, typer.Option(help="block of the single cut with --policy paper", min=0)]
 CropPct = Annotated[float | None, typer.Option(help="crop percentage, instead of the model's own", min=0.05, max=1)]
+ImageSize = Annotated[
+    str | None,
+    typer.Option("--image-size", help="pictures of H,W pixels, or N for N,N, instead of the model's own size"),
+]
 Interpolation = Annotated[str | None, typer.Option(help="interpolation, instead of the model's own")]
 Mean = Annotated[str | None, typer.Option(help="mean as r,g,b, instead of the model's own")]
 Std = Annotated[str | None, typer.Option(help="standard deviation as r,g,b, instead of the model's own")]
@@ -94,16 +117,37 @@ def recover_from(value: str | None) -> Path | bool:
     return Path(value) if value else value is not None
 
 
-def goal_from(alpha: Any, speedup: Any, budget_ms: Any, max_drop: Any, min_cosine: Any) -> Any:
+def size_from(value: str | None) -> tuple[int, int] | None:
+    from edgeprune.images import image_size
+
+    return image_size(value)
+
+
+def layers_from(value: str | None) -> tuple[int, ...]:
+    """The value of --layers for Options. Raises InputError."""
+    if value is None:
+        return ()
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise InputError(f"--layers {value!r}: pass numbers of blocks as 3,6,9,12") from None
+
+
+def goal_from(alpha: Any, speedup: Any, budget_ms: Any, max_drop: Any, min_cosine: Any, max_error: Any) -> Any:
     from edgeprune.scheduling.goals import Goal
 
-    if sum(value is not None for value in (alpha, speedup, budget_ms, max_drop, min_cosine)) > 1:
-        raise typer.BadParameter("pass at most one of --alpha, --speedup, --budget-ms, --max-drop and --min-cosine")
+    given = {
+        "alpha": alpha, "speedup": speedup, "budget_ms": budget_ms, "max_drop": max_drop, "min_cosine": min_cosine,
+        "max_error": max_error,
+    }  # fmt: skip
+    if sum(value is not None for value in given.values()) > 1:
+        names = ["--" + name.replace("_", "-") for name in given]
+        raise typer.BadParameter(f"pass at most one of {', '.join(names[:-1])} and {names[-1]}")
     if speedup is not None and not 1 <= speedup < 1e6:
         raise typer.BadParameter("--speedup must be a factor of at least 1")
     if budget_ms is not None and not 0 < budget_ms < 1e9:
         raise typer.BadParameter("--budget-ms must be above 0")
-    return Goal(alpha=alpha, speedup=speedup, budget_ms=budget_ms, max_drop=max_drop, min_cosine=min_cosine)
+    return Goal(**given)
 
 
 def overrides_from(

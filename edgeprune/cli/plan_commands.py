@@ -17,10 +17,14 @@ from edgeprune.cli.options import (
     Budget,
     Device,
     Exhaustive,
+    HeadFile,
     HostProgram,
     Images,
+    ImageSize,
+    Layers,
     LockClocks,
     MaxDrop,
+    MaxError,
     Method,
     MinCosine,
     Model,
@@ -35,6 +39,8 @@ from edgeprune.cli.options import (
     WholeLast,
     Work,
     goal_from,
+    layers_from,
+    size_from,
 )
 from edgeprune.defaults import WORK
 from edgeprune.zoo import EMBEDDED
@@ -45,6 +51,8 @@ def profile(
     device: Device = "cpu",
     model: Model = EMBEDDED,
     weights: Weights = None,
+    image_size: ImageSize = None,
+    layers: Layers = None,
     trunk: Annotated[Path | None, typer.Option(help="trunk.onnx of `export --trunk`; needs no torch")] = None,
     method: Annotated[str, typer.Option(help="measure the cost of cuts by this method, too")] = "none",
     precision: Precision = "fp32",
@@ -70,7 +78,7 @@ def profile(
     with output.progress() as progress, output.clocks(device, lock_clocks, host):
         there = Host(host, host_program) if host else None
         target = target_for(device, precision, batch, simulate, work, progress, there, lock_clocks)
-        staircase = run(target, model, weights, trunk, method, exhaustive)
+        staircase = run(target, model, weights, trunk, method, exhaustive, size_from(image_size), layers_from(layers))
     save(staircase, out)
     write_bytes(out.with_suffix(".svg"), staircase_svg(staircase))
     output.show(profile_table(staircase), as_json)
@@ -85,7 +93,10 @@ def schedule(
     model: Model = EMBEDDED,
     weights: Weights = None,
     images: Images = None,
+    image_size: ImageSize = None,
     task: Task = None,
+    layers: Layers = None,
+    head: HeadFile = None,
     method: Method = "fold",
     policy: Policy = "search",
     alpha: Alpha = None,
@@ -93,6 +104,7 @@ def schedule(
     budget_ms: Budget = None,
     max_drop: MaxDrop = None,
     min_cosine: MinCosine = None,
+    max_error: MaxError = None,
     block: Block = 3,
     whole_last: WholeLast = False,
     search_images: SearchImages = 128,
@@ -110,14 +122,17 @@ def schedule(
         model=model,
         weights=weights,
         images=images,
+        image_size=size_from(image_size),
         method=method,
         policy=policy,
-        goal=goal_from(alpha, speedup, budget_ms, max_drop, min_cosine),
+        goal=goal_from(alpha, speedup, budget_ms, max_drop, min_cosine, max_error),
         block=block,
         whole_last=whole_last,
         search_images=search_images,
         work=work,
         task=task,
+        layers=layers_from(layers),
+        head=head,
     )
     with output.progress() as progress:
         found, dense_ms = schedule_from_file(staircase, options, progress)

@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from edgeprune.benchmark.result import Bench, BenchRow, Peak, Ratio
     from edgeprune.bundles.predict import Prediction, Predictions
     from edgeprune.pipeline.compare import Comparison
+    from edgeprune.sweeps.run import Outcome
+
+# The keys of the command contract that a build of a sweep lacks where it failed.
+UNKNOWN_OF_FAILURES = (
+    "bundle", "runtime", "tokens", "latency_ms", "dense_latency_ms", "speedup", "predicted_ms", "agreement", "kl",
+    "top1", "dense_top1", "images", "probes",
+)  # fmt: skip
 
 
 def row_of(
@@ -122,6 +129,28 @@ def compare_rows(comparison: Comparison) -> list[dict[str, Any]]:
     return rows
 
 
+def sweep_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """Builds of a sweep as rows of the contract, with `job`, `goal`, `board` and `error`; a failure has no figures.
+
+    Raises InputError where a bundle has been removed or damaged in the meantime.
+    """
+    from edgeprune.bundles.format import load_bundle
+
+    rows = []
+    for outcome in outcomes:
+        job = outcome.job
+        about = {"job": job.name, "goal": str(job.goal), "board": job.board, "error": outcome.error}
+        if outcome.bundle is not None:
+            path = Path(outcome.bundle)
+            found = load_bundle(path)
+            rows.append(about | row_of(found.engine.setup, found.schedule, found.report, path, found.recovery))
+            continue
+        known = {"model": job.model.name, "device": job.device, "precision": job.precision, "batch": job.batch}
+        known |= {"method": job.method, "policy": job.policy} | ({"simulated": True} if job.simulate else {})
+        rows.append(about | dict.fromkeys(UNKNOWN_OF_FAILURES) | known)
+    return rows
+
+
 def bench_row(bench: Bench) -> dict[str, Any]:
     """A bench as the JSON object of `bench --json`, which is also a baseline; matrix products are its "probes"."""
     return {
@@ -170,9 +199,15 @@ def _baseline_figures(ratio: Ratio | None) -> dict[str, Any]:
 
 
 def _prediction(row: Prediction) -> dict[str, Any]:
+    saved = {"file": str(row.file)} if row.file else {}
     if row.embedding is not None:
-        return {"norm": row.norm, "embedding": row.embedding}
-    return {"top": [{"class": c.index, "label": c.label, "percent": c.percent} for c in row.top]}
+        return {"norm": row.norm, "embedding": row.embedding, **_shapes(row), **saved}
+    return saved | {"top": [{"class": c.index, "label": c.label, "percent": c.percent} for c in row.top]}
+
+
+def _shapes(row: Prediction) -> dict[str, Any]:
+    """Shapes of dense features, which are too large for JSON: `run --out` saves them."""
+    return {"features": {name: list(array.shape) for name, array in row.features.items()}} if row.features else {}
 
 
 def predictions_row(found: Predictions) -> dict[str, Any]:

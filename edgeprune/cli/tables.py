@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.html_report.figures import (
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from edgeprune.bundles.predict import Predictions
     from edgeprune.bundles.ship import Shipped
     from edgeprune.bundles.verify import Check
+    from edgeprune.sweeps.plan import Job
 
 
 def build_table(manifest: Manifest) -> Table:
@@ -73,14 +74,16 @@ def precision_table(results: Sequence[PrecisionResult], setup: Setup) -> Table:
     from rich.table import Table
 
     table = Table(title="precisions" + (", SIMULATED latency" if setup.simulated else ""))
-    embeds = any(result.cosine is not None for result in results)
+    embeds, dense = any(r.cosine is not None for r in results), any(r.error is not None for r in results)
     figures = ("k-NN top-1, %", "neighbour, %", "cosine") if embeds else ("top-1, %", "agreement, %", "KL, nats")
+    figures = ("", "", "relative error") if dense else figures
     for column in ("precision", "latency, ms (95 % interval)", *figures):
         table.add_column(column, justify="left" if column == "precision" else "right")
     table.add_column("", overflow="fold")
     for result in results:
-        loss = result.cosine if embeds else result.kl
+        loss = result.error if dense else result.cosine if embeds else result.kl
         figures = (number(result.top1), number(result.agreement), number(loss, 4))
+        figures = ("", "", figures[2]) if dense else figures
         verdict = "kept" if result.precision == setup.precision else result.reason or ""
         table.add_row(result.precision, _ms(result.latency), *figures, verdict)
     if setup.simulated:
@@ -122,16 +125,19 @@ def profile_table(staircase: Staircase) -> Table:
 
 
 def run_table(found: Predictions) -> Table:
-    """Images with their likeliest classes, or the lengths of their embeddings."""
+    """Images with their likeliest classes, or the lengths of their embeddings, and files that were saved."""
     from rich.table import Table
 
     simulated = ", SIMULATED latency" if found.setup.simulated else ""
     table = Table(title=f"{found.model} on {found.setup.device} ({found.setup.runtime}{simulated})")
     table.add_column("image", overflow="fold")
     table.add_column("likeliest classes, %" if found.task == "classify" else "norm of the embedding")
+    if any(row.file for row in found.rows):
+        table.add_column("saved as", overflow="fold")
     for row in found.rows:
         classes = "; ".join(f"{c.label} {c.percent:.1f}" for c in row.top)
-        table.add_row(str(row.image), classes if row.embedding is None else f"{row.norm:.4g}")
+        saved = [str(row.file)] if row.file else []
+        table.add_row(str(row.image), classes if row.embedding is None else f"{row.norm:.4g}", *saved)
     table.caption = f"{_ms(found.latency)} ms for a batch of {found.setup.batch}"
     return table
 
@@ -153,10 +159,15 @@ def ship_table(results: Sequence[Shipped]) -> Table:
     from rich.table import Table
 
     table = Table(title="shipped")
-    for column in ("to", "state", "MB sent", "version, or what failed"):
-        table.add_column(column, overflow="fold", justify="right" if column == "MB sent" else "left")
+    timed = any(result.latency_ms for result in results)
+    right = ("MB sent", "latency, ms")
+    for column in ("to", "state", *right[: 1 + timed], "version, or what failed"):
+        table.add_column(column, overflow="fold", justify="right" if column in right else "left")
     for result in results:
-        table.add_row(result.to, result.state, f"{result.sent_bytes / 1e6:.1f}", result.detail)
+        figures = [f"{result.sent_bytes / 1e6:.1f}"]
+        if timed:
+            figures.append(f"{result.latency_ms['median']:.3f}" if result.latency_ms else "")
+        table.add_row(result.to, result.state + (" (canary)" if result.canary else ""), *figures, result.detail)
     return table
 
 
@@ -189,22 +200,21 @@ def doctor_table(findings: list[Any]) -> Table:
 
 
 def compare_table(rows: list[dict[str, Any]]) -> Table:
-    """Entries of a comparison by target speed-up, the lowest loss (KL, or 1 - cosine) first."""
+    """Entries of a comparison by target speed-up, the lowest loss (KL, 1 - cosine, or error) first."""
     from rich.table import Table
 
     first = rows[0] if rows else {}
-    embeds = bool(rows) and rows[0]["kl"] is None
-    rows = [row | {"cosine": row["fidelity"].get("cosine")} for row in rows]
-    figures = ("k-NN top-1", "neighbour", "cosine") if embeds else ("top-1", "agreement", "KL")
+    figures, keys, sign = _compared(rows)
+    rows = [row | _fidelity_of(row) for row in rows]
     simulated = ", SIMULATED latency" if first.get("simulated") else ""
+    unpruned = f": unpruned {figures[0]} {number(first.get('dense_top1'))} %" if keys[0] == "top1" else ""
     table = Table(
-        title=f"{first.get('model')} on {first.get('device')}{simulated}: unpruned "
-        f"{figures[0]} {number(first.get('dense_top1'))} %",
+        title=f"{first.get('model')} on {first.get('device')}{simulated}{unpruned}",
         caption=evaluated_on(first.get("images", 0), first.get("held_out")),
     )
     for column in ("target", "method", "shape", "speed-up (95 %)", "predicted", *figures, "tokens"):
         table.add_column(column, justify="left" if column in ("method", "shape", "tokens") else "right")
-    for row in sorted(rows, key=lambda r: (r["target"], -r["cosine"] if embeds else r["kl"])):
+    for row in sorted(rows, key=lambda r: (r["target"], sign * r[keys[-1]])):
         low, high = row["speedup_interval"]
         table.add_row(
             f"{row['target']:g}x",
@@ -212,15 +222,61 @@ def compare_table(rows: list[dict[str, Any]]) -> Table:
             row["policy"],
             f"{row['speedup']:.2f} ({low:.2f}–{high:.2f})",
             f"{row['dense_latency_ms']['median'] / row['predicted_ms']:.2f}",
-            _both(row, "top1"),
-            _both(row, "agreement"),
-            _both(row, "cosine" if embeds else "kl", 4),
+            *(_both(row, key) for key in keys[:-1]),
+            _both(row, keys[-1], 4),
             runs(tuple(row["tokens"])),
         )
     return table
+
+
+def _compared(rows: list[dict[str, Any]]) -> tuple[tuple[str, ...], tuple[str, ...], int]:
+    """Names and keys of the figures that are compared, the loss last, and whether more of that is better (-1)."""
+    task = rows[0]["fidelity"]["task"] if rows else "classify"
+    if task == "dense":
+        return ("embedding cosine", "relative error"), ("embedding_cosine", "error"), 1
+    if task == "embed":
+        return ("k-NN top-1", "neighbour", "cosine"), ("top1", "agreement", "cosine"), -1
+    return ("top-1", "agreement", "KL"), ("top1", "agreement", "kl"), 1
+
+
+def _fidelity_of(row: dict[str, Any]) -> dict[str, Any]:
+    """The figures of a row that are in its fidelity alone."""
+    return {key: row["fidelity"].get(key) for key in ("cosine", "embedding_cosine", "error")}
 
 
 def _both(row: dict[str, Any], figure: str, digits: int = 2) -> str:
     """A figure of a comparison, after the one without recovery if weights were recovered."""
     before = number(row["unrecovered"][figure], digits) + " → " if row["unrecovered"] else ""
     return before + number(row[figure], digits)
+
+
+def sweep_table(rows: list[dict[str, Any]]) -> Table:
+    """Builds of a sweep; what made one fail is in its row and on the page."""
+    from rich.table import Table
+
+    simulated = ", some with SIMULATED latency" if any(row.get("simulated") for row in rows) else ""
+    table = Table(title=f"{len(rows)} builds{simulated}")
+    figures = ("latency, ms", "speed-up", "top-1", "agreement")
+    for column in ("model", "device", "method", "goal", *figures, ""):
+        table.add_column(column, justify="right" if column in figures else "left", overflow="fold")
+    for row in rows:
+        device = f"{row['device']}, {row['precision']}, batch {row['batch']}" + (
+            ", simulated" if row.get("simulated") else ""
+        )
+        ms = row["latency_ms"]["median"] if row["latency_ms"] else None
+        cells = (number(ms, 3), number(row["speedup"]), number(row["top1"]), number(row["agreement"]))
+        table.add_row(row["model"], device, row["method"], row["goal"], *cells, "failed" if row["error"] else "")
+    return table
+
+
+def plan_table(boards: Mapping[str, Sequence[Job]], finished: Collection[str]) -> Table:
+    """The builds of a sweep by board, before they are run."""
+    from rich.table import Table
+
+    table = Table(title="plan")
+    for column in ("board", "build", "goal", ""):
+        table.add_column(column, overflow="fold")
+    for board, jobs in boards.items():
+        for job in jobs:
+            table.add_row(board, job.name, str(job.goal), "has a result" if job.name in finished else "")
+    return table

@@ -15,7 +15,9 @@ from edgeprune.tasks import BY_NAME, CLASSIFY, Task
 WIDTH, HEIGHT = 440, 280  # user units; text of size 12 is readable on a phone and not too large on a desktop
 LEFT, RIGHT, TOP, BOTTOM = 40, 18, 30, 40
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-LEAST_LOSS = 1e-5  # KL in nats or 1 - cosine, about the rounding error of zero; smaller values are drawn here
+LEAST_LOSS = (
+    1e-5  # KL in nats, 1 - cosine or squared error, about the rounding error of zero; smaller values are drawn here
+)
 
 
 class Axis(NamedTuple):
@@ -209,7 +211,8 @@ def front_chart(
 def _figures(candidate: Candidate, dense_ms: float) -> str:
     tokens = ", ".join(map(str, candidate.tokens))
     faster = dense_ms / candidate.predicted_ms
-    figure = f"KL {candidate.kl:.4f}" if candidate.kl is not None else f"cosine {candidate.cosine:.4f}"
+    figure = f"KL {candidate.kl:.4f}" if candidate.kl is not None else f"cosine {candidate.cosine or 0:.4f}"
+    figure = figure if candidate.error is None else f"relative error {candidate.error:.4f}"
     return f"{candidate.predicted_ms:.3f} ms ({faster:.2f}×), {figure}, tokens {tokens}"
 
 

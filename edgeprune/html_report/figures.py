@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from edgeprune.records import EmbedFidelity, Latency, Recovery, Report, Unrecovered
+from edgeprune.records import DenseFidelity, EmbedFidelity, Latency, Recovery, Report, Unrecovered
 from edgeprune.tasks import BY_NAME
 
 UNKNOWN = "–"
@@ -21,6 +21,8 @@ def with_error(value: float | None, error: float | None, digits: int = 2) -> str
 def fidelity_rows(report: Report) -> list[tuple[str, str, str]]:
     """The figures of fidelity: name, of the unpruned and of the pruned model."""
     found, compared = report.fidelity, report.agreement is not None
+    if isinstance(found, DenseFidelity):
+        return dense_rows(found)
     best = "100" if compared else UNKNOWN
     if isinstance(found, EmbedFidelity):
         shot = found.zero_shot_agreement is not None
@@ -42,6 +44,18 @@ def fidelity_rows(report: Report) -> list[tuple[str, str, str]]:
         ("agreement, %", best, number(report.agreement)),
         ("KL, nats", "0" if compared else UNKNOWN, number(report.kl, 4)),
     ]
+
+
+def dense_rows(found: DenseFidelity) -> list[tuple[str, str, str]]:
+    """The figures of dense features: of the head, of every layer, of the embedding."""
+    rows = []
+    if found.head_error is not None:
+        rows.append(("relative error of the head's output", "0", number(found.head_error, 4)))
+        rows.append(("mean absolute difference of the head's output", "0", number(found.head_difference, 5)))
+    for each in found.layers:
+        rows.append((f"features of layer {each.layer}, relative error", "0", number(each.error, 4)))
+        rows.append((f"features of layer {each.layer}, mean cosine", "1", number(each.cosine, 4)))
+    return [*rows, ("cosine of the embedding, mean", "1", number(found.embedding_cosine, 4))]
 
 
 def unrecovered_figures(before: Unrecovered) -> dict[str, str]:

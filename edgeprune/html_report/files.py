@@ -35,10 +35,13 @@ def staircase_svg(staircase: Staircase, schedule: Schedule | None = None) -> byt
 
 
 def compare_svg(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Rows of `compare --json` (one or more) as an SVG file: measured latency against agreement and top-1."""
+    """Rows of `compare --json` (one or more) as an SVG file: measured latency against agreement, top-1 or error."""
     groups = sorted({(row["method"], row["policy"]) for row in rows})
     keys: list[Key] = [("line", _kind(*group), ", ".join(group)) for group in groups]
     keys.append(("star", "star", "unpruned"))
+    if rows[0]["fidelity"] and rows[0]["fidelity"].get("task") == "dense":
+        rows = [{**row, "error": 100 * row["fidelity"]["error"]} for row in rows]
+        return _file(_title(rows[0]), [_panel(rows, groups, "error", 0.0)], keys)
     panels = [_panel(rows, groups, "agreement", 100.0)]
     if any(row["top1"] is not None for row in rows):
         panels.append(_panel(rows, groups, "top1", rows[0]["dense_top1"]))
@@ -57,7 +60,9 @@ def _panel(
     room, space = 0.05 * (max(ms) - min(ms)), 0.05 * (high - low) or 1
     x = across(min(ms) - room, max(ms) + room)
     y = Axis(low - space, high + space, HEIGHT - BOTTOM, TOP)
-    what = {"agreement": "agreement with the unpruned model, %", "top1": "top-1, %"}[key]
+    what = {
+        "agreement": "agreement with the unpruned model, %", "top1": "top-1, %", "error": "relative error, %"
+    }[key]  # fmt: skip
     chart = Chart(f"Latency against {what}", x, y, ("measured latency, ms", what))
     for method, policy in groups:
         series = [row for row in known if (row["method"], row["policy"]) == (method, policy)]

@@ -33,6 +33,7 @@ from edgeprune.io import load, sha256_bytes, write_bytes
 from edgeprune.latency.staircase import treads
 from edgeprune.records import (
     BuildTrace,
+    DenseFidelity,
     EmbedFidelity,
     Engine,
     Preprocessing,
@@ -42,6 +43,7 @@ from edgeprune.records import (
     Setup,
     Staircase,
     Trial,
+    text_of,
 )
 from edgeprune.scheduling.goals import pareto
 from edgeprune.tasks import BY_NAME, Task
@@ -62,7 +64,7 @@ def page_html(
     task: str = "classify",
 ) -> str:
     """The HTML text. The same records give the same text; the template escapes every string in them."""
-    return _template().render(
+    return template_named("template.html.j2").render(
         version=__version__,
         css=Markup("".join((HERE / name).read_text(encoding="utf-8") for name in ("chart.css", "page.css"))),
         setup=engine.setup,
@@ -117,7 +119,8 @@ def page_of_bundle(bundle: Path, out: Path | None = None) -> Path:
 
 
 @cache
-def _template() -> Template:
+def template_named(name: str) -> Template:
+    """A template of this folder: strings are escaped, and an unknown name in it is an error."""
     environment = Environment(
         loader=FileSystemLoader(HERE),
         autoescape=True,
@@ -126,7 +129,7 @@ def _template() -> Template:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    return environment.get_template("template.html.j2")
+    return environment.get_template(name)
 
 
 def _summary(report: Report, setup: Setup, task: Task) -> str:
@@ -142,6 +145,9 @@ def _summary(report: Report, setup: Setup, task: Task) -> str:
         return f"{gain}, {lost}" if points else f"{gain}, no {task.top1_name} lost"
     if isinstance(report.fidelity, EmbedFidelity) and report.fidelity.cosine is not None:
         return f"{gain}, embeddings at a cosine of {report.fidelity.cosine:.4f}"
+    if isinstance(report.fidelity, DenseFidelity) and report.fidelity.error is not None:
+        what = "features" if report.fidelity.head_error is None else "head's output"
+        return f"{gain}, {what} {100 * report.fidelity.error:.1f} % off"
     if report.agreement is not None:
         return f"{gain}, {report.agreement:.1f} % of answers unchanged"
     return f"{gain}, " + ("accuracy not measured" if report.top1 is None else f"{report.top1:.1f} % {task.top1_name}")
@@ -162,6 +168,10 @@ def _tiles(report: Report, task: Task) -> list[tuple[str, str]]:
     if isinstance(found, EmbedFidelity) and found.cosine is not None:
         tiles.append((f"{found.cosine:.4f}", f"mean cosine to the unpruned embedding, on {evaluated}"))
         tiles.append((f"{found.neighbour_agreement:.2f} %", "of pictures with the same nearest neighbour"))
+    if isinstance(found, DenseFidelity) and found.error is not None and found.embedding_cosine is not None:
+        what = "features of the layers" if found.head_error is None else "output of the head"
+        tiles.append((f"{100 * found.error:.2f} %", f"relative error of the {what}, on {evaluated}"))
+        tiles.append((f"{found.embedding_cosine:.4f}", "mean cosine to the unpruned embedding"))
     if report.agreement is not None and report.kl is not None:
         kl = f"{report.kl:.4f}" if report.kl >= 1e-4 else "below 0.0001"
         where = f", on {evaluated}" if report.top1 is None else ""
@@ -223,7 +233,8 @@ def _setup(engine: Engine, schedule: Schedule, report: Report, preprocessing: Pr
         "rounds": f"{len(report.latency.samples_ms)}{together}",
         "probes": f"{report.probes} latency measurements" if report.probes else None,
         "accuracy on": evaluated_on(report.images, report.held_out) if report.images else None,
-        "preprocessing": f"{how.resize_px} px {how.interpolation}, {how.crop_mode} crop of {how.image_px} px",
+        "preprocessing": f"{text_of(how.resize_px)} px {how.interpolation}, "
+        f"{how.crop_mode} crop of {text_of(how.image_px)} px",
         "engine": f"{engine.path}, {engine.size_bytes / 1e6:.1f} MB, sha256 {engine.sha256[:12]}…",
         "weights": f"sha256 {schedule.vit.weights_sha256[:12]}…",
     }

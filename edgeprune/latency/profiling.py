@@ -116,6 +116,14 @@ def measured_staircase(
             log.info("staircase: resuming, %d samples are already measured", sum(map(len, samples.values())))
         elif base is not None:
             samples, conditions = _stored(target.work.file("probed", ".json", _digest(base)))
+        with target.alone():
+            staircase, samples = timed(folder, samples, conditions)
+        _warn_if_throttled(staircase)
+        _keep(samples, conditions, target.work.file("probed", ".json", _digest(staircase)))
+        save(staircase, path)
+        partial.unlink(missing_ok=True)
+
+    def timed(folder: Path, samples: Samples, conditions: list[Conditions]) -> tuple[Staircase, Samples]:
         room = _room(folder / "trunk.weights", target.runtime.free_bytes())
         depth, part = _part(target, vit, folder, rounds, room)
         staircase, samples = probe(
@@ -134,11 +142,7 @@ def measured_staircase(
             gpu_state=target.runtime.gpu_state if isinstance(target.runtime, Observed) else lambda: None,
             trunk_ms=depth.trunk_ms if depth else None,
         )
-        staircase = msgspec.structs.replace(staircase, depth=depth)
-        _warn_if_throttled(staircase)
-        _keep(samples, conditions, target.work.file("probed", ".json", _digest(staircase)))
-        save(staircase, path)
-        partial.unlink(missing_ok=True)
+        return msgspec.structs.replace(staircase, depth=depth), samples
 
     return load(target.work.step("staircase", ".json", parts, make), Staircase)
 

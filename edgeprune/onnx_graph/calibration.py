@@ -15,6 +15,7 @@ import onnx
 import onnx.helper
 
 from edgeprune.errors import MissingError, install
+from edgeprune.features import packed
 from edgeprune.onnx_graph.graph import linear_layers, save_graph
 from edgeprune.onnx_graph.int8 import int8
 from edgeprune.records import Int8Ranges, Progress, silent
@@ -90,7 +91,7 @@ def _histograms(
 def _outputs(model: onnx.ModelProto, batches: Iterable[NDArray[np.float32]]) -> NDArray[np.float32]:
     run = _runner(model)
     names = [value.name for value in model.graph.output]
-    return np.concatenate([run(names, images)[0] for images in batches])
+    return np.concatenate([packed(dict(zip(names, run(names, images), strict=True))) for images in batches])
 
 
 def _runner(model: onnx.ModelProto) -> Callable[[Sequence[str], NDArray[np.float32]], list[NDArray[np.float32]]]:

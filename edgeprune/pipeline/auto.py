@@ -15,7 +15,7 @@ from edgeprune.pipeline.context import Context, Options, context_for
 from edgeprune.pipeline.evaluate import Evaluated
 from edgeprune.pipeline.measure import Measured, interleaved, meets
 from edgeprune.pipeline.refine import Refined
-from edgeprune.records import PrecisionResult, Progress, silent
+from edgeprune.records import DenseFidelity, PrecisionResult, Progress, Report, silent
 from edgeprune.runtimes.kernel_times import BYTES
 from edgeprune.runtimes.target import PRECISIONS
 from edgeprune.scheduling.goals import Goal
@@ -90,8 +90,14 @@ def result_of(precision: str, evaluated: Evaluated) -> PrecisionResult:
     report, refused = evaluated.report, evaluated.refused
     return PrecisionResult(
         precision=precision, top1=report.top1, agreement=report.agreement, kl=report.kl,
-        cosine=report.fidelity.cosine if report.fidelity else None, accepted=refused is None, reason=refused,
+        cosine=report.fidelity.cosine if report.fidelity else None, error=error_of(report),
+        accepted=refused is None, reason=refused,
     )  # fmt: skip
+
+
+def error_of(report: Report) -> float | None:
+    """The relative error of dense features; None for the others."""
+    return report.fidelity.error if isinstance(report.fidelity, DenseFidelity) else None
 
 
 def best_of(results: Sequence[PrecisionResult], goal: Goal) -> str:

@@ -115,7 +115,7 @@ def build_trace(
         shown = np.unique(np.linspace(0, len(pictures.pixels) - 1, SHOWN).astype(int))
         samples = samples_of(
             context.model, metadata.schedule, pictures.pixels[shown], pictures.labels(shown), metadata.labels,
-            recovered.model if recovered else None,
+            recovered.model if recovered else None, context.task,
         )  # fmt: skip
     trials = (
         Trial(tokens=m.schedule.tokens, predicted_ms=m.predicted_ms, latency=m.measured.latency)

@@ -49,11 +49,16 @@ class Comparison:
 
 
 def compare(
-    options: Options, methods: Sequence[str], targets: Sequence[float], progress: Progress = silent
+    options: Options,
+    methods: Sequence[str],
+    targets: Sequence[float],
+    progress: Progress = silent,
+    searched: Sequence[str] | None = None,
 ) -> Comparison:
     """Every method at every target speed-up, with a searched schedule and with one of its published shape.
 
-    Schedules are chosen on the search pictures; figures are of all other pictures. Raises any EdgepruneError.
+    `searched` are the methods whose schedules are searched, by default all. Schedules are chosen on the search
+    pictures; figures are of all other pictures. Raises any EdgepruneError.
     """
     if not methods or len(set(methods)) < len(methods):
         raise InputError("--methods needs one or more different names, separated by commas")
@@ -65,14 +70,14 @@ def compare(
         raise InputError(f"compare measures fp32, not {options.precision}: leave out --precision or pass --simulate")
     context = context_for(options, progress)
     with context.target.work.lock():
-        return _Methods(context, methods).compared(targets)
+        return _Methods(context, methods, methods if searched is None else searched).compared(targets)
 
 
 class _Methods:
     """The methods of one comparison on one staircase; the tread ends that schedules use are confirmed on the way."""
 
-    def __init__(self, context: Context, methods: Sequence[str]) -> None:
-        self.context, self.methods = context, tuple(methods)
+    def __init__(self, context: Context, methods: Sequence[str], searched: Sequence[str]) -> None:
+        self.context, self.methods, self.searched = context, tuple(methods), tuple(searched)
         self.contexts = {method: context.with_method(method) for method in methods}
         self.scores = {method: ScheduleScores(own) for method, own in self.contexts.items()}
         self.staircase = measured_staircase(context.target, context.model, self.methods, context.options.exhaustive)
@@ -82,7 +87,7 @@ class _Methods:
         entries: list[Entry] = []
         missing: list[tuple[str, str, float, str]] = []
         for method in self.methods:
-            for policy in ("search", "published"):
+            for policy in ("search", "published") if method in self.searched else ("published",):
                 for target in targets if method != "none" else targets[:1]:
                     goal = Goal(speedup=target)
                     try:

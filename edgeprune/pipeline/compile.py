@@ -15,14 +15,14 @@ from edgeprune.images import ImageSet, load_images, load_pixels, normalise
 from edgeprune.io import load, load_array
 from edgeprune.onnx_graph import attention_fusion
 from edgeprune.onnx_graph.graph import input_shape, load_graph, metadata_in, onnx_precision_of, sorts_or_raise
-from edgeprune.pipeline.context import ROUNDS, check_count
+from edgeprune.pipeline.context import ROUNDS, check_count, check_size
 from edgeprune.pipeline.evaluate import with_fidelity
 from edgeprune.pipeline.measure import measured_engines, report_of
 from edgeprune.pipeline.write import bundle_from_onnx, noise_batch
 from edgeprune.records import Manifest, ModelMetadata, Report, Staircase
 from edgeprune.runtimes.inference import logits_of
 from edgeprune.runtimes.target import Target
-from edgeprune.tasks import BY_NAME
+from edgeprune.tasks import BY_NAME, task_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -67,6 +67,7 @@ def _compiled(target: Target, given: Inputs) -> tuple[Path, Manifest]:
     pictures = load_images(given.images) if given.images is not None else None
     if pictures is not None:
         check_count(BY_NAME[metadata.task], len(pictures))
+        check_size(vit, len(pictures))
     fusable = attention_fusion.expected(given.onnx, schedule, setup)
     (measured,) = measured_engines(target, [given.onnx], given.dense, given.rounds)
     report = msgspec.structs.replace(report_of(measured, schedule, staircase), fusable_attention=fusable)
@@ -122,4 +123,5 @@ def _with_fidelity(
             )
 
     dense = logits(given.dense) if given.dense is not None else None
-    return with_fidelity(report, dense, logits(given.onnx), pictures.labels, None, BY_NAME[metadata.task])
+    task = task_of(metadata.task, metadata.vit)
+    return with_fidelity(report, dense, logits(given.onnx), pictures.labels, None, task)

@@ -12,26 +12,30 @@ import numpy as np
 from edgeprune import zoo
 from edgeprune.bundles.format import default_folder
 from edgeprune.defaults import WORK
+from edgeprune.distributed.quiet import timing
 from edgeprune.errors import InputError
 from edgeprune.images import ImageSet, drawn, load_images
 from edgeprune.io import load_array
 from edgeprune.pipeline.pictures import Pictures
-from edgeprune.records import TASKS, Progress, silent
+from edgeprune.records import TASKS, Progress, Vit, silent
+from edgeprune.runtimes.head import Head
 from edgeprune.runtimes.remote.ssh import Host
 from edgeprune.runtimes.target import Target, target_for
 from edgeprune.scheduling.goals import Goal
 from edgeprune.scheduling.paper import PAPER_BLOCK
-from edgeprune.tasks import BY_NAME, Embed, Task
+from edgeprune.tasks import BY_NAME, CLASSIFY, Task, task_of
 from edgeprune.vit.reducers import check_method
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import nn
 
+    from edgeprune.distributed.cluster import Cluster
     from edgeprune.vit.models import Model
 
 ROUNDS = 60
 LEAST_RECOVERY = 16  # pictures
+MOST_OUTPUT_BYTES = 1 << 30  # of all pictures; several such arrays are compared
 POLICIES = ("search", "paper")
 
 
@@ -63,7 +67,11 @@ class Options:
     lock_clocks: bool = False  # of that host
     overrides: Mapping[str, Any] = field(default_factory=dict)
     task: str | None = None  # of records.TASKS; None: that of the model
+    image_size: tuple[int, int] | None = None  # (height, width), pixels; None: that of the model
+    layers: tuple[int, ...] = ()  # blocks, from 1, whose patch features are outputs
+    head: Path | None = None  # ONNX on dense features, whose output is what counts
     text_embeddings: Path | None = None  # .npy (classes, C), for zero-shot figures of embeddings
+    cluster: Cluster | None = None  # where schedules are evaluated, if not in this process
 
 
 @dataclass(frozen=True)
@@ -74,14 +82,15 @@ class Context:
     target: Target
     model: Model
     pictures: Pictures | None
+    task: Task = CLASSIFY  # how outputs are compared
     progress: Progress = silent
     recovery: Pictures | None = None  # to tune the weights on
-    texts: NDArray[np.float32] | None = None  # embeddings of the names of classes, (classes, C)
+    head: Head | None = None
 
     @property
-    def task(self) -> Task:
-        """How outputs are compared."""
-        return BY_NAME[self.model.task] if self.texts is None else Embed(self.texts)
+    def judged_by(self) -> str:
+        """Key of the head, on which every figure depends; empty without one."""
+        return self.head.key if self.head else ""
 
     @property
     def method(self) -> str:
@@ -121,8 +130,6 @@ class Context:
 
 def context_for(options: Options, progress: Progress = silent) -> Context:
     """Open the target, load the model, find the pictures. Raises any EdgepruneError."""
-    from edgeprune.vit.models import load_model
-
     check_method(options.method)
     check_policy(options.policy)
     check_task(options.task)
@@ -130,14 +137,15 @@ def context_for(options: Options, progress: Progress = silent) -> Context:
         options.device, options.precision, options.batch, options.simulate, options.work, progress,
         options.host, options.lock_clocks,
     )  # fmt: skip
-    model = load_model(options.model, options.weights, options.overrides, options.task)
-    if options.goal.min_cosine is not None and model.task != "embed":
-        raise InputError(
-            f"--min-cosine is for embeddings, and {model.vit.name} classifies: pass --max-drop or --task embed"
-        )
+    if options.cluster is not None and options.host is None and not options.simulate:
+        target = replace(target, alone=timing)
+    model = loaded(options)
+    head = Head(options.head, model.vit) if options.head else None
+    check_goal(options, model)
     found = image_set(options)
     if found:
         check_count(BY_NAME[model.task], min(len(found), options.search_images))
+        check_size(model.vit, len(found))
     if found and found.labels and model.task == "classify" and max(found.labels) >= model.vit.classes:
         raise InputError(
             f"label {max(found.labels)} is out of range: {model.vit.name} has classes 0 to "
@@ -149,13 +157,52 @@ def context_for(options: Options, progress: Progress = silent) -> Context:
     training = recovery_set(options, found)
     pictures = Pictures(found, model.preprocessing, target, options.search_images, training) if found else None
     recovery = Pictures(training, model.preprocessing, target, 0) if training else None
-    return Context(options, target, model, pictures, progress, recovery, texts)
+    task = task_of(model.task, model.vit, texts, head)
+    return Context(options, target, model, pictures, task, progress, recovery, head)
+
+
+def loaded(options: Options) -> Model:
+    """The model of some options; dense where it has --layers or a --head. Raises as load_model, and InputError."""
+    from edgeprune.vit.models import load_model
+
+    task = options.task
+    if options.head is not None:
+        if task not in (None, "dense"):
+            raise InputError(f"--head is for dense features: pass --task dense instead of {task}, or leave it out")
+        task = "dense"
+    return load_model(options.model, options.weights, options.overrides, task, options.image_size, options.layers)
+
+
+def check_goal(options: Options, model: Model) -> None:
+    """Raise InputError for a goal or an option that the model's task does not have."""
+    goal, name, dense = options.goal, model.vit.name, model.task == "dense"
+    what = {"classify": "classifies", "embed": "embeds", "dense": "gives dense features"}[model.task]
+    if goal.min_cosine is not None and model.task != "embed":
+        other = "pass --max-error" if dense else "pass --max-drop or --task embed"
+        raise InputError(f"--min-cosine is for embeddings, and {name} {what}: {other}")
+    if goal.max_error is not None and not dense:
+        raise InputError(f"--max-error is for dense features, and {name} {what}: pass --layers, or another goal")
+    if dense and goal.max_drop is not None:
+        raise InputError(f"--max-drop counts answers, and {name} {what}: pass --max-error")
+    if dense and options.policy == "paper":
+        raise InputError(f"--policy paper counts answers, and {name} {what}: pass --policy search")
+    if dense and options.recover is not False:
+        raise InputError(f"--recover tunes answers, and {name} {what}: leave it out")
+
+
+def check_size(vit: Vit, images: int) -> None:
+    """Raise InputError where the outputs for all pictures would not fit in memory."""
+    most = MOST_OUTPUT_BYTES // (4 * vit.values)
+    if vit.outputs and images > most:
+        size = 4e-9 * vit.values * images
+        raise InputError(f"the features of {images} pictures take {size:.1f} GB: pass {most} pictures or fewer")
 
 
 def text_embeddings(path: Path, model: Model, labels: Sequence[int] | None) -> NDArray[np.float32]:
     """Embeddings of the names of classes, (classes, C), from an fp32 .npy file. Raises InputError."""
     if model.task != "embed":
-        raise InputError(f"--text-embeddings is for embeddings, and {model.vit.name} classifies: pass --task embed")
+        does = "classifies" if model.task == "classify" else "gives dense features"
+        raise InputError(f"--text-embeddings is for embeddings, and {model.vit.name} {does}: pass --task embed")
     texts, width = load_array(path, "pass a float32 .npy"), model.vit.classes
     if texts.ndim != 2 or texts.shape[1] != width or not len(texts):
         raise InputError(

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from edgeprune import stats
+from edgeprune.distributed.engines import can_spread, spread_logits
 from edgeprune.errors import REPORT, ExportError
 from edgeprune.io import save_array, sha256_file
 from edgeprune.onnx_graph import attention_fusion
@@ -22,7 +23,7 @@ from edgeprune.pipeline.recovery import Recovered
 from edgeprune.records import Report, Schedule, Staircase, Unrecovered
 from edgeprune.runtimes.inference import logits_of
 from edgeprune.scheduling.goals import Goal
-from edgeprune.tasks import Task, percent, points_lost
+from edgeprune.tasks import Answers, Task, points_lost
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,6 +33,8 @@ log = logging.getLogger(__name__)
 PARITY_IMAGES = 8
 MOST_LOST = 1.5  # points of top-1 that a precision may lose against fp32
 MOST_CHANGED = 5.0  # points of agreement that it may lose where there are no labels
+MOST_COSINE = 0.002  # of the mean cosine that it may lose where fp32 does not keep to --min-cosine, either
+MOST_OFF = 10.0  # relative error of dense features that it may add, percent
 
 
 class Evaluated(NamedTuple):
@@ -84,6 +87,7 @@ def evaluate(
         logits = logits_on(other, pictures, each)[kept]
         names = (target.setup.precision, other.target.setup.precision)
         refused = refused or gate(names, options.goal, (own, measured), pruned[kept], logits, labels, context.task)
+        refused = refused or below_bound(names[1], options.goal, context.task, dense[kept], pruned[kept], logits)
     report = with_fidelity(report, dense[kept], pruned[kept], labels, held_out, context.task)
     if recovered is not None:
         original = logits_on(context, pictures, precise_onnx(context, pruned_onnx(context, schedule)))
@@ -101,7 +105,7 @@ def with_fidelity(
 ) -> Report:
     """The report with top-1 if there are labels, and agreement and KL if there are outputs of the unpruned model.
 
-    Outputs are (images, classes) of the same pictures. `held_out`: the pictures were not used to choose anything.
+    Outputs are (images, values) of the same pictures. `held_out`: the pictures were not used to choose anything.
     """
     found = task.fidelity(dense, pruned, labels)
     return msgspec.structs.replace(
@@ -109,7 +113,7 @@ def with_fidelity(
         agreement=found.agreement,
         kl=found.kl,
         top1=found.top1,
-        dense_top1=percent(task.right(dense, labels)) if labels and dense is not None else None,
+        dense_top1=task.fidelity(None, dense, labels).top1 if labels and dense is not None else None,
         fidelity=found,
         images=len(pruned),
         held_out=held_out,
@@ -125,6 +129,8 @@ def with_unrecovered(
     task: Task,
 ) -> Report:
     """The report with the figures without recovery; outputs (images, classes) of the same pictures."""
+
+    assert isinstance(task, Answers)
 
     def error(hits: Callable[[NDArray[np.float32]], NDArray[np.bool_]]) -> float:
         return 100 * stats.standard_error(hits(after).astype(float) - hits(before))
@@ -186,7 +192,7 @@ def gate(
 
     `names` and `measured` are of the precision and of the wider one, as `logits` and `exact` (images, classes). The
     limit is the goal's --max-drop or MOST_LOST points of top-1, and MOST_CHANGED points of agreement where there are
-    no labels.
+    no labels. Dense features may be off by the goal's --max-error or MOST_OFF percent.
     """
     precision, wider = names
     narrow, wide = (each.latency for each in measured)
@@ -194,6 +200,12 @@ def gate(
     if gain < 1:
         return f"it is slower, {narrow.median_ms:.3g} ms against {wide.median_ms:.3g} ms in {wider}"
     lost, what = points_lost(task, exact, logits, labels)
+    if not isinstance(task, Answers):
+        most = MOST_OFF if goal.max_error is None else 100 * goal.max_error
+        if lost > most:
+            return f"its outputs are {lost:.2f} % off those in {wider} (limit {most:g}) for {gain:.2f}x"
+        log.info("%s: %.2fx faster than %s, outputs %.2f %% off", precision, gain, wider, lost)
+        return None
     most = MOST_CHANGED if not labels else MOST_LOST if goal.max_drop is None else goal.max_drop
     if lost > most:
         return f"it loses {lost:.2f} points of {what} against {wider} (limit {most}) for {gain:.2f}x"
@@ -201,10 +213,37 @@ def gate(
     return None
 
 
+def below_bound(
+    wider: str,
+    goal: Goal,
+    task: Task,
+    dense: NDArray[np.float32],
+    narrow: NDArray[np.float32],
+    exact: NDArray[np.float32],
+) -> str | None:
+    """Why a precision breaks the bound of --min-cosine; None where it does not, and for other goals.
+
+    `narrow` and `exact` (images, C) are the outputs of the precision and of the wider one, `dense` those of the
+    unpruned model in fp32. Where the wider one misses the bound, too, the precision may cost MOST_COSINE more.
+    """
+    if goal.min_cosine is None:
+        return None
+    mean, whole = (1 - float(task.losses(dense, each).mean()) for each in (narrow, exact))
+    least = goal.min_cosine if whole >= goal.min_cosine else whole - MOST_COSINE
+    if mean >= least:
+        return None
+    return f"its mean cosine is {mean:.4f}, below {least:.4f}; it is {whole:.4f} in {wider}"
+
+
 def logits_on(context: Context, pictures: Pictures, file: Path) -> NDArray[np.float32]:
     """Logits of an ONNX file's engine for all pictures, (images, classes). Raises EngineError, OutputError."""
 
     def make(path: Path) -> None:
+        if context.options.cluster is not None and can_spread(context.target):
+            save_array(
+                spread_logits(context.target, context.target.engine(file), pictures.pixels, pictures.how), path
+            )
+            return
         with context.target.opener(file)() as session:
             array = logits_of(
                 session, pictures.pixels, pictures.how, context.options.batch, context.progress, "evaluating images"

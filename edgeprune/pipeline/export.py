@@ -10,8 +10,9 @@ from edgeprune.images import ImageSet, batches, calibration_indices, load_pixels
 from edgeprune.io import load
 from edgeprune.onnx_graph.calibration import calibrated
 from edgeprune.onnx_graph.precision import CONVERSIONS, QUANTISED, onnx_precision
+from edgeprune.pipeline.schedule import named
 from edgeprune.records import ModelMetadata, Progress, Recovery, Schedule, silent
-from edgeprune.tasks import BY_NAME
+from edgeprune.tasks import task_of
 
 if TYPE_CHECKING:
     import onnx
@@ -51,13 +52,19 @@ def export_model(
     and a cut beyond its limits is an error. Raises InputError, ExportError, OutputError.
     """
     from edgeprune.vit.export import onnx_of_schedule
+    from edgeprune.vit.reducers import check_sorted
 
     vit, how = model.vit, model.preprocessing
     found = Schedule(vit=vit, method="none", policy="search", tokens=(vit.tokens,) * vit.depth)
     if schedule is not None:
         found = load(schedule, Schedule)
+        if found.vit.layers != vit.layers:
+            made, here = named(found.vit.layers), named(vit.layers)
+            raise InputError(f"{schedule} is for {made}, this model has {here}: pass the same --layers to export")
         if found.vit != vit:
             raise InputError(f"{schedule} was made for another model or other weights: make one for this model")
+    if tensorrt and found.cuts:
+        check_sorted(found.method, vit)
     if precision in QUANTISED and pictures is None:
         raise InputError(f"{precision.upper()} needs pictures for calibration: pass --images DIR|CSV")
     kind = onnx_precision(precision, "trt" if tensorrt else "ort")
@@ -66,7 +73,7 @@ def export_model(
     def quantised(graph: onnx.ModelProto) -> onnx.ModelProto:
         assert pictures is not None
         pixels = load_pixels([pictures.paths[i] for i in calibration_indices(len(pictures))], how)
-        task = BY_NAME[model.task]
+        task = task_of(model.task, model.vit)
         ranges = calibrated(graph, [images for images, _ in batches(pixels, how, batch)], progress, task)
         return QUANTISED[kind](graph, ranges.ranges, ranges.kept)
 

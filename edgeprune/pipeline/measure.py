@@ -16,7 +16,7 @@ from edgeprune.latency.staircase import predict_ms
 from edgeprune.latency.timing import WARMUP, WARMUP_MS, interleave
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.onnx_files import dense_onnx, nominal_onnx, pruned_onnx
-from edgeprune.records import Candidate, Latency, Report, Schedule, Staircase
+from edgeprune.records import Candidate, DenseFidelity, Latency, Report, Schedule, Staircase
 from edgeprune.runtimes.target import Target
 from edgeprune.scheduling.goals import Goal
 
@@ -62,7 +62,8 @@ def interleaved(engines: Sequence[tuple[Target, Path]], rounds: int) -> list[Lat
     def make(path: Path) -> None:
         openers = dict(enumerate(own.opener(file) for own, file in engines))
         warmup_ms = 0.0 if target.setup.noiseless else WARMUP_MS
-        samples = interleave(openers, rounds, progress=target.progress, what=what, warmup_ms=warmup_ms)
+        with target.alone():
+            samples = interleave(openers, rounds, progress=target.progress, what=what, warmup_ms=warmup_ms)
         write_bytes(path, msgspec.json.encode([samples[i] for i in range(len(engines))]))
 
     parts = ([(sha256_file(file), own.setup) for own, file in engines], rounds)
@@ -168,7 +169,21 @@ def meets(goal: Goal, found: Measured | Report) -> bool:
 
 
 def warn_if_missed(goal: Goal, report: Report) -> None:
-    """Log a warning if the final measurement misses the goal."""
+    """Log a warning if the final measurement misses the goal, or a bound on the loss on the final pictures."""
+    cosine = report.fidelity.cosine if report.fidelity else None
+    error = report.fidelity.error if isinstance(report.fidelity, DenseFidelity) else None
+    if goal.max_error is not None and error is not None and error > goal.max_error:
+        missed, advice = error, "higher"
+    elif goal.min_cosine is not None and cosine is not None and cosine < goal.min_cosine:
+        missed, advice = cosine, "lower"
+    else:
+        missed, advice = None, ""
+    if missed is not None:
+        log.warning(
+            "the goal (%s) is not met on the %d %s: it is %.4f; allow a %s one, or use more --search-images",
+            goal, report.images, "pictures that chose nothing" if report.held_out else "evaluation pictures",
+            missed, advice,
+        )  # fmt: skip
     if report.speedup is not None and not meets(goal, report):
         ms = report.latency.median_ms
         log.warning(

@@ -83,7 +83,8 @@ def int8_ranges(context: Context, file: Path) -> Int8Ranges:
     """INT8 ranges of one ONNX file, kept in calib/ under a hash of the file, the pictures and the code."""
     pictures, how = context.needed_pictures(), context.model.preprocessing
     images = calibration_indices(len(pictures.files))
-    key = key_of(code_key(), sha256_file(file), pictures.key, how, images.tolist(), context.model.task)
+    task = (context.model.task, context.judged_by)
+    key = key_of(code_key(), sha256_file(file), pictures.key, how, images.tolist(), task)
     path = context.options.calib / f"int8-{key}.json"
     if path.exists():
         log.info("INT8 ranges: reusing %s", path)

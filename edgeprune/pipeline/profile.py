@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgeprune import zoo
+from edgeprune.errors import InputError
 from edgeprune.io import load
 from edgeprune.latency import profiling
 from edgeprune.pipeline.context import Context
 from edgeprune.records import Staircase, Vit
 from edgeprune.runtimes.target import Target
 from edgeprune.vit.models import Model, load_model
-from edgeprune.vit.reducers import check_method
+from edgeprune.vit.reducers import check_method, check_sorted
 
 if TYPE_CHECKING:
     from torch import nn
@@ -23,8 +24,9 @@ if TYPE_CHECKING:
 def measured_staircase(target: Target, model: Model, methods: Sequence[str], exhaustive: bool = False) -> Staircase:
     """The staircase of a model with the cost of these methods' cuts; reused or resumed from the work folder.
 
-    Raises ExportError, EngineError, OutputError.
+    Raises InputError where a method sorts more tokens than the target can, ExportError, EngineError, OutputError.
     """
+    check_sorting(target, model.vit, methods)
     folder = partial(profiling_models, target, model, methods)
     return profiling.measured_staircase(target, model.vit, methods, folder, exhaustive)
 
@@ -54,22 +56,36 @@ def profile(
     trunk: Path | None = None,
     method: str = "none",
     exhaustive: bool = False,
+    image_size: tuple[int, int] | None = None,
+    layers: Sequence[int] = (),
 ) -> Staircase:
     """The staircase of a model, of exported models (`trunk`, needs no torch), or of a simulated device.
 
-    Only one process at a time can measure in a work folder. Raises any EdgepruneError.
+    With `layers` the model has their patch features as outputs. Only one process at a time can measure in a work
+    folder. Raises any EdgepruneError.
     """
     check_method(method)
-    if trunk is None and target.setup.simulated:
-        return profiling.simulated_staircase(target, vit_of(model), exhaustive)
+    if trunk is not None and image_size is not None:
+        raise InputError(f"{trunk} has one size of pictures: pass --image-size to edgeprune export --trunk instead")
+    if trunk is None and target.setup.simulated and not layers:
+        vit = vit_of(model, image_size)
+        check_sorting(target, vit, (method,))
+        return profiling.simulated_staircase(target, vit, exhaustive)
     with target.work.lock():
         if trunk is not None:
             return profiling.staircase_of_folder(target, trunk, (method,), exhaustive)
-        return measured_staircase(target, load_model(model, weights), (method,), exhaustive)
+        loaded = load_model(model, weights, image_size=image_size, layers=layers)
+        return measured_staircase(target, loaded, (method,), exhaustive)
 
 
-def vit_of(model: str | nn.Module) -> Vit:
+def check_sorting(target: Target, vit: Vit, methods: Sequence[str]) -> None:
+    """Raise InputError where cuts by one of the methods sort more tokens than TensorRT can, before long work."""
+    for method in methods if target.for_tensorrt else ():
+        check_sorted(method, vit)
+
+
+def vit_of(model: str | nn.Module, image_size: tuple[int, int] | None = None) -> Vit:
     """The shape of a model; needs no torch for the embedded one. Raises ModelError, MissingError."""
-    if model == zoo.EMBEDDED:
+    if model == zoo.EMBEDDED and image_size is None:
         return load(zoo.RECORD, Vit)
-    return load_model(model, "random" if isinstance(model, str) else None).vit
+    return load_model(model, "random" if isinstance(model, str) else None, image_size=image_size).vit

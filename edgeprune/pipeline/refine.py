@@ -72,18 +72,13 @@ def refine(context: Context, staircase: Staircase, scores: ScheduleScores) -> Re
 
 
 def within_bound(staircase: Staircase, schedule: Schedule, scores: ScheduleScores, goal: Goal) -> Schedule:
-    """The schedule at confirmed ends of treads; as it was found where a bound on the cosine would be missed there."""
+    """The schedule at confirmed ends of treads; as it was found where a bound on fidelity would be missed there."""
     moved = with_confirmed_edges(staircase, schedule)
-    if goal.min_cosine is None or not is_searched(schedule) or keeps(goal, scores.candidate(staircase, moved.tokens)):
+    if not goal.limits_fidelity or not is_searched(schedule):
+        return moved
+    if goal.kept_by(scores.candidate(staircase, moved.tokens)):
         return moved
     return finished(staircase, schedule.method, schedule.policy, schedule.tokens, schedule.prefix_last)
-
-
-def keeps(goal: Goal, found: Candidate | None) -> bool:
-    """Does a schedule have the cosine that the goal asks for? True for other goals."""
-    return goal.min_cosine is None or (
-        found is not None and found.cosine is not None and found.cosine >= goal.min_cosine
-    )
 
 
 def with_fidelity(
@@ -103,8 +98,8 @@ def is_searched(schedule: Schedule) -> bool:
 
 def pick(goal: Goal, measured: Sequence[MeasuredSchedule], scores: ScheduleScores) -> MeasuredSchedule:
     """The best measured schedule for the goal among those that meet it; the fastest if none does."""
-    if goal.min_cosine is not None:
-        good = [m for m in measured if keeps(goal, m.fidelity)]
+    if goal.limits_fidelity:
+        good = [m for m in measured if goal.kept_by(m.fidelity)]
         return min(good or measured[:1], key=lambda m: m.measured.latency.median_ms)
     if goal.max_drop is not None:
         first = measured[0].measured.latency.median_ms
@@ -112,16 +107,16 @@ def pick(goal: Goal, measured: Sequence[MeasuredSchedule], scores: ScheduleScore
         faster.sort(key=lambda m: m.measured.latency.median_ms)
         return next((m for m in faster if scores.drop(m.schedule.tokens) <= goal.max_drop), measured[0])
     if not goal.limits_latency:
-        return max(measured, key=lambda m: goal.utility(1 / m.speedup, agreement_of(m) / 100))
+        return max(measured, key=lambda m: goal.utility(1 / m.speedup, accuracy_of(m) / 100))
     good = [m for m in measured if meets(goal, m.measured)]
     if good:
         return min(good, key=lambda m: (m.fidelity.loss if m.fidelity else 0.0, m.measured.latency.median_ms))
     return max(measured, key=lambda m: m.speedup)
 
 
-def agreement_of(found: MeasuredSchedule) -> float:
-    """Agreement with the unpruned model, percent; 100 without a search, so that latency decides."""
-    return found.fidelity.agreement if found.fidelity else 100.0
+def accuracy_of(found: MeasuredSchedule) -> float:
+    """Candidate.accuracy, percent; 100 without a search, so that latency decides."""
+    return found.fidelity.accuracy if found.fidelity else 100.0
 
 
 def most_promising(
@@ -141,17 +136,17 @@ def most_promising(
     dense_ms = best.speedup * best.measured.latency.median_ms
     limit_ms = goal.limit_ms(dense_ms)
     ranked: list[tuple[float, Schedule]] = []
-    for tokens in similar_schedules(schedule.tokens, confirmed_edges(staircase), last):
-        if tokens in known:
-            continue
+    similar = [t for t in similar_schedules(schedule.tokens, confirmed_edges(staircase), last) if t not in known]
+    scores.ahead([(tokens, tokens) for tokens in similar])
+    for tokens in similar:
         other = finished(staircase, schedule.method, schedule.policy, tokens, schedule.prefix_last)
         score = scores.candidate(staircase, tokens)
         ms = score.predicted_ms * scale
-        if goal.min_cosine is not None:
-            if keeps(goal, score):
+        if goal.limits_fidelity:
+            if goal.kept_by(score):
                 ranked.append((ms, other))
         elif limit_ms is None:
-            ranked.append((-goal.utility(ms / dense_ms, score.agreement / 100), other))
+            ranked.append((-goal.utility(ms / dense_ms, score.accuracy / 100), other))
         elif ms <= limit_ms:
             ranked.append((score.loss, other))
     ranked.sort(key=lambda entry: (entry[0], entry[1].tokens))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,6 +32,11 @@ def schedule_from_staircase(
     options = replace(options, device="cpu", precision="fp32", batch=staircase.setup.batch)
     context = context_for(options, progress)
     vit = context.model.vit
+    if staircase.vit.layers != vit.layers:
+        raise InputError(
+            f"{source} is of a model with {named(staircase.vit.layers)}, this one has {named(vit.layers)}: pass the "
+            "same --layers to profile and schedule"
+        )
     if msgspec.structs.replace(staircase.vit, weights_sha256=vit.weights_sha256) != vit:
         raise InputError(
             f"{source} is of {staircase.vit.name}, not of this {vit.name}: run edgeprune profile for this model"
@@ -46,6 +52,11 @@ def schedule_from_staircase(
         counts = ", ".join(map(str, open_ends))
         log.info("tread ends that are not confirmed: %s tokens; edgeprune build measures them", counts)
     return schedule
+
+
+def named(layers: Sequence[int]) -> str:
+    """Layers of dense features, for messages."""
+    return f"--layers {','.join(map(str, layers))}" if layers else "no --layers"
 
 
 def schedule_from_file(path: Path, options: Options, progress: Progress = silent) -> tuple[Schedule, float]:

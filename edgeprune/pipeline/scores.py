@@ -15,6 +15,7 @@ from edgeprune.scheduling.goals import candidate_of
 from edgeprune.tasks import points_lost
 
 if TYPE_CHECKING:
+    from edgeprune.distributed.evaluate import SpreadEvaluator
     from edgeprune.vit.fidelity import Evaluator
 
 SAVE_EVERY = 8  # scores
@@ -40,7 +41,9 @@ class ScheduleScores:
         context = self.context
         pictures = context.pictures.key if context.pictures else ""
         model, count = context.model, context.options.search_images
-        return (model.vit, model.task, context.method, context.prefix_last, pictures, count, model.preprocessing)
+        head = (context.judged_by,) if context.judged_by else ()
+        parts = (model.vit, model.task, context.method, context.prefix_last, pictures, count, model.preprocessing)
+        return (*parts, *head)
 
     @cached_property
     def evaluator(self) -> Evaluator:
@@ -48,22 +51,49 @@ class ScheduleScores:
         from edgeprune.vit.fidelity import Evaluator
 
         context, pictures = self.context, self.context.needed_pictures()
-        labels = pictures.labels(pictures.search)
-        return Evaluator(context.model, context.method, pictures.pixels[pictures.search], labels, context.prefix_last)
+        pixels, labels = pictures.pixels[pictures.search], pictures.labels(pictures.search)
+        return Evaluator(context.model, context.method, pixels, labels, context.prefix_last, context.task)
+
+    @cached_property
+    def spread(self) -> SpreadEvaluator:
+        """As `evaluator`, for a cluster. Raises InputError without pictures, HostError."""
+        from edgeprune.distributed.evaluate import SpreadEvaluator
+
+        context, pictures = self.context, self.context.needed_pictures()
+        pixels, labels = pictures.pixels[pictures.search], pictures.labels(pictures.search)
+        return SpreadEvaluator(context.model, context.method, pixels, labels, context.prefix_last, context.task)
+
+    def ahead(self, schedules: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> None:
+        """Evaluate schedules, each with its base, together where a cluster does so; elsewhere each in its turn.
+
+        Raises InputError without pictures, HostError, OutputError.
+        """
+        if self.context.options.cluster is None:
+            return
+        todo = {pair[0]: pair for pair in schedules if _key(pair[0]) not in self.known}
+        try:
+            found = self.spread.fidelities(list(todo.values()), self.context.progress) if todo else iter(())
+            for tokens, fidelity in found:
+                self._keep(tokens, fidelity)
+        finally:
+            self.save()
 
     def of(self, tokens: tuple[int, ...], base: tuple[int, ...]) -> Fidelity:
         """Fidelity of a schedule; `base` is the one it was derived from, whose activations it shares.
 
         Raises InputError without pictures, OutputError.
         """
-        key = ",".join(map(str, tokens))
-        if key not in self.known:
+        self.ahead([(tokens, base)])
+        if (key := _key(tokens)) not in self.known:
             self.evaluator.base(base)
-            self.known[key] = self.evaluator.fidelity(tokens)
-            self._unsaved += 1
-            if self._unsaved >= SAVE_EVERY:
-                self.save()
+            self._keep(tokens, self.evaluator.fidelity(tokens))
         return self.known[key]
+
+    def _keep(self, tokens: tuple[int, ...], found: Fidelity) -> None:
+        self.known[_key(tokens)] = found
+        self._unsaved += 1
+        if self._unsaved >= SAVE_EVERY:
+            self.save()
 
     def candidate(self, staircase: Staircase, tokens: tuple[int, ...]) -> Candidate:
         """A schedule with its prediction and fidelity."""
@@ -95,3 +125,7 @@ class ScheduleScores:
             for t in (context.dense_tokens, tokens)
         )
         return points_lost(context.task, dense, pruned, labels)[0]
+
+
+def _key(tokens: Sequence[int]) -> str:
+    return ",".join(map(str, tokens))

@@ -53,7 +53,7 @@ def searched(
     """All schedules that the search evaluates within `limit_ms`; over all latencies where that is None."""
 
     def make(path: Path) -> None:
-        search = Search(staircase, context.method, scores.of, context.prefix_last, context.progress)
+        search = Search(staircase, context.method, scores.of, context.prefix_last, context.progress, scores.ahead)
         try:
             search.front(limit_ms)
         finally:

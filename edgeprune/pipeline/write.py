@@ -30,7 +30,7 @@ from edgeprune.onnx_graph.graph import weights_of
 from edgeprune.records import BuildTrace, Engine, Manifest, ModelMetadata, Report, Staircase, Vit
 from edgeprune.runtimes import Inspected
 from edgeprune.runtimes.target import Target
-from edgeprune.tasks import BY_NAME, CLASSIFY, Task, typically_off
+from edgeprune.tasks import CLASSIFY, Task, task_of, typically_off
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -39,9 +39,8 @@ log = logging.getLogger(__name__)
 
 
 def noise_batch(vit: Vit, batch: int) -> NDArray[np.float32]:
-    """Noise with a fixed seed, (batch, 3, P, P): the golden input where there are no pictures."""
-    shape = (batch, 3, vit.image_px, vit.image_px)
-    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    """Noise with a fixed seed, (batch, 3, H, W): the golden input where there are no pictures."""
+    return np.random.default_rng(0).standard_normal((batch, 3, *vit.size), dtype=np.float32)
 
 
 def bundle_from_onnx(
@@ -72,7 +71,7 @@ def bundle_from_onnx(
     with target.opener(onnx)() as session:
         golden = session.infer(example)
         fused = session.fused_attention() if isinstance(session, Inspected) else None
-    check_golden(golden, expected, onnx, target, BY_NAME[metadata.task])
+    check_golden(golden, expected, onnx, target, task_of(metadata.task, metadata.vit))
     attention_fusion.warn_if_lost(fused, report.fusable_attention, target.setup.precision)
     report = msgspec.structs.replace(report, fused_attention=fused)
     old = _bundle_in(out)
@@ -111,7 +110,7 @@ def check_golden(
     target: Target,
     task: Task = CLASSIFY,
 ) -> None:
-    """Raise EngineError if outputs (batch, classes) are not finite, or in fp32 typically differ from `expected`."""
+    """Raise EngineError if outputs (batch, values) are not finite, or in fp32 typically differ from `expected`."""
     if not np.isfinite(golden).all():
         raise EngineError(f"{onnx}: outputs are not finite in {target.setup.precision}: build with --precision fp32")
     if expected is None:

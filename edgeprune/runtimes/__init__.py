@@ -32,7 +32,10 @@ class Session(Protocol):
     """A loaded engine; a context manager that frees what it holds."""
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(B, classes) fp32 outputs of one batch, (B, 3, H, W) fp32. Raises EngineError on a wrong shape."""
+        """(B, values) fp32 outputs of one batch, (B, 3, H, W) fp32. Raises EngineError on a wrong shape.
+
+        Several outputs are one array (features.packed).
+        """
         ...
 
     def time_ms(self) -> float:

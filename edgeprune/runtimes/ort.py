@@ -14,6 +14,7 @@ import numpy as np
 from edgeprune.devices import check_is_here, this_machine
 from edgeprune.devices.memory import available_bytes
 from edgeprune.errors import EngineError, MissingError, install
+from edgeprune.features import packed
 from edgeprune.io import sha256_file
 from edgeprune.onnx_graph.graph import copy_graph
 from edgeprune.records import Device, Engine, Progress, Setup, silent
@@ -87,12 +88,12 @@ class OrtRuntime:
 
 
 class OrtSession:
-    """A loaded ONNX; one input, one output, both static."""
+    """A loaded ONNX; one input, one or more outputs, all static."""
 
     def __init__(self, session: Any, path: Path) -> None:
         self._session, self._path = session, path
         self._input = session.get_inputs()[0]
-        self._output = session.get_outputs()[0].name
+        self._outputs = [output.name for output in session.get_outputs()]
         if not all(isinstance(n, int) for n in self._input.shape):
             raise EngineError(f"{path}: input shape {self._input.shape} is not static: export it with edgeprune")
         self.shape: tuple[int, ...] = tuple(self._input.shape)
@@ -100,18 +101,18 @@ class OrtSession:
         self._fixed = rng.standard_normal(self.shape, dtype=np.float32)
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(B, classes) fp32 outputs of one batch, fp32 of the static shape `shape`. Raises EngineError."""
+        """(B, values) fp32 outputs of one batch, fp32 of the static shape `shape`. Raises EngineError."""
         if images.shape != self.shape:
             raise EngineError(f"{self._path} takes {self.shape}, got {images.shape}: pass complete batches")
-        result: NDArray[np.float32] = self._session.run([self._output], {self._input.name: images})[0]
-        return result
+        found = self._session.run(self._outputs, {self._input.name: images})
+        return packed(dict(zip(self._outputs, found, strict=True)))
 
     def time_ms(self) -> float:
         """Wall time of one inference on a fixed random input, after an untimed one, ms."""
         feed = {self._input.name: self._fixed}
-        self._session.run([self._output], feed)
+        self._session.run(self._outputs, feed)
         start = time.perf_counter_ns()
-        self._session.run([self._output], feed)
+        self._session.run(self._outputs, feed)
         return (time.perf_counter_ns() - start) / 1e6
 
     def __enter__(self) -> OrtSession:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.errors import EngineError, MissingError, install
+from edgeprune.features import packed
 from edgeprune.io import replacing, sha256_file
 from edgeprune.onnx_graph.operations import Attention, Elementwise, Matmul, Operation, operations_of_onnx
 from edgeprune.records import Device, Engine, Progress, Setup, Vit, silent
 from edgeprune.runtimes.kernel_times import latency_ms, model_of
+from edgeprune.runtimes.ort import threads
 from edgeprune.version import __version__
 
 if TYPE_CHECKING:
@@ -39,7 +41,8 @@ def operations_of_trunk(vit: Vit, tokens: int, batch: int) -> list[Operation]:
 
 def operations_of_ends(vit: Vit, batch: int) -> list[Operation]:
     """The kernels outside the blocks: patch embedding with positions, last norm and head."""
-    patches = (vit.image_px // vit.patch_px) ** 2
+    rows, columns = vit.grid
+    patches = rows * columns
     return [
         Matmul(batch * patches, vit.width, 3 * vit.patch_px**2),
         Elementwise(batch * vit.tokens, 2 * vit.width),
@@ -85,7 +88,7 @@ class SimulatedSession(_Timed):
         self._ort: Any = None
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Outputs of one static batch: (B, 3, H, W) to (B, classes) for a model that build exports.
+        """Outputs of one static batch: (B, 3, H, W) to (B, values) for a model that build exports.
 
         Raises EngineError on a wrong shape, MissingError without ONNX Runtime.
         """
@@ -95,7 +98,8 @@ class SimulatedSession(_Timed):
         if list(images.shape) != list(wanted.shape):
             raise EngineError(f"{self.path}: input is {list(images.shape)}: pass {list(wanted.shape)}")
         kind = np.float16 if "float16" in wanted.type else np.float32
-        return np.asarray(self._ort.run(None, {wanted.name: images.astype(kind)})[0], dtype=np.float32)
+        found = self._ort.run(None, {wanted.name: images.astype(kind)})
+        return packed({o.name: array for o, array in zip(self._ort.get_outputs(), found, strict=True)})
 
 
 def _onnx_runtime(path: Path) -> Any:
@@ -105,7 +109,9 @@ def _onnx_runtime(path: Path) -> Any:
     except ImportError:
         raise MissingError(f"ONNX Runtime is not installed: {install('ort')}") from None
     try:
-        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads()
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions share no base below this one
         detail = " ".join(str(error).split())[:200]
         raise EngineError(f"{path}: ONNX Runtime cannot load it ({detail}): export it again") from None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,6 +36,7 @@ class Target:
     setup: Setup
     work: WorkFolder
     progress: Progress = silent
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext  # entered while something is timed
 
     @property
     def onnx_precision(self) -> str:

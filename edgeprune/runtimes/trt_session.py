@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.errors import EngineError
+from edgeprune.features import packed
 from edgeprune.io import read_bytes
 from edgeprune.runtimes.cuda import driver, errors_of
 from edgeprune.runtimes.cuda_graph import Graph
@@ -30,7 +31,7 @@ OTHER_MODEL = "different models of devices"  # TensorRT's warning for a plan of 
 
 
 class TrtSession:
-    """A loaded plan; one input, one output, both static. GPU memory is freed on exit."""
+    """A loaded plan; one input, one or more outputs, all static. GPU memory is freed on exit."""
 
     def __init__(self, path: Path) -> None:
         trt, cuda = tensorrt(), driver()
@@ -60,7 +61,7 @@ class TrtSession:
             self.graph = self._captured()
 
     def _tensors(self, trt: Any, engine: Any) -> list[tuple[str, NDArray[Any]]]:
-        """Name and an empty array of its shape and type for each tensor; sets the names of input and output."""
+        """Name and an empty array of its shape and type for each tensor; sets the names of input and outputs."""
         found: list[tuple[str, NDArray[Any]]] = []
         inputs: list[str] = []
         outputs: list[str] = []
@@ -72,21 +73,21 @@ class TrtSession:
             if min(shape, default=1) < 0:
                 raise EngineError(f"{self._path}: tensor {name} is {shape}, not static: export it with edgeprune")
             found.append((name, np.empty(shape, DTYPES[engine.get_tensor_dtype(name).name])))
-        if len(inputs) != 1 or len(outputs) != 1:
-            raise EngineError(f"{self._path}: {len(inputs)} inputs, {len(outputs)} outputs: pass a classifier")
-        self._input, self._output = inputs[0], outputs[0]
+        if len(inputs) != 1 or not outputs:
+            found_here = f"{len(inputs)} inputs, {len(outputs)} outputs"
+            raise EngineError(f"{self._path}: {found_here}: pass an engine that edgeprune built")
+        self._input, self._outputs = inputs[0], tuple(outputs)
         return found
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(B, classes) fp32 outputs of one batch, fp32 of the static shape `shape`. Raises EngineError."""
+        """(B, values) fp32 outputs of one batch, fp32 of the static shape `shape`. Raises EngineError."""
         if images.shape != self.shape:
             raise EngineError(f"{self._path} takes {self.shape}, got {images.shape}: pass complete batches")
         with errors_of(str(self._path)):
             self._host[self._input][...] = images
             self._run_with_copies()
         self._loaded = False
-        result: NDArray[np.float32] = self._host[self._output].astype(np.float32)
-        return result
+        return packed({name: self._host[name].copy() for name in self._outputs})
 
     def time_ms(self) -> float:
         """One inference on a fixed random input already on the GPU, between two CUDA events, ms; without copies.
@@ -128,14 +129,15 @@ class TrtSession:
         return fusion.fused
 
     def memory_bytes(self) -> int:
-        """Bytes: working memory (as TensorRT reports it), input, output, and the plan itself."""
+        """Bytes: working memory (as TensorRT reports it), input, outputs, and the plan itself."""
         tensors: int = sum(array.nbytes for array in self._host.values())
         return _memory(self._engine) + tensors + self._path.stat().st_size
 
     def _run_with_copies(self) -> None:
         self._copy_in()
         self._launch()
-        self._cuda.memcpy_dtoh_async(self._host[self._output], self._device[self._output], self._stream)
+        for name in self._outputs:
+            self._cuda.memcpy_dtoh_async(self._host[name], self._device[name], self._stream)
         self._stream.synchronize()
 
     def _copy_in(self) -> None:

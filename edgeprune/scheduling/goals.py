@@ -8,7 +8,7 @@ from typing import NamedTuple
 from edgeprune.errors import ScheduleError
 from edgeprune.io import encode, sha256_bytes
 from edgeprune.latency.staircase import predict_ms
-from edgeprune.records import Candidate, Fidelity, Schedule, Staircase, Vit
+from edgeprune.records import Candidate, DenseFidelity, Fidelity, Schedule, Staircase, Vit
 from edgeprune.scheduling import DEFAULT_ALPHA
 
 
@@ -17,7 +17,8 @@ class Goal(NamedTuple):
 
     alpha: weight of latency in the utility, 0 to 1. speedup: factor of at least 1. budget_ms: latency of one
     inference. max_drop: points of top-1 that may be lost, of agreement where there are no labels. min_cosine: least
-    mean cosine to the unpruned embeddings, for models that embed.
+    mean cosine to the unpruned embeddings, for models that embed. max_error: largest relative error, for dense
+    features.
     """
 
     alpha: float | None = None
@@ -25,6 +26,7 @@ class Goal(NamedTuple):
     budget_ms: float | None = None
     max_drop: float | None = None
     min_cosine: float | None = None
+    max_error: float | None = None
 
     def __str__(self) -> str:
         if self.speedup is not None:
@@ -35,6 +37,8 @@ class Goal(NamedTuple):
             return f"at most {self.max_drop:g} points of top-1 lost"
         if self.min_cosine is not None:
             return f"a mean cosine of at least {self.min_cosine:g}"
+        if self.max_error is not None:
+            return f"a relative error of at most {self.max_error:g}"
         return f"best trade-off at alpha {self.latency_weight:g}"
 
     @property
@@ -46,6 +50,19 @@ class Goal(NamedTuple):
     def limits_latency(self) -> bool:
         """Is it a speed-up or a latency budget?"""
         return self.speedup is not None or self.budget_ms is not None
+
+    @property
+    def limits_fidelity(self) -> bool:
+        """Is it a bound on the cosine of embeddings or on the error of dense features?"""
+        return self.min_cosine is not None or self.max_error is not None
+
+    def kept_by(self, found: Candidate | None) -> bool:
+        """Is a candidate within a bound on fidelity? True for goals without one."""
+        if self.min_cosine is not None:
+            return found is not None and found.cosine is not None and found.cosine >= self.min_cosine
+        if self.max_error is not None:
+            return found is not None and found.error is not None and found.error <= self.max_error
+        return True
 
     def utility(self, latency: float, accuracy: float) -> float:
         """U = alpha (1 - L / L_max) + (1 - alpha) A / A_max from the two ratios (arXiv 2407.05941, sec. 3)."""
@@ -83,8 +100,8 @@ def candidate_of(
 ) -> Candidate:
     """A schedule with its prediction and its fidelity."""
     predicted = predict_ms(staircase, tokens, method, prefix_last)
-    assert score.agreement is not None
-    return Candidate(tuple(tokens), predicted, score.kl, score.agreement, score.top1, score.cosine)
+    error = score.error if isinstance(score, DenseFidelity) else None
+    return Candidate(tuple(tokens), predicted, score.kl, score.agreement, score.top1, score.cosine, error)
 
 
 def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
@@ -107,7 +124,7 @@ def choose(
 
     Latency goals: the lowest loss within the limit. alpha: the highest utility, with agreement for A. max_drop: the
     fastest whose `drop` (points of top-1, or of agreement without labels) is within the limit, by bisection.
-    min_cosine: the fastest that has it.
+    min_cosine and max_error: the fastest within the bound.
     Raises ScheduleError, which says what is possible, where no candidate meets the goal.
     """
     limit = goal.limit_ms(staircase.dense.median_ms)
@@ -116,8 +133,12 @@ def choose(
         if not fits:
             raise impossible(limit, staircase, min(c.predicted_ms for c in front), method)
         return min(fits, key=lambda c: c.loss)
-    if goal.min_cosine is not None:
-        near = [c for c in front if c.cosine is not None and c.cosine >= goal.min_cosine]
+    if goal.limits_fidelity:
+        near = [c for c in front if goal.kept_by(c)]
+        if not near and goal.max_error is not None:
+            raise ScheduleError(
+                f"no schedule of {method} has a relative error of {goal.max_error:g} or less: raise --max-error"
+            )
         if not near:
             raise ScheduleError(
                 f"no schedule of {method} has a mean cosine of {goal.min_cosine:g}, the best has "
@@ -137,9 +158,9 @@ def choose(
             else:
                 low = middle + 1
         return front[high]
-    most = max(c.agreement for c in front)
+    most = max(c.accuracy for c in front)
     dense = staircase.dense.median_ms
-    return max(front, key=lambda c: goal.utility(c.predicted_ms / dense, c.agreement / max(most, 1e-9)))
+    return max(front, key=lambda c: goal.utility(c.predicted_ms / dense, c.accuracy / max(most, 1e-9)))
 
 
 def impossible(limit: float, staircase: Staircase, best: float, method: str) -> ScheduleError:

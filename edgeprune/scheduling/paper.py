@@ -26,7 +26,7 @@ def paper_schedule(
     Maximises U(n) = alpha (1 - L(n) / L_max) + (1 - alpha) A(n) / A_max, where L(n) is the latency of the trunk and
     `accuracy` gives A(n) in percent. With a latency goal it takes the most tokens that meet it. The paper considers
     every n; here the candidates are the tread ends, and of equal ones the larger is taken. Raises ScheduleError for a
-    block that cannot be cut, for max_drop and min_cosine, and for a latency out of reach.
+    block that cannot be cut, for bounds on accuracy, and for a latency out of reach.
     """
     vit = staircase.vit
     end = vit.depth - 2 if prefix_last else vit.depth - 1

@@ -20,6 +20,7 @@ STEPS, PER_STEP = 40, 2  # without a limit: steps of latency up to the unpruned 
 
 Tokens = tuple[int, ...]
 Evaluate = Callable[[Tokens, Tokens], Fidelity]  # of a schedule; the second is the one whose activations are kept
+Ahead = Callable[[list[tuple[Tokens, Tokens]]], None]  # told which schedules `Evaluate` will be asked for
 
 
 class Search:
@@ -39,10 +40,11 @@ class Search:
         fidelity: Evaluate,
         prefix_last: bool = False,
         progress: Progress = silent,
+        ahead: Ahead = lambda schedules: None,
     ) -> None:
         vit = staircase.vit
         self.staircase, self.method, self.prefix_last = staircase, method, prefix_last
-        self.fidelity, self.progress = fidelity, progress
+        self.fidelity, self.progress, self.ahead = fidelity, progress, ahead
         self.levels = [n for n in treads(staircase) if n > vit.prefix + 1]
         self.last = vit.depth - 2 if prefix_last else vit.depth - 1  # the last block that may lose tokens
         self.dense: Tokens = (vit.tokens,) * vit.depth
@@ -62,6 +64,7 @@ class Search:
         """
         losses = self.losses()
         plans = sorted({*self.plans(losses, limit_ms), self.fastest()})  # neighbours share their first blocks
+        self.ahead([(tokens, tokens) for tokens in plans])
         for done, tokens in enumerate(plans):
             self.progress("evaluating schedules", done, len(plans))
             self.candidate(tokens, tokens)
@@ -70,11 +73,13 @@ class Search:
 
     def losses(self) -> NDArray[np.float64]:
         """Loss that each block adds when run on fewer tokens, (last + 1, levels); exact for single cuts."""
-        self.candidate(self.dense, self.dense)
         below = self.levels[:-1]
         sampled = (
             sorted({below[i] for i in np.linspace(0, len(below) - 1, SAMPLED).round().astype(int)}) if below else []
         )
+        cuts = [single_cut(self.staircase.vit, b, n) for b in range(self.last + 1) for n in sampled]
+        self.ahead([(tokens, self.dense) for tokens in (self.dense, *cuts)])
+        self.candidate(self.dense, self.dense)
         single = np.zeros((self.last + 2, len(self.levels)))
         for block in range(self.last + 1):
             roots = []

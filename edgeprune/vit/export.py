@@ -23,7 +23,7 @@ from edgeprune.onnx_graph.graph import attach, infer, save_apart, save_graph, so
 from edgeprune.onnx_graph.passes import canonical_gelu, drop_idle_casts, lower_opset, strip_traces
 from edgeprune.onnx_graph.precision import Convert
 from edgeprune.records import ModelMetadata
-from edgeprune.tasks import BY_NAME
+from edgeprune.tasks import output_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,14 +39,14 @@ def onnx_from_module(
     module: nn.Module,
     example: Tensor,
     path: Path,
-    names: tuple[str, str] = ("images", "logits"),
+    names: tuple[str, ...] = ("images", "logits"),
     convert: Convert | None = None,
     metadata: ModelMetadata | None = None,
     tensorrt: bool = False,
 ) -> None:
     """Export `module` at the static shape of `example`, `convert` the graph and attach `metadata`.
 
-    `names` are those of the input and the output. Raises ExportError, with `tensorrt` also where a cut is beyond
+    `names` are those of the input and of the outputs. Raises ExportError, with `tensorrt` also where a cut is beyond
     TensorRT's limits, and OutputError.
     """
     with _scratch(path) as folder:
@@ -75,9 +75,9 @@ def onnx_of_schedule(
 
     from edgeprune.vit.fidelity import pruned_module
 
-    example = torch.zeros(batch, 3, model.vit.image_px, model.vit.image_px)
+    example = torch.zeros(batch, 3, *model.vit.size)
     module = pruned_module(model, method, tokens, prefix_last)
-    names = ("images", BY_NAME[model.task].output)
+    names = ("images", *output_names(model.task, model.vit))
     onnx_from_module(module, example, path, names, convert, metadata, tensorrt)
 
 
@@ -131,7 +131,7 @@ def weights_of(block: nn.Module) -> dict[str, NDArray[np.float32]]:
 def _exported(
     module: nn.Module,
     example: Tensor,
-    names: tuple[str, str],
+    names: tuple[str, ...],
     symbolic_axis: int | None,
     convert: Convert | None,
     folder: Path,
@@ -145,7 +145,7 @@ def _exported(
 
 
 def traced(
-    module: nn.Module, example: Tensor, names: tuple[str, str], symbolic_axis: int | None, folder: Path
+    module: nn.Module, example: Tensor, names: tuple[str, ...], symbolic_axis: int | None, folder: Path
 ) -> onnx.ModelProto:
     """The graph from torch's dynamo exporter, with opset 17, inferred shapes and no paths of this machine.
 
@@ -163,7 +163,7 @@ def traced(
             dynamo=True,
             opset_version=18,  # the lowest that the exporter supports; lower_opset converts to 17
             input_names=[names[0]],
-            output_names=[names[1]],
+            output_names=list(names[1:]),
             dynamic_shapes=dynamic,
             optimize=symbolic_axis is not None,
             verbose=False,

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 
 from edgeprune.images import normalise
 from edgeprune.records import Fidelity, Progress, check_tokens, silent
-from edgeprune.tasks import BY_NAME
+from edgeprune.tasks import Task, task_of
 from edgeprune.vit.models import Model
 from edgeprune.vit.pruned import PrunedViT, random_kept, step
 from edgeprune.vit.reducers import reducer_named
+from edgeprune.vit.restore import features
 from edgeprune.vit.rotary import rows_of
 from edgeprune.vit.tokens import Stream
 
@@ -21,6 +24,30 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 CHUNK = 16  # images at a time: activations stay in cache
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+def one_thread() -> None:
+    """Let PyTorch compute with one thread from now on, as everything in `each_chunk` does."""
+    torch.set_num_threads(1)
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, "chunk", initializer=one_thread)
+
+
+def each_chunk(work: Callable[[T], R], chunks: Sequence[T]) -> list[R]:
+    """work() of every chunk of images, in order; several chunks at once, each with one thread.
+
+    How PyTorch splits an operation among threads can change the last bits of its result. With one thread for each
+    chunk the outputs of a chunk depend on the chunk alone, not on the number of threads or processes.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return [work(chunk) for chunk in chunks]
+    return list(_pool(threads).map(work, chunks))
 
 
 def pruned_module(model: Model, method: str, tokens: Sequence[int], prefix_last: bool = False) -> PrunedViT:
@@ -38,15 +65,26 @@ def logits_of_schedule(
     prefix_last: bool = False,
     progress: Progress = silent,
 ) -> NDArray[np.float32]:
-    """PyTorch logits (images, classes) of a schedule for pixels (images, P, P, 3), a few images at a time."""
-    module, rows = pruned_module(model, method, tokens, prefix_last), []
-    with torch.inference_mode():
-        for start in range(0, len(pixels), CHUNK):
-            progress("evaluating images in PyTorch", start, len(pixels))
-            images = normalise(pixels[start : start + CHUNK], model.preprocessing)
-            rows.append(module(torch.from_numpy(images)).numpy())
-    progress("evaluating images in PyTorch", len(pixels), len(pixels))
+    """PyTorch outputs (images, values) of a schedule for pixels (images, P, P, 3), a few images at a time."""
+    module = pruned_module(model, method, tokens, prefix_last)
+    what, starts = "evaluating images in PyTorch", range(0, len(pixels), CHUNK)
+
+    def outputs(start: int) -> NDArray[np.float32]:
+        progress(what, start, len(pixels))
+        images = normalise(pixels[start : start + CHUNK], model.preprocessing)
+        with torch.inference_mode():
+            return packed_outputs(module(torch.from_numpy(images)))
+
+    rows = each_chunk(outputs, starts)
+    progress(what, len(pixels), len(pixels))
     return np.concatenate(rows)
+
+
+def packed_outputs(outputs: torch.Tensor | Sequence[torch.Tensor]) -> NDArray[np.float32]:
+    """The output of a module, or its several outputs in their order, as one array (images, values)."""
+    several = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+    found: NDArray[np.float32] = torch.cat([each.flatten(1) for each in several], dim=1).numpy()
+    return found
 
 
 class Evaluator:
@@ -63,61 +101,77 @@ class Evaluator:
         pixels: NDArray[np.uint8],
         labels: Sequence[int] | None = None,
         prefix_last: bool = False,
+        task: Task | None = None,
     ) -> None:
         self.model, self.labels, self.prefix_last = model, labels, prefix_last
-        self.task = BY_NAME[model.task]
+        self.task = task or task_of(model.task, model.vit)
         self.reducer = reducer_named(method)
         self._blocks: Any = model.module.blocks
-        self._streams: list[list[Stream]] = []  # by block, by chunk
+        self._streams: list[list[Stream]] = []  # by chunk, by block
         self._base: tuple[int, ...] = ()
-        images = torch.from_numpy(normalise(pixels, model.preprocessing))
         with torch.inference_mode():
             self._table = model.family.rotary(model.module)
-            self._embedded = [Stream(model.family.embed(model.module, c)) for c in images.split(CHUNK)]
+        chunks = [pixels[start : start + CHUNK] for start in range(0, len(pixels), CHUNK)]
+        self._embedded = each_chunk(self._embed, chunks)
         dense = (model.vit.tokens,) * model.vit.depth
         self.dense_logits = self.base(dense)
 
     def base(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Logits (images, classes) of a schedule, whose streams are kept for the next schedules."""
-        if tuple(tokens) == self._base:
-            return self._classify(self._streams[-1])
-        shared = self._shared(tokens)
-        streams = self._streams[: shared + 1] or [self._embedded]
-        for block in range(len(streams) - 1, self.model.vit.depth):
-            streams.append([self._step(block, stream, tokens[block]) for stream in streams[block]])
-        self._streams, self._base = streams, tuple(tokens)
-        return self._classify(streams[-1])
+        """Outputs (images, values) of a schedule, whose streams are kept for the next schedules."""
+        if tuple(tokens) != self._base:
+            shared = self._shared(tokens)
+            kept = [streams[: shared + 1] for streams in self._streams] or [[first] for first in self._embedded]
+            self._streams, self._base = each_chunk(lambda streams: self._rest(streams, tokens), kept), tuple(tokens)
+        return np.concatenate(each_chunk(self._outputs, self._streams))
 
     def logits(self, tokens: Sequence[int]) -> NDArray[np.float32]:
-        """Logits (images, classes) of a schedule; the blocks it shares with the base are not run again."""
+        """Outputs (images, values) of a schedule; the blocks it shares with the base are not run again."""
         check_tokens(tokens, self.model.vit, self.prefix_last)
-        shared = self._shared(tokens)
-        out = []
-        for stream in self._streams[shared]:
+        shared, layers = self._shared(tokens), self.model.vit.layers
+
+        def outputs(streams: list[Stream]) -> NDArray[np.float32]:
+            stream, passed = streams[shared], {layer: streams[layer] for layer in layers if layer <= shared}
             for block in range(shared, self.model.vit.depth):
                 stream = self._step(block, stream, tokens[block])
-            out.append(stream)
-        return self._classify(out)
+                if block + 1 in layers:
+                    passed[block + 1] = stream
+            return self._outputs_of(stream, [passed[layer] for layer in layers])
+
+        return np.concatenate(each_chunk(outputs, self._streams))
 
     def fidelity(self, tokens: Sequence[int]) -> Fidelity:
         """The figures of a schedule."""
         return self.compare(self.logits(tokens))
 
     def compare(self, logits: NDArray[np.float32]) -> Fidelity:
-        """The figures of outputs (images, classes)."""
+        """The figures of outputs (images, values)."""
         return self.task.fidelity(self.dense_logits, logits, self.labels)
 
     def random_drop(self, tokens: int, seed: int = 0) -> Fidelity:
         """The estimate A(n) of arXiv 2407.05941, sec. 3: `tokens` random tokens are kept at the input."""
         generator = torch.Generator().manual_seed(seed)
-        out = []
-        with torch.inference_mode():
-            for stream in self._embedded:
-                x, _, places = random_kept(stream.x, tokens, self.model.vit.prefix, generator)
+        kept = [random_kept(s.x, tokens, self.model.vit.prefix, generator) for s in self._embedded]
+
+        def outputs(stream: Stream) -> NDArray[np.float32]:
+            x = stream.x
+            with torch.inference_mode():
                 for index, block in enumerate(self._blocks):
-                    x = self.model.family.block(block, x, None, rows_of(self._table, index, places))
-                out.append(Stream(x))
-        return self.compare(self._classify(out))
+                    x = self.model.family.block(block, x, None, rows_of(self._table, index, stream.places))
+            return self._outputs_of(Stream(x), ())
+
+        return self.compare(np.concatenate(each_chunk(outputs, kept)))
+
+    def _embed(self, pixels: NDArray[np.uint8]) -> Stream:
+        with torch.inference_mode():
+            images = torch.from_numpy(normalise(pixels, self.model.preprocessing))
+            return Stream(self.model.family.embed(self.model.module, images))
+
+    def _rest(self, streams: list[Stream], tokens: Sequence[int]) -> list[Stream]:
+        """The streams of one chunk at the entry of every block and at the end, from those of its first blocks."""
+        streams = list(streams)
+        for block in range(len(streams) - 1, self.model.vit.depth):
+            streams.append(self._step(block, streams[-1], tokens[block]))
+        return streams
 
     def _shared(self, tokens: Sequence[int]) -> int:
         count = 0
@@ -134,8 +188,13 @@ class Evaluator:
                 return Stream(x)
             return step(model.family, self._blocks[block], stream, keep, vit, self.reducer, rows)
 
-    def _classify(self, streams: Sequence[Stream]) -> NDArray[np.float32]:
+    def _outputs(self, streams: Sequence[Stream]) -> NDArray[np.float32]:
+        """Of one chunk: its streams at the entry of every block and at the end."""
+        return self._outputs_of(streams[-1], [streams[layer] for layer in self.model.vit.layers])
+
+    def _outputs_of(self, last: Stream, passed: Sequence[Stream]) -> NDArray[np.float32]:
+        """Of one chunk: its last stream, and its streams after the blocks of Vit.layers."""
+        model = self.model
         with torch.inference_mode():
-            rows = [self.model.family.classify(self.model.module, stream.x) for stream in streams]
-        logits: NDArray[np.float32] = torch.cat(rows).numpy()
-        return logits
+            found = [features(model.family, model.module, model.vit, stream) for stream in passed]
+            return packed_outputs([*found, model.family.classify(model.module, last.x)])

@@ -42,11 +42,12 @@ def is_folder(model: str) -> bool:
     return False
 
 
-def read(folder: Path, random: bool = False) -> Checkpoint:
+def read(folder: Path, random: bool = False, image_size: tuple[int, int] | None = None) -> Checkpoint:
     """The timm module that computes what the folder's model does, and its tensors under timm's names.
 
     Image size, mean, std and interpolation are those of preprocessor_config.json; an image processor that cannot be
-    expressed as a resize, a centre crop and a normalisation is refused. Raises ModelError, WeightsError, InputError.
+    expressed as a resize, a centre crop and a normalisation is refused. With `image_size`, to which the module is
+    resized later, it has the size of config.json. Raises ModelError, WeightsError, InputError.
     """
     from edgeprune.vit.hugging_face_models import ARCHITECTURES, build
 
@@ -61,7 +62,7 @@ def read(folder: Path, random: bool = False) -> Checkpoint:
     data, side = _data(folder / PREPROCESSOR)
     state = None if random else _tensors(folder)
     try:
-        module, state = build(name, config, side, state)
+        module, state = build(name, config, side if image_size is None else None, state)
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         detail = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:160]
         raise ModelError(f"{folder / CONFIG}: cannot be used ({detail}): {EXPECT}") from None
@@ -139,7 +140,7 @@ def _config(how: dict[str, Any]) -> tuple[dict[str, Any], int]:
     side = (crop if isinstance(crop, int) else _side(crop)) if cropped else resized
     normal = how.get("do_normalize", True)
     return {
-        "crop_pct": side / (resized + 0.5),  # so that timm's floor gives `resized` again
+        "crop_pct": side / (resized + 1e-6),  # so that timm's floor gives `resized` again
         "crop_mode": "squash" if squashed else "center",
         "interpolation": RESAMPLE.get(how["resample"], str(how["resample"])),
         "mean": tuple(how["image_mean"]) if normal else (0.0, 0.0, 0.0),

@@ -1,9 +1,9 @@
 """Architectures of Hugging Face `transformers` as timm modules: the options of a config, the names of its tensors.
 
 Written from the definitions of both: transformers' models vit, deit, dinov2, dinov2_with_registers, dinov3_vit, clip
-and siglip; timm's VisionTransformer and Eva. Each function takes a config, the side of the pictures in pixels and the
-tensors, and gives the module and its state dict; they raise ValueError with what is not supported, KeyError for what
-a config lacks.
+and siglip; timm's VisionTransformer and Eva. Each function takes a config, the side of the pictures in pixels (None:
+that of the config) and the tensors, and gives the module and its state dict; they raise ValueError with what is not
+supported, KeyError for what a config lacks.
 """
 
 from __future__ import annotations
@@ -28,12 +28,13 @@ Built = tuple[Any, State | None]
 ACTIVATIONS = {"gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "silu": "silu"}
 
 
-def _options(config: Config, side: int, resizable: bool = False) -> dict[str, Any]:
+def _options(config: Config, side: int | None, resizable: bool = False) -> dict[str, Any]:
     """Options that all timm modules take. Raises ValueError where a value is not supported."""
     image, patch = config["image_size"], config["patch_size"]
     image, patch = (value[0] if isinstance(value, list) and len({*value}) == 1 else value for value in (image, patch))
     if not isinstance(image, int) or not isinstance(patch, int):
         raise ValueError("image_size and patch_size must be square")
+    side = image if side is None else side
     if image != side and not resizable:
         raise ValueError(f"image_size is {image}, but {'preprocessor_config.json'} makes pictures of {side} px")
     if side % patch:
@@ -67,18 +68,18 @@ def _classes(config: Config) -> int:
     return len(config["id2label"]) if "id2label" in config else int(config.get("num_labels", 2))
 
 
-def vit(config: Config, side: int, found: State | None) -> Built:
+def vit(config: Config, side: int | None, found: State | None) -> Built:
     """ViTForImageClassification: logits of the class token."""
     return _classifier(config, side, found, VisionTransformer, "vit.", {"head": "classifier"})
 
 
-def deit(config: Config, side: int, found: State | None) -> Built:
+def deit(config: Config, side: int | None, found: State | None) -> Built:
     """DeiTForImageClassification: logits of the class token; the distillation token is a register to timm."""
     make = partial(VisionTransformer, reg_tokens=1)
     return _classifier(config, side, found, make, "deit.", {"head": "classifier"}, reg_token="distillation_token")
 
 
-def deit_with_teacher(config: Config, side: int, found: State | None) -> Built:
+def deit_with_teacher(config: Config, side: int | None, found: State | None) -> Built:
     """DeiTForImageClassificationWithTeacher: the mean of the logits of both tokens."""
     heads = {"head": "cls_classifier", "head_dist": "distillation_classifier"}
     make = VisionTransformerDistilled
@@ -87,7 +88,7 @@ def deit_with_teacher(config: Config, side: int, found: State | None) -> Built:
 
 def _classifier(
     config: Config,
-    side: int,
+    side: int | None,
     found: State | None,
     make: Callable[..., Any],
     prefix: str,
@@ -121,7 +122,7 @@ class ClassAndMean(VisionTransformer):  # type: ignore[misc]
         return torch.cat([x[:, 0], x[:, self.num_prefix_tokens :].mean(dim=1)], dim=1)
 
 
-def dinov2(config: Config, side: int, found: State | None, classifier: bool = False) -> Built:
+def dinov2(config: Config, side: int | None, found: State | None, classifier: bool = False) -> Built:
     """Dinov2Model and Dinov2WithRegistersModel: `pooler_output`; with `classifier` the logits of their classifiers.
 
     Position embeddings are resampled to other image sizes as transformers does it.
@@ -142,7 +143,7 @@ def dinov2(config: Config, side: int, found: State | None, classifier: bool = Fa
         return module, None
     own = Tensors(found, "dinov2.", "dinov2_with_registers.")
     first = own("embeddings.cls_token")
-    places = _resampled(own("embeddings.position_embeddings"), side // config["patch_size"], bool(registers))
+    places = _resampled(own("embeddings.position_embeddings"), module.patch_embed.grid_size[0], bool(registers))
     state = {"cls_token": first, "pos_embed": places}
     if registers:  # timm gives no position to registers and so none to the class token
         state = {"cls_token": first + places[:, :1], "pos_embed": places[:, 1:]}
@@ -169,7 +170,7 @@ def _resampled(places: Tensor, side: int, antialias: bool) -> Tensor:
     return torch.cat([places[:, :1].float(), grid.permute(0, 2, 3, 1).reshape(1, side * side, -1)], dim=1)
 
 
-def dinov3(config: Config, side: int, found: State | None) -> Built:
+def dinov3(config: Config, side: int | None, found: State | None) -> Built:
     """DINOv3ViTModel: `pooler_output`."""
     biased, gated = config.get("query_bias", True), config.get("use_gated_mlp", False)
     for key, wanted in (("key_bias", False), ("value_bias", biased), ("proj_bias", True), ("mlp_bias", True)):
@@ -204,7 +205,7 @@ def dinov3(config: Config, side: int, found: State | None) -> Built:
     return module, own.done(state)
 
 
-def clip(config: Config, side: int, found: State | None, projected: bool = False) -> Built:
+def clip(config: Config, side: int | None, found: State | None, projected: bool = False) -> Built:
     """CLIPVisionModel: `pooler_output`; with `projected` CLIPVisionModelWithProjection: `image_embeds`."""
     width = config["projection_dim"] if projected else 0
     options = _options(config, side) | {"mlp_ratio": _ratio(config)}
@@ -225,7 +226,7 @@ def clip(config: Config, side: int, found: State | None, projected: bool = False
     return module, own.done(state)
 
 
-def siglip(config: Config, side: int, found: State | None) -> Built:
+def siglip(config: Config, side: int | None, found: State | None) -> Built:
     """SiglipVisionModel: `pooler_output`, by attention of a learnt query to all patches."""
     if not config.get("vision_use_head", True):
         raise ValueError("vision_use_head is false, so that the model has no embedding of the picture")
@@ -248,14 +249,14 @@ def siglip(config: Config, side: int, found: State | None) -> Built:
     return module, own.done(state)
 
 
-def _tower(kind: str, config: Config, side: int, found: State | None) -> Built:
+def _tower(kind: str, config: Config, side: int | None, found: State | None) -> Built:
     """The image tower of a model of images and text; `kind` is its architecture alone."""
     shared = {"projection_dim": config["projection_dim"]} if "projection_dim" in config else {}
     return build(kind, {**config["vision_config"], **shared}, side, found)
 
 
-def build(architecture: str, config: Config, side: int, found: State | None) -> Built:
-    """A model of ARCHITECTURES for pictures of `side` px; the state is None without tensors.
+def build(architecture: str, config: Config, side: int | None, found: State | None) -> Built:
+    """A model of ARCHITECTURES for pictures of `side` px (None: its config's); the state is None without tensors.
 
     What a config does not have is transformers' own default. Raises ValueError, KeyError, TypeError.
     """
@@ -275,7 +276,7 @@ _DINOV3 = _BASE | {
 }  # fmt: skip
 _CLIP = _BASE | {"patch_size": 32, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 512}
 _SIGLIP = _BASE | {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6}
-ARCHITECTURES: dict[str, tuple[Callable[[Config, int, State | None], Built], Config]] = {
+ARCHITECTURES: dict[str, tuple[Callable[[Config, int | None, State | None], Built], Config]] = {
     "ViTForImageClassification": (vit, _BASE),
     "DeiTForImageClassification": (deit, _BASE),
     "DeiTForImageClassificationWithTeacher": (deit_with_teacher, _BASE),

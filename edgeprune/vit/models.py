@@ -7,20 +7,21 @@ import difflib
 import hashlib
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import msgspec
 
 from edgeprune import zoo
 from edgeprune.errors import InputError, MissingError, ModelError, WeightsError, install
 from edgeprune.io import read_bytes
-from edgeprune.records import CROP_MODES, INTERPOLATIONS, Preprocessing, Vit
+from edgeprune.records import CROP_MODES, INTERPOLATIONS, Preprocessing, Vit, pixels_of, sides_of
 from edgeprune.vit import hugging_face
 from edgeprune.vit.families import Family, family_of
+from edgeprune.vit.image_size import made_for, resize
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -46,6 +47,8 @@ def load_model(
     weights: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     task: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    layers: Sequence[int] = (),
 ) -> Model:
     """A model by name with `weights`, or a timm module with the weights it has.
 
@@ -53,39 +56,69 @@ def load_model(
     of transformers (vit/hugging_face.py). Weights are pretrained, embedded, random, or a file (.safetensors, or .pth
     as tensors only); default: embedded for the embedded model, else pretrained. A module is copied, never changed.
     `overrides` replaces keys of the data config (crop_pct, interpolation, mean, std, crop_mode). `task` is what the
-    output is for, by default embed where the model has no head, else classify. Raises ModelError, WeightsError,
-    MissingError, InputError.
+    output is for, by default embed where the model has no head, else classify. `image_size` (height, width) resizes
+    the model (vit/image_size.py); positions in a file are of the model's own size or of that one. With `layers`
+    (numbers of blocks, from 1) it is dense, and their patch features are outputs; dense alone means the last. Raises
+    ModelError, WeightsError, MissingError, InputError.
     """
     _require_timm()
-    state = config = labels = None
+    if layers and task not in (None, "dense"):
+        raise InputError(f"--layers is for dense features: pass --task dense instead of {task}, or leave it out")
+    source = _source_of(model, weights, image_size)
+    module, state, name = source.module, source.state, source.name
+    task = "dense" if layers else task or source.task
+    key, family = family_of(module)
+    if image_size is not None and state is not None and not made_for(module, state):
+        resize(module, image_size, name)
+    if state is not None:
+        _fill(module, state, str(source.weights))
+    if image_size is not None:
+        resize(module, image_size, name)
+    vit = family.describe(module, name, weights_sha256(module))
+    assert vit.family == key
+    if task == "dense":
+        from edgeprune.vit.pruned import with_layers
+
+        vit = with_layers(vit, layers or (vit.depth,))
+    how = _preprocessing(module, vit, source.config, overrides or {})
+    names = source.labels if source.labels and len(source.labels) == vit.classes else None
+    return Model(module.eval(), family, vit, how, task or task_of(module), names)
+
+
+class _Source(NamedTuple):
+    """A timm module as it is made, and what is to be filled into it."""
+
+    module: Any
+    name: str
+    weights: str | None = None  # where they are from, for messages
+    state: dict[str, Tensor] | None = None  # to fill in; None: the module has its weights
+    config: dict[str, Any] | None = None
+    labels: tuple[str, ...] | None = None
+    task: str | None = None
+
+
+def _source_of(model: str | nn.Module, weights: str | None, image_size: tuple[int, int] | None) -> _Source:
+    """What `load_model` starts from; arguments and errors are its own."""
     if not isinstance(model, str):
         if weights is not None:
             raise WeightsError("a module already has weights: pass its timm name to load other weights")
-        module, name = copy.deepcopy(model), str(_config_of(model).get("architecture") or type(model).__name__)
-    elif hugging_face.is_folder(model):
+        name = str(_config_of(model).get("architecture") or type(model).__name__)
+        return _Source(copy.deepcopy(model), name)
+    if hugging_face.is_folder(model):
         if weights not in (None, "pretrained", "random"):
             raise WeightsError(f"{model} has weights of its own: leave out --weights")
-        found = hugging_face.read(Path(model), weights == "random")
-        module, state, config, labels = found.module, found.state, found.data, found.labels
-        weights, name = model, Path(model).resolve().name
-        task = task or ("classify" if found.classifies else "embed")
-    else:
-        weights, name = weights or ("embedded" if model == zoo.EMBEDDED else "pretrained"), _short_name(model)
-        if weights == "embedded" and model != zoo.EMBEDDED:
-            raise WeightsError(f"only {zoo.EMBEDDED} has embedded weights: pass --weights FILE or pretrained")
-        if weights == "embedded":
-            state = _read_state(zoo.WEIGHTS)
-        elif weights not in ("pretrained", "random"):
-            state, config = _read_state(Path(weights)), _checkpoint_config(Path(weights))
-        module = _create(model, weights, state)
-    key, family = family_of(module)
-    if state is not None:
-        _fill(module, state, str(weights))
-    vit = family.describe(module, name, weights_sha256(module))
-    assert vit.family == key
-    how = _preprocessing(module, vit, config, overrides or {})
-    names = labels if labels and len(labels) == vit.classes else None
-    return Model(module.eval(), family, vit, how, task or task_of(module), names)
+        found = hugging_face.read(Path(model), weights == "random", image_size)
+        name, task = Path(model).resolve().name, "classify" if found.classifies else "embed"
+        return _Source(found.module, name, model, found.state, found.data, found.labels, task)
+    weights, name = weights or ("embedded" if model == zoo.EMBEDDED else "pretrained"), _short_name(model)
+    if weights == "embedded" and model != zoo.EMBEDDED:
+        raise WeightsError(f"only {zoo.EMBEDDED} has embedded weights: pass --weights FILE or pretrained")
+    state = config = None
+    if weights == "embedded":
+        state = _read_state(zoo.WEIGHTS)
+    elif weights not in ("pretrained", "random"):
+        state, config = _read_state(Path(weights)), _checkpoint_config(Path(weights))
+    return _Source(_create(model, weights, state), name, weights, state, config)
 
 
 def task_of(module: Any) -> str:
@@ -159,7 +192,7 @@ def _check_family(name: str) -> None:
     import torch
 
     with (
-        suppress(RuntimeError, NotImplementedError, ValueError),
+        suppress(RuntimeError, NotImplementedError, ValueError, TypeError),
         torch.device("meta"),
     ):  # some models need real tensors
         family_of(timm.create_model(name))
@@ -240,7 +273,7 @@ def _preprocessing(
         raise InputError(f"interpolation {data['interpolation']!r} is not supported: use {', '.join(INTERPOLATIONS)}")
     return Preprocessing(
         image_px=vit.image_px,
-        resize_px=math.floor(vit.image_px / data["crop_pct"]),
+        resize_px=pixels_of(*(math.floor(side / data["crop_pct"]) for side in sides_of(vit.image_px))),
         interpolation=data["interpolation"],
         crop_mode=data["crop_mode"],
         mean=_triple(data["mean"]),
@@ -260,7 +293,7 @@ def class_labels(model: Model, class_names: tuple[str, ...] | None) -> tuple[str
         return class_names
     if model.labels is not None:
         return model.labels
-    if vit.name == zoo.EMBEDDED:
+    if vit.name == zoo.EMBEDDED and vit.classes == len(zoo.CLASS_NAMES):
         return zoo.CLASS_NAMES
     if vit.classes == 1000:
         from timm.data import ImageNetInfo

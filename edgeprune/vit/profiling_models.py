@@ -15,7 +15,7 @@ from edgeprune.latency.profiling import check_profiling_models, cut_pairs
 from edgeprune.onnx_graph.chain import Repeatable, chained
 from edgeprune.onnx_graph.precision import CONVERSIONS, Convert
 from edgeprune.records import Progress, silent
-from edgeprune.tasks import BY_NAME
+from edgeprune.tasks import output_names
 from edgeprune.vit import export
 from edgeprune.vit.models import Model
 from edgeprune.vit.pruned import CutBlock, Fixed, LastBlock, PrunedViT, Trunk
@@ -47,7 +47,7 @@ def export_profiling_models(
     reducers = {method: reducer_named(method) for method in methods}
     check_profiling_models(folder, vit, batch, precision)
     stream = torch.zeros(batch, vit.tokens, vit.width)
-    images = torch.zeros(batch, 3, vit.image_px, vit.image_px)
+    images = torch.zeros(batch, 3, *vit.size)
     rotation = rotation_of(model)
     dense = PrunedViT(module, family, vit, (vit.tokens,) * vit.depth, None)
     convert = CONVERSIONS.get(precision)
@@ -64,10 +64,10 @@ def export_profiling_models(
             write(folder / name)
         done += 1
 
-    ends = ("images", BY_NAME[model.task].output)
+    ends = ("images", *output_names(model.task, vit))
     missing("vit.json", lambda p: save(vit, p))
     missing("trunk.onnx", lambda p: trunks.write(p, blocks))
-    missing("fixed.onnx", lambda p: export.onnx_from_module(Fixed(module, family), images, p, convert=convert))
+    missing("fixed.onnx", lambda p: export.onnx_from_module(Fixed(module, family, vit), images, p, ends, convert))
     missing("dense.onnx", lambda p: export.onnx_from_module(dense, images, p, ends, convert))
     missing("block.onnx", lambda p: trunks.write(p, [middle]))
     if paired:
@@ -82,7 +82,7 @@ def export_profiling_models(
             example = stream[:, :1].expand(-1, entering, -1).contiguous()
             name = f"cut-{method}-{entering}-{leaving}.onnx"
             missing(name, lambda p, c=cut, e=example: export.onnx_from_module(  # type: ignore[misc]
-                c, e, p, ("x", "y"), convert, tensorrt=tensorrt))  # fmt: skip
+                c, e, p, ("x", "y", "z") if vit.layers else ("x", "y"), convert, tensorrt=tensorrt))  # fmt: skip
 
 
 class _Trunks:

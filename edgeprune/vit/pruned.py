@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import InputError
-from edgeprune.records import Schedule, Vit, check_tokens
+from edgeprune.records import Schedule, Vit, check_tokens, text_of
 from edgeprune.vit.families import Family, family_of
 from edgeprune.vit.reducers import reducer_named
+from edgeprune.vit.reducers.common import take
+from edgeprune.vit.restore import Grid, after_cut, features, patches
 from edgeprune.vit.rotary import Rotation, moved, rows_of
 from edgeprune.vit.tokens import Reducer, Stream
 
@@ -47,17 +50,22 @@ class PrunedViT(nn.Module):
         self.prefix_last = prefix_last
         self.register_buffer("rotary", None, persistent=False)  # the table as a constant, set during an export
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, P, P) images to (B, classes) logits."""
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """(B, 3, H, W) images to (B, classes) logits, or to the several outputs of Vit.outputs."""
         table = self.family.rotary(self.model) if self.rotary is None else self.rotary
         last = self.vit.depth - 1 if self.prefix_last else self.vit.depth
-        stream = self.blocks(Stream(self.family.embed(self.model, images)), 0, last, table)
+        stream, found, start = Stream(self.family.embed(self.model, images)), [], 0
+        for layer in self.vit.layers:
+            stream, start = self.blocks(stream, start, layer, table), layer
+            found.append(features(self.family, self.model, self.vit, stream))
+        stream = self.blocks(stream, start, last, table)
         x = stream.x
         if self.prefix_last:
             blocks: Any = self.model.blocks
             rows = rows_of(table, last, stream.places)
             x = self.family.prefix_only(blocks[last], x, stream.sizes, self.vit.prefix, rows)
-        return self.family.classify(self.model, x)
+        embedding = self.family.classify(self.model, x)
+        return (*found, embedding) if found else embedding
 
     def blocks(self, stream: Stream, start: int, stop: int, table: Tensor | None) -> Stream:
         """Blocks start..stop-1; `table` is that of the family's rotary()."""
@@ -78,16 +86,17 @@ def step(
     rows: Tensor | None = None,
 ) -> Stream:
     """One block that leaves `keep` tokens: timm's own block if that is all, else with a cut before its MLP."""
-    x, sizes, places = stream
+    x, sizes, places, grid = stream
     if keep == x.shape[1]:
-        return Stream(family.block(block, x, sizes, rows), sizes, places)
+        return Stream(family.block(block, x, sizes, rows), sizes, places, grid)
     assert reducer is not None
     attended = family.attend(block, x, sizes, rows)
     x, sizes, kept = reducer(attended.out, sizes, attended, keep, vit.prefix)
     assert x.shape[1] == keep, f"the reducer left {x.shape[1]} tokens instead of {keep}"
-    return Stream(
-        family.mlp(block, x), sizes, None if rows is None else moved(places, kept(), vit.tokens - vit.prefix)
-    )
+    if vit.layers:
+        grid = after_cut(attended.out[:, vit.prefix :], x[:, vit.prefix :], grid)
+    places = None if rows is None else moved(places, kept(), vit.tokens - vit.prefix)
+    return Stream(family.mlp(block, x), sizes, places, grid)
 
 
 class Trunk(nn.Module):
@@ -109,18 +118,28 @@ class Trunk(nn.Module):
 class Fixed(nn.Module):
     """Embedding and head without a block: the part of the latency that no schedule changes."""
 
-    def __init__(self, model: nn.Module, family: Family) -> None:
+    def __init__(self, model: nn.Module, family: Family, vit: Vit) -> None:
         super().__init__()
         self.model = model
-        self.family = family
+        self.family, self.vit = family, vit
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, P, P) to (B, classes)."""
-        return self.family.classify(self.model, self.family.embed(self.model, images))
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """(B, 3, H, W) to (B, classes), or to the several outputs of Vit.outputs."""
+        stream = Stream(self.family.embed(self.model, images))
+        # A number is added for each layer: the features of equal tokens would be computed once for all.
+        found = [
+            features(self.family, self.model, self.vit, Stream(stream.x + float(layer))) for layer in self.vit.layers
+        ]
+        embedding = self.family.classify(self.model, stream.x)
+        return (*found, embedding) if found else embedding
 
 
 class CutBlock(nn.Module):
-    """One block with a cut: (B, n, C) to (B, keep, C). The cost of a cut is measured on it."""
+    """One block with a cut: (B, n, C) to (B, keep, C). The cost of a cut is measured on it.
+
+    With dense features it also updates the grid of an earlier cut and restores one layer, without the norm that the
+    unpruned model has, too.
+    """
 
     def __init__(
         self,
@@ -135,10 +154,24 @@ class CutBlock(nn.Module):
         self.block, self.family, self.vit, self.keep, self.reducer = block, family, vit, keep, reducer
         self.rotation = rotation
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, n, C) to (B, keep, C)."""
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """(B, n, C) to (B, keep, C), with dense features also (B, patches, C)."""
         rows = self.rotation.rows(x) if self.rotation else None
-        return step(self.family, self.block, Stream(x), self.keep, self.vit, self.reducer, rows).x
+        stream = step(
+            self.family, self.block, Stream(x, grid=self.earlier(x)), self.keep, self.vit, self.reducer, rows
+        )
+        if stream.grid is None:
+            return stream.x
+        return stream.x, patches(stream.x[:, self.vit.prefix :], stream.grid)
+
+    def earlier(self, x: Tensor) -> Grid | None:
+        """Any grid for tokens (B, n, C) of which some are gone, computed from them as that of a run is."""
+        body, count = x[:, self.vit.prefix :], self.vit.tokens - self.vit.prefix
+        if not self.vit.layers or body.shape[1] == count:
+            return None
+        places = torch.tensor([float(patch % body.shape[1]) for patch in range(count)], device=x.device)
+        held = (places + body[:, :1, 0] * 0).long()
+        return Grid(held, take(body, held))
 
 
 class LastBlock(nn.Module):
@@ -166,14 +199,29 @@ def random_kept(x: Tensor, keep: int, prefix: int, generator: torch.Generator) -
     return Stream(torch.cat([x[:, :prefix], body], dim=1), None, places)
 
 
+def with_layers(vit: Vit, layers: Sequence[int]) -> Vit:
+    """The record of a model with patch features of `layers` as outputs. Raises InputError for one out of range."""
+    if not layers:
+        return vit
+    if not 1 <= min(layers) <= max(layers) <= vit.depth:
+        wrong = min(layers) if min(layers) < 1 else max(layers)
+        raise InputError(f"layer {wrong} is out of range: pass --layers of the blocks 1 to {vit.depth} of {vit.name}")
+    return msgspec.structs.replace(vit, layers=tuple(sorted(set(layers))), prefix_pooled=False)
+
+
 def pruned_from_module(model: nn.Module, schedule: Schedule) -> PrunedViT:
     """A timm model with a schedule; parameters are shared.
 
     Raises ModelError for a model that is not supported, InputError for a schedule of another shape of model.
     """
     key, family = family_of(model)
-    vit = family.describe(model, schedule.vit.name, schedule.vit.weights_sha256)
+    vit = with_layers(family.describe(model, schedule.vit.name, schedule.vit.weights_sha256), schedule.vit.layers)
     if (key, vit) != (schedule.vit.family, schedule.vit):
+        if vit.size != schedule.vit.size:
+            raise InputError(
+                f"the schedule is for pictures of {text_of(schedule.vit.image_px)} px, the model takes "
+                f"{text_of(vit.image_px)}: call model.set_input_size(img_size={schedule.vit.size}) first"
+            )
         here = type(model).__name__
         raise InputError(
             f"the schedule was made for {schedule.vit.name}, not for this {here}: make one for this model"

@@ -14,7 +14,8 @@ from torch.nn.functional import pad
 
 from edgeprune.images import normalise
 from edgeprune.records import Sample, Schedule
-from edgeprune.tasks import BY_NAME
+from edgeprune.tasks import Task, task_of
+from edgeprune.vit.fidelity import packed_outputs, pruned_module
 from edgeprune.vit.models import Model
 from edgeprune.vit.pruned import PrunedViT
 from edgeprune.vit.reducers import reducer_named
@@ -34,20 +35,24 @@ def samples_of(
     labels: Sequence[int] | None,
     names: Sequence[str],
     recovered: Model | None = None,
+    task: Task | None = None,
 ) -> tuple[Sample, ...]:
     """Samples for a bundle from pictures (images, P, P, 3): small, with their groups of patches after every cut.
 
     Groups are computed with PyTorch in fp32. `labels` are class indices, `names` the names of the classes; both are
-    for a model that classifies. The pruned model has the weights of `recovered`, if that is given.
+    for a model that classifies. The pruned model has the weights of `recovered`, if that is given. `task` is that of
+    the model unless it is given.
     """
     images = torch.from_numpy(normalise(pixels, model.preprocessing))
     with torch.no_grad():
         groups, pruned = groups_of(recovered or model, schedule, images)
-        dense = model.module(images)
-    losses = BY_NAME[model.task].losses(dense.numpy(), pruned.numpy())
+        dense = packed_outputs(pruned_module(model, "none", (model.vit.tokens,) * model.vit.depth)(images))
+    losses = (task or task_of(model.task, model.vit)).losses(dense, pruned)
     samples = []
     for index, picture in enumerate(pixels):
         told: dict[str, Any] = {"cosine": 1 - float(losses[index])}
+        if model.task == "dense":
+            told = {"error": float(losses[index]) ** 0.5}
         if model.task == "classify":
             told = {
                 "label": names[labels[index]] if labels else None,
@@ -59,18 +64,18 @@ def samples_of(
     return tuple(samples)
 
 
-def groups_of(model: Model, schedule: Schedule, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    """For each cut the index (B, patches) of the token that holds each patch, -1 for none; and the logits."""
+def groups_of(model: Model, schedule: Schedule, images: Tensor) -> tuple[list[Tensor], NDArray[np.float32]]:
+    """For each cut the index (B, patches) of the token that holds each patch, -1 for none; and the outputs."""
     vit = model.vit
     reducer = reducer_named(schedule.method)
     watched = Watched(reducer) if reducer else None
     network = PrunedViT(model.module, model.family, vit, schedule.tokens, watched, schedule.prefix_last)
-    logits: Tensor = network(images)
+    outputs = packed_outputs(network(images))
     place, after = torch.arange(vit.prefix, vit.tokens).expand(len(images), -1), []
     for moved in watched.moved if watched else ():
         place = torch.where(place < 0, place, moved.gather(1, place.clamp(min=0)))
         after.append(place)
-    return after, logits
+    return after, outputs
 
 
 class Watched:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from edgeprune.vit.restore import Grid
+
 
 class Stream(NamedTuple):
     """The tokens between two blocks. The body is all tokens except the prefix."""
@@ -15,6 +17,7 @@ class Stream(NamedTuple):
     x: Tensor  # (B, N, C)
     sizes: Tensor | None = None  # (B, N); None if every token still represents only itself
     places: Tensor | None = None  # (B, M) row of the table of vit/rotary.py; None if no token has moved, or no table
+    grid: Grid | None = None  # of vit/restore.py; None if no token has moved, or without dense features
 
 
 class Attended(NamedTuple):

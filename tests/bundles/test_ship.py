@@ -14,7 +14,7 @@ import pytest
 from support.builds import Shared, call, row_of
 from support.loopback import Server
 
-from edgeprune.bundles.ship import _RemoteFolder, destination, fleet, ship
+from edgeprune.bundles.ship import destination, fleet, remote_folder, ship
 from edgeprune.errors import HostError, InputError, RecordError
 from edgeprune.io import sha256_file
 
@@ -207,7 +207,7 @@ def test_destinations_and_lists_of_hosts_are_checked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("folder", "place"), [("~", ""), ("~/", ""), ("~/a b", "a b"), ("~a/b", "~a/b"), ("c", "c")])
 def test_a_home_is_found_at_the_far_end(folder: str, place: str, tmp_path: Path) -> None:
-    script = _RemoteFolder(destination(f"nano:{folder}"), "")._inside("pwd")
+    script = remote_folder(destination(f"nano:{folder}"))._inside("pwd")
     said = subprocess.check_output(["sh", "-c", script], cwd=tmp_path, env={"HOME": str(tmp_path)}, text=True)
     assert Path(said.rstrip("\n")) == tmp_path / place
 

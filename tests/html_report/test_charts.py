@@ -74,7 +74,7 @@ def test_one_value_of_each_still_gives_charts(make_vit: Callable[..., Vit]) -> N
 
 
 def test_patches_are_coloured_by_group() -> None:
-    drawn = colours((5, 5, 7, -1, 5, 5, 8, -1, 1, 2, 3, 9, 4, 9, 9, 9))  # a square, loners, dropped ones, an L
+    drawn = colours((5, 5, 7, -1, 5, 5, 8, -1, 1, 2, 3, 9, 4, 9, 9, 9), 4)  # a square, loners, dropped ones, an L
     fills = dict(re.findall(r'<path class="(\w+)" d="([^"]*)"', drawn))
     assert fills["gone"] == "M3 0h1v1h-1zM3 1h1v1h-1z"
     square, rest = (text for name, text in sorted(fills.items()) if name.startswith("g") and name != "gone")

@@ -239,6 +239,6 @@ def test_what_report_refuses(shared: Shared, tmp_path: Path) -> None:
         page_of_bundle(copied(shared.bundle, tmp_path, without_story))
 
 
-def test_groups_of_a_sample_are_square() -> None:
-    with pytest.raises(ValueError, match="square"):
-        Sample(picture=b"", label=None, unpruned="", pruned="", groups=((1, 2, 3),))
+def test_groups_of_a_sample_are_of_the_same_patches() -> None:
+    with pytest.raises(ValueError, match="same number of patches"):
+        Sample(picture=b"", label=None, unpruned="", pruned="", groups=((1, 2, 3), (1, 2)))

@@ -16,10 +16,18 @@ import pytest
 from numpy.typing import NDArray
 
 from edgeprune.errors import ExportError
+from edgeprune.features import Dense
 from edgeprune.images import normalise
-from edgeprune.pipeline.evaluate import PARITY_IMAGES, check_parity, gate, with_fidelity, with_unrecovered
+from edgeprune.pipeline.evaluate import (
+    PARITY_IMAGES,
+    below_bound,
+    check_parity,
+    gate,
+    with_fidelity,
+    with_unrecovered,
+)
 from edgeprune.pipeline.measure import Measured
-from edgeprune.records import Latency, Report, Schedule
+from edgeprune.records import Latency, Output, Report, Schedule
 from edgeprune.runtimes.trt import TensorRT
 from edgeprune.scheduling.goals import Goal
 from edgeprune.tasks import BY_NAME, CLASSIFY
@@ -142,6 +150,37 @@ def test_gate_refuses_with_the_figures(
     labels: Any, goal: Goal, measured: tuple[Measured, Measured], count: int, told: str
 ) -> None:
     assert gate(NAMES, goal, measured, wrong(count), EXACT, labels, CLASSIFY) == told
+
+
+def turned(cosine: float) -> NDArray[np.float32]:
+    """EXACT, each row turned to that cosine."""
+    return np.float32(cosine) * EXACT + np.float32((1 - cosine**2) ** 0.5) * np.roll(EXACT, 1, axis=1)
+
+
+@pytest.mark.parametrize(
+    ("bound", "narrow", "whole", "told"),
+    [
+        (None, 0.5, 0.99, None),
+        (0.95, 0.951, 0.99, None),
+        (0.95, 0.949, 0.951, "its mean cosine is 0.9490, below 0.9500; it is 0.9510 in fp32"),
+        (0.95, 0.939, 0.94, None),  # fp32 misses the bound, too
+        (0.95, 0.93, 0.94, "its mean cosine is 0.9300, below 0.9380; it is 0.9400 in fp32"),
+    ],
+)
+def test_a_precision_keeps_to_the_bound_on_the_cosine(
+    bound: float | None, narrow: float, whole: float, told: str | None
+) -> None:
+    goal = Goal(min_cosine=bound)
+    assert below_bound("fp32", goal, BY_NAME["embed"], EXACT, turned(narrow), turned(whole)) == told
+
+
+def test_gate_of_dense_features_is_their_error() -> None:
+    task = Dense((Output("features_1", (2, 2, 2)), Output("embedding", (2,))))
+    assert gate(NAMES, Goal(), FASTER, EXACT * 1.08, EXACT, LABELS, task) is None
+    told = "its outputs are 12.00 % off those in fp16 (limit 10) for 2.00x"
+    assert gate(NAMES, Goal(), FASTER, EXACT * np.float32(1.12), EXACT, None, task) == told
+    told = "its outputs are 8.00 % off those in fp16 (limit 5) for 2.00x"
+    assert gate(NAMES, Goal(max_error=0.05), FASTER, EXACT * np.float32(1.08), EXACT, None, task) == told
 
 
 # --- the figures ---

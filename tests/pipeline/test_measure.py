@@ -29,7 +29,7 @@ from edgeprune.pipeline.measure import (
     report_of,
     warn_if_missed,
 )
-from edgeprune.records import Latency, Setup, Staircase, Vit
+from edgeprune.records import DenseFidelity, EmbedFidelity, Latency, Report, Setup, Staircase, Vit
 from edgeprune.runtimes.steps import WorkFolder
 from edgeprune.runtimes.target import Target
 from edgeprune.scheduling.goals import Goal, finished
@@ -274,3 +274,31 @@ def test_a_goal_is_met_unless_measurement_or_margin_say_otherwise(
         warn_if_missed(goal, report)
         assert len(warnings(caplog)) == (not met)
     assert meets(Goal(alpha=0.5), found)
+
+
+@pytest.mark.parametrize(
+    ("cosine", "held_out", "told"),
+    [(0.96, True, None), (0.94, True, "that chose nothing"), (0.94, False, "evaluation")],
+)
+def test_a_bound_on_the_cosine_is_checked_on_the_final_pictures(
+    cosine: float, held_out: bool, told: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    report = Report(
+        latency=Latency(samples_ms=(1.0,)), fidelity=EmbedFidelity(cosine=cosine), images=100, held_out=held_out
+    )
+    warn_if_missed(Goal(min_cosine=0.95), report)
+    warn_if_missed(Goal(max_drop=1.0), report)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * (told is not None)
+    if told:
+        assert f"not met on the 100 pictures {told}" in caplog.text or f"on the 100 {told} pictures" in caplog.text
+        assert "it is 0.9400" in caplog.text
+
+
+@pytest.mark.parametrize(("error", "levels"), [(0.05, []), (0.0501, ["WARNING"])])
+def test_a_missed_bound_on_the_error_is_told(
+    error: float, levels: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    report = Report(latency=Latency(samples_ms=(1.0,)), fidelity=DenseFidelity(error=error), images=9, held_out=True)
+    warn_if_missed(Goal(max_error=0.05), report)
+    assert [record.levelname for record in caplog.records] == levels
+    assert not levels or "it is 0.0501; allow a higher one" in caplog.text

@@ -241,9 +241,10 @@ def tensorrt_module(fake: Fake) -> Any:  # noqa: C901 - a module's worth of smal
             fake.launches += 1
             fake.calls.append("launch")
             session = self.engine.session
-            [entering], [leaving] = session.get_inputs(), session.get_outputs()
-            feed = fake.memory[self.addresses[entering.name]]
-            fake.memory[self.addresses[leaving.name]] = session.run(None, {entering.name: feed})[0]
+            [entering] = session.get_inputs()
+            found = session.run(None, {entering.name: fake.memory[self.addresses[entering.name]]})
+            for leaving, array in zip(session.get_outputs(), found, strict=True):
+                fake.memory[self.addresses[leaving.name]] = array
             return True
 
     class Engine:

@@ -41,6 +41,7 @@ class Server(NamedTuple):
     program: Path  # edgeprune there, without torch
     ssh: str  # for EDGEPRUNE_SSH
     process: subprocess.Popen[bytes]
+    port: int
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -90,7 +91,7 @@ def server(folder: Path) -> Iterator[Server]:
                 break
             assert process.poll() is None, (folder / "log").read_text()
             time.sleep(0.05)
-        yield Server(f"{getpass.getuser()}@127.0.0.1", home, program, f"ssh -F {folder}/ssh_config", process)
+        yield Server(f"{getpass.getuser()}@127.0.0.1", home, program, f"ssh -F {folder}/ssh_config", process, port)
     finally:
         process.terminate()
         process.wait(20)

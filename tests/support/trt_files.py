@@ -63,7 +63,7 @@ def all_at_once(model: Any) -> Any:
                 stream = step(family, blocks[0], Stream(start), keep, vit, reducer)
                 if stream.sizes is not None and len(images) > 1:  # a second cut weighs tokens by their sizes
                     stream = step(family, blocks[1], stream, again, vit, reducer)
-                x, sizes, _ = stream
+                x, sizes = stream.x, stream.sizes
                 last = family.prefix_only(blocks[2], x, sizes, vit.prefix), family.block(blocks[2], x, sizes)
                 logits += [family.classify(self.model, each) for each in last]
             return torch.cat(logits, dim=1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,3 +112,18 @@ def test_the_limit_of_topk_is_ours(tmp_path: Path) -> None:
     sorts_or_raise(topk(MOST_SORTED))
     with pytest.raises(ExportError, match="a cut sorts 3841 tokens, TensorRT at most 3840: cut later"):
         sorts_or_raise(topk(MOST_SORTED + 1))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_dense_features_are_built(precision: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    """Several outputs, restored to the grid after one cut and after two."""
+    from edgeprune.vit import export
+    from edgeprune.vit.pruned import with_layers
+
+    model = tiny("cls")
+    model = replace(model, vit=with_layers(model.vit, (1, 3)), task="dense")
+    export.onnx_of_schedule(model, "fold", (13, 13, 9), False, 2, tmp_path / "dense.onnx", tensorrt=True)
+    found = accepted(converted(onnx.load(tmp_path / "dense.onnx"), precision), tmp_path / "model.onnx")
+    grid = ("FLOAT", (2, 4, 4, 48))
+    wanted = {"features_1": grid, "features_3": grid, "embedding": ("FLOAT", (2, 7))}
+    assert {name: (kind, shape) for name, kind, shape in found["outputs"]} == wanted

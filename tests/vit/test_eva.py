@@ -285,10 +285,12 @@ def unpooled() -> Any:
 
 
 def oblong() -> Any:
-    return timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=(56, 28))
+    return timm.create_model("eva02_tiny_patch14_224", depth=1, img_size=(56, 28), patch_size=(14, 7))
 
 
-@pytest.mark.parametrize(("make", "reason"), [(unpooled, "has no pooling"), (oblong, "takes 56x28 images")])
+@pytest.mark.parametrize(
+    ("make", "reason"), [(unpooled, "has no pooling"), (oblong, "divides 56x28 px into 4x4 patches")]
+)
 def test_what_cannot_be_pruned_is_refused_by_its_feature(make: Callable[[], Any], reason: str) -> None:
     with pytest.raises(ModelError, match=reason):
         family_of(make())

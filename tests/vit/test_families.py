@@ -207,7 +207,7 @@ def unpooled() -> Any:
 
 
 def oblong() -> Any:
-    return timm.create_model("vit_tiny_patch16_224", depth=1, img_size=(64, 32))
+    return timm.create_model("vit_tiny_patch16_224", depth=1, img_size=(64, 32), patch_size=(16, 8))
 
 
 @pytest.mark.parametrize(
@@ -217,7 +217,7 @@ def oblong() -> Any:
         (parallel, "block 0 is a ParallelThingsBlock"),
         (differential, "block 0 has DiffAttention"),
         (unpooled, "has no pooling"),
-        (oblong, "takes 64x32 images"),
+        (oblong, "divides 64x32 px into 4x4 patches, only square ones"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused_by_its_feature(make: Callable[[], Any], reason: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.models import shake
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor
 
 from edgeprune.errors import EdgepruneError
@@ -155,6 +156,28 @@ def test_preprocessing(
     how = load_model(str(folder), "random").preprocessing
     assert f"{how.image_px} {how.resize_px} {how.crop_mode}" == wanted
     assert load_model(str(folder), "random", {"interpolation": "bicubic"}).preprocessing.interpolation == "bicubic"
+
+
+@pytest.mark.parametrize("case", ["vit", "registers", "dinov3"])
+def test_another_size(case: str, saved: Callable[[str], tuple[Path, Any]]) -> None:
+    """timm's resampling from the size in the config; rotary positions are those of transformers at any size."""
+    folder, theirs = saved(case)
+    model = load_model(str(folder), image_size=(24, 32))
+    assert (model.vit.grid, model.preprocessing.resize_px, model.preprocessing.crop_mode) == (
+        (6, 8),
+        (24, 32),
+        "squash",
+    )
+    if case == "dinov3":
+        images = torch.randn(2, 3, 24, 32, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            torch.testing.assert_close(model.module(images), output(theirs(images)), atol=1e-4, rtol=0)
+        return
+    key = next(key for key in theirs.state_dict() if key.endswith("position_embeddings"))
+    side = CASES[case][2]["image_size"] // 4
+    wanted = resample_abs_pos_embed(theirs.state_dict()[key], new_size=[6, 8], old_size=[side, side])
+    found = model.module.state_dict()["pos_embed"]
+    torch.testing.assert_close(found, wanted[:, -found.shape[1] :], atol=1e-6, rtol=0)
 
 
 def changed(source: Path, folder: Path, name: str, changes: dict[str, Any]) -> Path:

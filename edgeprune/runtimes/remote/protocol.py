@@ -145,7 +145,7 @@ class Value(Message, frozen=True):
 
 
 class Output(Message, frozen=True):
-    """Outputs of one batch, fp32, C order."""
+    """Outputs of one batch, fp32, C order; several are one array (features.packed)."""
 
     shape: tuple[int, ...]
     data: bytes

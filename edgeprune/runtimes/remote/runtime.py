@@ -150,7 +150,7 @@ class RemoteSession:
         self._runtime, self._number, self._memory_bytes = runtime, opened.session, opened.memory_bytes
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
-        """(B, classes) fp32 outputs of one batch, fp32. Raises EngineError on a wrong shape, HostError."""
+        """(B, values) fp32 outputs of one batch, fp32. Raises EngineError on a wrong shape, HostError."""
         data = np.ascontiguousarray(images, np.float32)
         output = self._runtime.ask(protocol.Infer(self._number, data.shape, data.tobytes()), protocol.Output)
         return np.frombuffer(output.data, np.float32).reshape(output.shape)

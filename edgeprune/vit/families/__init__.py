@@ -34,7 +34,7 @@ class Family(Protocol):
         ...
 
     def embed(self, model: Any, images: Tensor) -> Tensor:
-        """(B, 3, P, P) images to the (B, N, C) tokens that enter block 0."""
+        """(B, 3, H, W) images to the (B, N, C) tokens that enter block 0."""
         ...
 
     def rotary(self, model: Any) -> Tensor | None:
@@ -57,6 +57,10 @@ class Family(Protocol):
 
     def mlp(self, block: Any, x: Tensor) -> Tensor:
         """MLP and residual of a block: (B, N, C) to (B, N, C)."""
+        ...
+
+    def norm(self, model: Any, x: Tensor) -> Tensor:
+        """The final norm of tokens, (B, N, C) to (B, N, C)."""
         ...
 
     def classify(self, model: Any, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from edgeprune.records import Vit
+from edgeprune.vit.families.grid import image_px, patch_px, uneven
 from edgeprune.vit.rotary import table_of
 from edgeprune.vit.tokens import Attended
 
@@ -30,23 +31,19 @@ def unsupported(model: Any) -> str | None:
             return f"block {index} has {type(block.attn).__name__}, not timm's attention: choose another model"
     if model.global_pool == "" and model.attn_pool is None:
         return "the model has no pooling (global_pool=''): create it with a classification head"
-    height, width = model.patch_embed.img_size
-    if height != width:
-        return f"the model takes {height}x{width} images, only square ones are supported: choose another model"
-    return None
+    return uneven(model)
 
 
 def describe(model: Any, name: str, weights_sha256: str) -> Vit:
     """The Vit record of a supported model."""
     attn, mlp = model.blocks[0].attn, model.blocks[0].mlp
-    image_px = model.patch_embed.img_size[0]
     gated = not hasattr(mlp, "fc1") or mlp.fc1.out_features != mlp.fc2.in_features
     return Vit(
         name=name,
         weights_sha256=weights_sha256,
         family="eva",
-        image_px=image_px,
-        patch_px=image_px // model.patch_embed.grid_size[0],
+        image_px=image_px(model),
+        patch_px=patch_px(model),
         depth=len(model.blocks),
         width=model.embed_dim,
         heads=attn.num_heads,
@@ -68,7 +65,7 @@ def rotary(model: Any) -> Tensor | None:
 
 
 def embed(model: Any, images: Tensor) -> Tensor:
-    """(B, 3, P, P) to (B, N, C); timm's own also computes rotary rows, which rotary() has."""
+    """(B, 3, H, W) to (B, N, C); timm's own also computes rotary rows, which rotary() has."""
     x = model.patch_embed(images)
     if x.ndim == 4:  # models of any image size give (B, H, W, C)
         x = x.flatten(1, 2)
@@ -182,6 +179,12 @@ def mlp(block: Any, x: Tensor) -> Tensor:
         out = block.norm2(block.mlp(x))
     result: Tensor = x + block.drop_path2(out)
     return result
+
+
+def norm(model: Any, x: Tensor) -> Tensor:
+    """The final norm of each token, (B, N, C); nothing in models that normalise after pooling."""
+    out: Tensor = model.norm(x)
+    return out
 
 
 def classify(model: Any, x: Tensor) -> Tensor:

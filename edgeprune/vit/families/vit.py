@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from edgeprune.records import Vit
+from edgeprune.vit.families.grid import image_px, patch_px, uneven
 from edgeprune.vit.tokens import Attended
 
 
@@ -29,25 +30,20 @@ def unsupported(model: Any) -> str | None:
             return f"block {index} has {type(block.attn).__name__}, not timm's Attention: choose another model"
     if model.global_pool == "":
         return "the model has no pooling (global_pool=''): create it with a classification head"
-    height, width = model.patch_embed.img_size
-    if height != width:
-        return f"the model takes {height}x{width} images, only square ones are supported: choose another model"
-    return None
+    return uneven(model)
 
 
 def describe(model: Any, name: str, weights_sha256: str) -> Vit:
     """The Vit record of a supported model."""
     block = model.blocks[0]
     attn, mlp = block.attn, block.mlp
-    image_px = model.patch_embed.img_size[0]
     gated = not hasattr(mlp, "fc1") or mlp.fc1.out_features != mlp.fc2.in_features
-    side = model.patch_embed.grid_size[0]
     return Vit(
         name=name,
         weights_sha256=weights_sha256,
         family="vit",
-        image_px=image_px,
-        patch_px=image_px // side,
+        image_px=image_px(model),
+        patch_px=patch_px(model),
         depth=len(model.blocks),
         width=model.embed_dim,
         heads=attn.num_heads,
@@ -62,7 +58,7 @@ def describe(model: Any, name: str, weights_sha256: str) -> Vit:
 
 
 def embed(model: Any, images: Tensor) -> Tensor:
-    """(B, 3, P, P) to (B, N, C)."""
+    """(B, 3, H, W) to (B, N, C)."""
     x = model._pos_embed(model.patch_embed(images))
     out: Tensor = model.norm_pre(model.patch_drop(x))
     return out
@@ -140,6 +136,12 @@ def mlp(block: Any, x: Tensor) -> Tensor:
         out: Tensor = x + block.drop_path2(block.ls2(block.mlp(block.norm2(x))))
     else:
         out = x + block.drop_path2(block.norm2(block.mlp(x)))
+    return out
+
+
+def norm(model: Any, x: Tensor) -> Tensor:
+    """The final norm of each token, (B, N, C); nothing in models that normalise after pooling."""
+    out: Tensor = model.norm(x)
     return out
 
 

@@ -1,0 +1,133 @@
+"""A folder of versions on another machine: files sent and checked by hash, `current` switched in one step."""
+
+from __future__ import annotations
+
+import hashlib
+import shlex
+from pathlib import Path
+
+from edgeprune.bundles.format import MANIFEST
+from edgeprune.errors import HostError
+from edgeprune.records import Progress
+from edgeprune.runtimes.remote.ssh import Channel, Host
+
+PIECE_BYTES = 1 << 20
+BUSY = 75  # EX_TEMPFAIL of sysexits.h
+CURRENT, PREVIOUS = "current", "previous"
+
+
+class RemoteFolder:
+    """Commands in a folder on another machine."""
+
+    def __init__(self, host: Host, folder: str, incoming: str = "") -> None:
+        """`incoming` is the name of a folder in it that receives files."""
+        self.host, self.folder = host, folder
+        self.incoming = self.quoted(incoming)
+
+    @staticmethod
+    def quoted(name: str) -> str:
+        """A name quoted for the shell; never taken for an option."""
+        return shlex.quote(f"./{name}")
+
+    def _inside(self, script: str) -> str:
+        """`script` preceded by a cd into the folder, which may begin with ~/."""
+        first, _, rest = self.folder.partition("/")
+        place = f'"$HOME"/{shlex.quote(rest)}' if first == "~" else shlex.quote(self.folder)
+        return f"set -e; mkdir -p -- {place}; cd -- {place}; {script}"
+
+    def run(self, script: str) -> str:
+        """The output of a script. Raises HostError where it fails."""
+        with Channel(self.host, self._inside(script)) as channel:
+            said = channel.stdout.read().decode(errors="replace")
+            if channel.end():
+                raise channel.failure()
+        return said
+
+    def locked(self) -> Channel:
+        """Lock the folder until the channel ends or the connection is lost. Raises HostError."""
+        script = f"exec 9>.ship.lock; flock -n 9 || exit {BUSY}; echo ready; cat >/dev/null"
+        channel = Channel(self.host, self._inside(script))
+        if channel.stdout.readline().strip() != b"ready":
+            if channel.end() == BUSY:
+                raise HostError(f"{self.host.address}:{self.folder}: another ship is running: wait for it")
+            raise channel.failure()
+        return channel
+
+    def fill(self, bundle: Path, files: dict[str, str], progress: Progress) -> int:
+        """Send what the host lacks of all files (name -> sha256) and check their hashes; the number of bytes sent."""
+        there, sent = self._files(), 0
+        whole = sum((bundle / name).stat().st_size for name in files)
+        for name in files:
+            progress(f"sending {name}", sent, whole)
+            file, (size, digest) = bundle / name, there.get(name, (0, ""))
+            start = size if 0 < size <= file.stat().st_size and digest == _hash_of_start(file, size) else 0
+            if start < file.stat().st_size or size == 0:
+                sent += self._send(file, start)
+        there = self._files()
+        for name, wanted in files.items():
+            found = there.get(name, (0, ""))[1]
+            if found != wanted:
+                self.run(f"rm -f {self.incoming}/{shlex.quote(name)}")
+                raise HostError(
+                    f"{name} arrived damaged (sha256 {found[:12]}…, not {wanted[:12]}…): run the command again"
+                )
+        return sent
+
+    def _files(self) -> dict[str, tuple[int, str]]:
+        """Size in bytes and sha256 of the files that have arrived, by name."""
+        script = 'for f in *; do if [ -f "$f" ]; then echo "$(wc -c < "$f") $(sha256sum < "$f") $f"; fi; done'
+        lines = self.run(f"mkdir -p {self.incoming}; cd {self.incoming}; {script}").splitlines()
+        rows = (line.split(None, 3) for line in lines)  # sha256sum writes "hash  -"
+        return {name: (int(size), digest) for size, digest, _, name in rows}
+
+    def _send(self, file: Path, start: int) -> int:
+        """Send a file from byte `start` on and append it; the number of bytes sent."""
+        place = f"{self.incoming}/{shlex.quote(file.name)}"
+        with (
+            Channel(self.host, self._inside(f"cat {'>>' if start else '>'} {place}")) as channel,
+            open(file, "rb") as data,
+        ):
+            data.seek(start)
+            while piece := data.read(PIECE_BYTES):
+                try:
+                    channel.stdin.write(piece)
+                except OSError:
+                    raise channel.failure() from None
+            if channel.end():
+                raise channel.failure()
+        return file.stat().st_size - start
+
+    def link(self, name: str) -> str:
+        """What the link `name` points to; empty where there is none."""
+        return self.run(f"readlink {name} || true").strip()
+
+    def verify(self, name: str, otherwise: str = f", {CURRENT} is unchanged") -> None:
+        """Run `edgeprune verify` there. Raises HostError with `otherwise` and the last line of its output."""
+        with Channel(self.host, self._inside(f"{self.host.program} verify {self.quoted(name)} 2>&1")) as channel:
+            said = channel.stdout.read().decode(errors="replace").strip().splitlines()
+            if channel.end():
+                if not said:
+                    raise channel.failure()
+                raise HostError(f"verify at {self.host.address} failed{otherwise}: {said[-1][:400]}")
+
+    def switch(self, name: str) -> None:
+        """Point `current` at `name` and `previous` at the version before, each in one step; remove older versions."""
+        link = shlex.quote(name)
+        self.run(
+            f"old=$(readlink {CURRENT} || true); "
+            f'if [ -n "$old" ] && [ "$old" != {link} ]; then rm -f .{PREVIOUS}.new; ln -s -- "$old" .{PREVIOUS}.new; '
+            f"mv -fT .{PREVIOUS}.new {PREVIOUS}; fi; "
+            f"rm -f .{CURRENT}.new; ln -s -- {link} .{CURRENT}.new; mv -fT .{CURRENT}.new {CURRENT}; sync; "
+            f"for one in *-{12 * '[0-9a-f]'}; do "  # versions before the previous one
+            f'[ "$one" = {link} ] || [ "$one" = "$(readlink {PREVIOUS})" ] || [ ! -f "$one/{MANIFEST}" ] '
+            '|| rm -rf -- "./$one"; done'
+        )
+
+
+def _hash_of_start(file: Path, length: int) -> str:
+    digest = hashlib.sha256()
+    with open(file, "rb") as data:
+        while length and (piece := data.read(min(PIECE_BYTES, length))):
+            digest.update(piece)
+            length -= len(piece)
+    return digest.hexdigest()

@@ -1,0 +1,1 @@
+"""Evaluation beyond one process, on Ray, which is imported only where --ray asks for it."""

@@ -1,0 +1,87 @@
+"""Outputs of ONNX files that run on a CPU, by Ray tasks over blocks of pictures; the same bits as in one process."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgeprune.distributed.cluster import ray_module, received
+from edgeprune.distributed.quiet import evaluating
+from edgeprune.onnx_graph.graph import weights_of
+from edgeprune.records import Device, Preprocessing, Setup
+from edgeprune.runtimes import Session, runtime_for
+from edgeprune.runtimes.inference import logits_of
+from edgeprune.runtimes.ort import threads
+from edgeprune.runtimes.remote.runtime import RemoteRuntime
+from edgeprune.runtimes.target import Target
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+LEAST = 64  # pictures of a task
+_sessions: dict[str, Session] = {}  # of this worker: the one used last
+
+
+def can_spread(target: Target) -> bool:
+    """Can the nodes of the cluster run the engines of a target? Only ONNX Runtime on a CPU, with as many threads."""
+    if target.setup.runtime not in ("ort-cpu", "simulated") or isinstance(target.runtime, RemoteRuntime):
+        return False
+    most = max(node["Resources"].get("CPU", 0) for node in ray_module().nodes() if node["Alive"])
+    if most < threads():
+        log.info("no node of the cluster has %d CPUs, as many as threads here: evaluating images here", threads())
+    return bool(most >= threads())
+
+
+def spread_logits(target: Target, file: Path, pixels: NDArray[np.uint8], how: Preprocessing) -> NDArray[np.float32]:
+    """(images, classes) fp32 outputs for (images, H, W, 3) uint8 pictures. Raises HostError, EdgepruneError.
+
+    Batches are those of one process, and a task has the threads that one process has: so are the bits.
+    """
+    ray, batch = ray_module(), target.setup.batch
+    step = -(-LEAST // batch) * batch
+    files = ray.put({path.name: path.read_bytes() for path in (file, *weights_of(file))})
+    task = ray.remote(num_cpus=threads(), max_retries=-1)(outputs)
+    given = (files.hex(), file.name, [files], target.device, target.setup, how, threads())
+    answers = [task.remote(*given, pixels[start : start + step]) for start in range(0, len(pixels), step)]
+    rows = []
+    for index, answer in enumerate(answers):
+        target.progress("evaluating images on Ray", index * step, len(pixels))
+        rows += received([answer])
+    target.progress("evaluating images on Ray", len(pixels), len(pixels))
+    return np.concatenate(rows)
+
+
+def outputs(
+    key: str,
+    name: str,
+    files: list[Any],
+    device: Device,
+    setup: Setup,
+    how: Preprocessing,
+    threads: int,
+    pixels: NDArray[np.uint8],
+) -> NDArray[np.float32]:
+    """Outputs (images, classes) for a block of pictures (images, H, W, 3); runs on a node.
+
+    `files` holds a reference to the content of the ONNX file `name` and of its weights, `key` names it.
+    """
+    os.environ["EDGEPRUNE_THREADS"] = str(threads)
+    with evaluating():
+        if key not in _sessions:
+            _sessions.clear()
+            with tempfile.TemporaryDirectory() as folder:
+                for each, content in ray_module().get(files[0]).items():
+                    Path(folder, each).write_bytes(content)
+                session = runtime_for(device, setup.simulated).open(Path(folder, name), setup)
+                _sessions[key] = session.__enter__()
+                return logits_of(
+                    session, pixels, how, setup.batch
+                )  # a simulation reads the file when it first infers
+        return logits_of(_sessions[key], pixels, how, setup.batch)

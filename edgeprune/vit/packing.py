@@ -1,0 +1,79 @@
+"""A model as bytes and arrays, so that processes of one machine can share the memory of its weights."""
+
+from __future__ import annotations
+
+import io
+import pickle
+import warnings
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+from edgeprune.records import Preprocessing, Vit
+from edgeprune.vit.families import family_of
+from edgeprune.vit.models import Model
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+class Packed(NamedTuple):
+    """A model without its tensors, and their values in the order in which it refers to them."""
+
+    skeleton: bytes
+    arrays: list[NDArray[Any]]
+    vit: Vit
+    preprocessing: Preprocessing
+    task: str
+
+
+class _Pickler(pickle.Pickler):
+    """Leaves out tensors; those that are one object stay one."""
+
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.arrays: list[NDArray[Any]] = []
+        self.places: dict[int, tuple[int, bool]] = {}
+
+    def persistent_id(self, thing: Any) -> tuple[int, bool] | None:
+        if not isinstance(thing, torch.Tensor):
+            return None
+        if id(thing) not in self.places:
+            self.places[id(thing)] = len(self.arrays), isinstance(thing, nn.Parameter)
+            self.arrays.append(thing.detach().cpu().contiguous().numpy())
+        return self.places[id(thing)]
+
+
+class _Unpickler(pickle.Unpickler):
+    """Puts the tensors in, without a copy."""
+
+    def __init__(self, packed: Packed) -> None:
+        super().__init__(io.BytesIO(packed.skeleton))
+        self.arrays = packed.arrays
+        self.tensors: dict[int, torch.Tensor] = {}
+
+    def persistent_load(self, place: Any) -> torch.Tensor:
+        number, is_parameter = place
+        if number not in self.tensors:
+            with warnings.catch_warnings():  # the array may be read-only: an evaluation never writes to weights
+                warnings.simplefilter("ignore")
+                tensor = torch.from_numpy(self.arrays[number])
+            if tensor.data_ptr() % 64:  # as PyTorch's own are; kernels may round differently where they are not
+                tensor = tensor.clone()
+            self.tensors[number] = nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        return self.tensors[number]
+
+
+def packed(model: Model) -> Packed:
+    """A model for `unpacked`, which has to run the same versions of timm and PyTorch."""
+    file = io.BytesIO()
+    pickler = _Pickler(file)
+    pickler.dump(model.module)
+    return Packed(file.getvalue(), pickler.arrays, model.vit, model.preprocessing, model.task)
+
+
+def unpacked(packed: Packed) -> Model:
+    """The model; its weights are the memory of `packed.arrays`."""
+    module: nn.Module = _Unpickler(packed).load()
+    return Model(module.eval(), family_of(module)[1], packed.vit, packed.preprocessing, packed.task)

@@ -1,0 +1,92 @@
+"""SWEEP.toml: which builds it means, on which boards, and what is said about a mistake in it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.pages import blocks
+
+from edgeprune.errors import DeviceError, EdgepruneError
+from edgeprune.scheduling.goals import Goal
+from edgeprune.sweeps.plan import HERE, boards_of, jobs_of
+
+WHOLE = """
+models = ["vit_digits", { name = "vit_tiny_patch16_224", weights = "tiny.safetensors", images = "val" }]
+devices = ["cpu", { name = "orin-nano", simulate = true, precisions = ["fp16"], batches = [1, 4] }]
+goals = [{ speedup = 1.5 }, { max_drop = 1 }]
+methods = ["fold", "tome"]
+"""
+
+
+def sweep(folder: Path, text: str) -> Path:
+    path = folder / "s.toml"
+    path.write_text(text)
+    return path
+
+
+def test_every_combination_once(tmp_path: Path) -> None:
+    jobs = jobs_of(sweep(tmp_path, WHOLE))
+    here = [job for job in jobs if job.board == HERE]
+    assert len(here) == 2 * 2 * 2 and len(jobs) == len(here) * (1 + 2)
+    assert {(job.precision, job.batch, job.simulate) for job in here} == {("fp32", 1, False)}
+    other = {(job.precision, job.batch, job.simulate) for job in jobs if job not in here}
+    assert other == {("fp16", 1, True), ("fp16", 4, True)}
+    assert {job.goal for job in jobs} == {Goal(speedup=1.5), Goal(max_drop=1)}
+    assert len({job.name for job in jobs}) == len(jobs)
+
+
+def test_the_example_of_the_documentation(tmp_path: Path) -> None:
+    [example] = [block.text for block in blocks("docs/sweep.md") if block.language == "toml"]
+    jobs = jobs_of(sweep(tmp_path, example))
+    assert len(jobs) == 2 * (1 + 2 + 1) * 2
+    assert {job.board for job in jobs} == {HERE, "orin-nano, simulated", "agx-orin, simulated"}
+
+
+def test_paths_are_found_from_the_file(tmp_path: Path) -> None:
+    options = jobs_of(sweep(tmp_path, WHOLE))[-1].options(tmp_path / "work", tmp_path / "out")
+    assert options.weights == str(tmp_path / "tiny.safetensors") and options.images == tmp_path / "val"
+
+
+def test_boards_behind_ssh_come_from_hosts_toml(tmp_path: Path) -> None:
+    (tmp_path / "hosts.toml").write_text(
+        '[[to]]\nhost = "a@nano-1"\ndir = "m"\ndevice = "orin-nano"\n'
+        '[[to]]\nhost = "a@nano-2"\ndir = "m"\ndevice = "orin-nano"\nprogram = "/opt/edgeprune"\n'
+        '[[to]]\nhost = "a@other"\ndir = "m"\n'
+    )
+    text = WHOLE.replace(', { name = "orin-nano", simulate = true', ', { name = "orin-nano"')
+    boards = boards_of(jobs_of(sweep(tmp_path, f'hosts = "hosts.toml"\n{text}')))
+    assert set(boards) == {HERE, "orin-nano at a@nano-1", "orin-nano at a@nano-2"}
+    assert {job.host.program for job in boards["orin-nano at a@nano-2"] if job.host} == {"/opt/edgeprune"}
+    works = {job.options(tmp_path, tmp_path).work for jobs in boards.values() for job in jobs}
+    assert len(works) == len(boards), "each board has a work folder of its own"
+
+
+def test_a_board_that_is_not_there(tmp_path: Path) -> None:
+    text = WHOLE.replace(', { name = "orin-nano", simulate = true', ', { name = "orin-nano"')
+    with pytest.raises(DeviceError, match=r"orin-nano is not this machine.*--host USER@HOST"):
+        jobs_of(sweep(tmp_path, text))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("models =", "modles =", "unknown key 'modles': did you mean 'models'?"),
+        ("simulate =", "simulated =", "devices: unknown key 'simulated': did you mean 'simulate'?"),
+        ("{ max_drop = 1 }", "{ max_drp = 1 }", "goals: unknown key 'max_drp': did you mean 'max_drop'?"),
+        ("weights =", "zzz =", "models: unknown key 'zzz': known are name, weights, images, task"),
+        ("{ max_drop = 1 }", "{ max_drop = 1, speedup = 2 }", "a goal has 2 fields: give exactly one"),
+        ("{ speedup = 1.5 }", "{ speedup = 0.5 }", "speedup = 0.5 is not possible: use 1 to"),
+        ('["fold", "tome"]', "[]", "methods is empty"),
+        ('["fold", "tome"]', '["fold", "fold"]', "twice"),
+        ('["fold", "tome"]', '["fild"]', "fild"),
+        ('"fp16"', '"fp17"', "unknown precision 'fp17'"),
+        ('"cpu"', '"gpu"', "unknown device 'gpu'"),
+        ("[1, 4]", '["one"]', r"Expected `int`, got `str` - at `$.devices[1].batches[0]`"),
+        ("models =", "models", "not a sweep"),
+    ],
+)
+def test_a_mistake_is_named_in_one_line(tmp_path: Path, old: str, new: str, said: str) -> None:
+    with pytest.raises(EdgepruneError) as error:
+        jobs_of(sweep(tmp_path, WHOLE.replace(old, new, 1)))
+    assert said in str(error.value) and "\n" not in str(error.value)
