@@ -39,7 +39,7 @@ def compare_svg(rows: Sequence[Mapping[str, Any]]) -> bytes:
     groups = sorted({(row["method"], row["policy"]) for row in rows})
     keys: list[Key] = [("line", _kind(*group), ", ".join(group)) for group in groups]
     keys.append(("star", "star", "unpruned"))
-    if rows[0]["fidelity"] and rows[0]["fidelity"].get("task") == "dense":
+    if (rows[0].get("fidelity") or {}).get("task") == "dense":
         rows = [{**row, "error": 100 * row["fidelity"]["error"]} for row in rows]
         return _file(_title(rows[0]), [_panel(rows, groups, "error", 0.0)], keys)
     panels = [_panel(rows, groups, "agreement", 100.0)]

@@ -70,14 +70,15 @@ def compare(
         raise InputError(f"compare measures fp32, not {options.precision}: leave out --precision or pass --simulate")
     context = context_for(options, progress)
     with context.target.work.lock():
-        return _Methods(context, methods, methods if searched is None else searched).compared(targets)
+        return _Methods(context, methods, searched).compared(targets)
 
 
 class _Methods:
     """The methods of one comparison on one staircase; the tread ends that schedules use are confirmed on the way."""
 
-    def __init__(self, context: Context, methods: Sequence[str], searched: Sequence[str]) -> None:
-        self.context, self.methods, self.searched = context, tuple(methods), tuple(searched)
+    def __init__(self, context: Context, methods: Sequence[str], searched: Sequence[str] | None = None) -> None:
+        self.context, self.methods = context, tuple(methods)
+        self.searched = self.methods if searched is None else tuple(searched)
         self.contexts = {method: context.with_method(method) for method in methods}
         self.scores = {method: ScheduleScores(own) for method, own in self.contexts.items()}
         self.staircase = measured_staircase(context.target, context.model, self.methods, context.options.exhaustive)

@@ -89,7 +89,17 @@ def test_simulated_build(tmp_path: Path, capsys: pytest.CaptureFixture[str], mon
     assert kept["latency_ms"]["median"] == row["latency_ms"]["median"], "simulated, so every session is alike"
     assert kept["latency_ms"]["median"] == min(e["latency_ms"]["median"] for e in tried.values() if e["accepted"])
     for name, entry in tried.items():
-        assert set(entry) == {"precision", "latency_ms", "top1", "agreement", "kl", "cosine", "accepted", "reason"}
+        assert set(entry) == {
+            "precision",
+            "latency_ms",
+            "top1",
+            "agreement",
+            "kl",
+            "cosine",
+            "error",
+            "accepted",
+            "reason",
+        }
         assert name == row["precision"] or entry["reason"]
         assert entry["accepted"] or "slower" in entry["reason"]
     assert Path(row["bundle"]).name == f"topk-{row['precision']}-b8-simulated"
