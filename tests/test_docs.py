@@ -152,7 +152,8 @@ def test_python_example_runs(
 def test_commands_parse(command: Command) -> None:
     """The command exists and accepts its arguments; click raises UsageError otherwise."""
     with GROUP.make_context("edgeprune", [*command.words[1:]]) as context:  # knows `--recover` without a value
-        name, *rest = [*context._protected_args, *context.args]
+        words: list[str] = [*context._protected_args, *context.args]
+        name, rest = words[0], words[1:]
         assert name in GROUP.commands, f"{command}: there is no such command"
         GROUP.commands[name].make_context(name, rest)
 
