@@ -217,7 +217,7 @@ def pruned_from_module(model: nn.Module, schedule: Schedule) -> PrunedViT:
     key, family = family_of(model)
     vit = with_layers(family.describe(model, schedule.vit.name, schedule.vit.weights_sha256), schedule.vit.layers)
     if (key, vit) != (schedule.vit.family, schedule.vit):
-        if msgspec.structs.replace(vit, image_px=schedule.vit.image_px, tokens=schedule.vit.tokens) == schedule.vit:
+        if vit.size != schedule.vit.size:
             raise InputError(
                 f"the schedule is for pictures of {text_of(schedule.vit.image_px)} px, the model takes "
                 f"{text_of(vit.image_px)}: call model.set_input_size(img_size={schedule.vit.size}) first"
