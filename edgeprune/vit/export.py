@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import copy
-import logging
 import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +21,7 @@ from edgeprune.onnx_graph.passes import canonical_gelu, drop_idle_casts, lower_o
 from edgeprune.onnx_graph.precision import Convert
 from edgeprune.records import ModelMetadata
 from edgeprune.tasks import output_names
+from edgeprune.vit.torch_exporter import quiet_and_fast
 
 if TYPE_CHECKING:
     import numpy as np
@@ -156,7 +154,7 @@ def traced(
     dynamic: Any = None
     if symbolic_axis is not None:
         dynamic = ({symbolic_axis: torch.export.Dim.DYNAMIC},)
-    with _quiet(), unfused(module), fixed_size(module), fixed_places(module), operators_read_once(), torch.no_grad():
+    with quiet_and_fast(), unfused(module), fixed_size(module), fixed_places(module), torch.no_grad():
         program: Any = torch.onnx.export(
             module.eval(),
             (example,),
@@ -245,32 +243,6 @@ def unfused(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def operators_read_once() -> Iterator[None]:
-    """Keep onnxscript's table of operators from one export to the next.
-
-    torch reads it for every export, and onnxscript then parses 557 functions, which takes a third of the time of a
-    small export. Versions of torch that keep the table elsewhere read it again.
-    """
-    from torch.onnx._internal.exporter import _registration
-
-    source: Any = getattr(_registration, "onnxscript_apis", None)
-    read = getattr(source, "get_torchlib_ops", None)
-    if read is None:
-        yield
-        return
-    source.get_torchlib_ops = lambda: _operators(read)
-    try:
-        yield
-    finally:
-        source.get_torchlib_ops = read
-
-
-@cache
-def _operators(read: Callable[[], Any]) -> Any:
-    return read()
-
-
-@contextmanager
 def fixed_size(module: nn.Module) -> Iterator[None]:
     """Fix the image size of models that take any size during an export; timm would resample position embeddings."""
     sizeless: list[Any] = [m for m in module.modules() if getattr(m, "dynamic_img_size", False)]
@@ -297,23 +269,3 @@ def fixed_places(module: nn.Module) -> Iterator[None]:
     finally:
         for each in pruned:
             each.rotary = None
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter, which logs its opset conversion on every call; failures raise."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    others = [logging.getLogger(n) for n in ("onnxscript", "onnx_ir")]
-    levels = [other.level for other in others]
-    for other in others:
-        other.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-        for other, old in zip(others, levels, strict=True):
-            other.setLevel(old)

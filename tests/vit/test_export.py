@@ -31,11 +31,13 @@ from edgeprune.onnx_graph.operations import Elementwise, operations_of_onnx
 from edgeprune.onnx_graph.precision import CONVERSIONS
 from edgeprune.runtimes.kernel_times import latency_ms
 from edgeprune.runtimes.simulated import operations_of_ends, operations_of_trunk
-from edgeprune.vit import export
+from edgeprune.vit import export, torch_exporter
 from edgeprune.vit.profiling_models import alike
 from edgeprune.vit.pruned import LastBlock, PrunedViT, Trunk
 from edgeprune.vit.reducers import reducer_named
+from edgeprune.vit.torch_exporter import translatable
 
+exporter = export.traced  # itself: the tests share what it makes
 CUT = (17, 9, 9)  # the tiny model of 17 tokens, cut in block 1
 
 
@@ -341,17 +343,55 @@ def test_the_table_of_operators_is_read_once(tmp_path: Path, monkeypatch: pytest
     from torch.onnx._internal.exporter import _registration
 
     reads: list[int] = []
-    apis = _registration.onnxscript_apis
-    table = apis.get_torchlib_ops()
+    table = _registration.ONNXRegistry.from_torchlib(opset_version=18)
 
-    def read() -> Any:
+    def read(**_: int) -> Any:
         reads.append(1)
         return table
 
-    monkeypatch.setattr(apis, "get_torchlib_ops", read)
+    monkeypatch.setattr(_registration.ONNXRegistry, "from_torchlib", read)
     for name in ("a", "b"):
         export.onnx_from_module(torch.nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / f"{name}.onnx")
-    assert len(reads) == 1 and apis.get_torchlib_ops is read
+    assert len(reads) == 1 and _registration.ONNXRegistry.from_torchlib is read
+
+
+def nodes(model: onnx.ModelProto) -> list[Any]:
+    """The operators of a graph with attributes, constants, shapes; values are numbered in the order of their making.
+
+    Two forms of a Reshape to the same shape are equal.
+    """
+    known = {v.name: v.type.SerializeToString() for v in (*model.graph.value_info, *model.graph.output)}
+    held = {tensor.name: numpy_helper.to_array(tensor).tobytes() for tensor in model.graph.initializer}
+    numbers = {value.name: index for index, value in enumerate(model.graph.input)}
+    found = []
+    for node in model.graph.node:
+        attributes = sorted(a.SerializeToString() for a in node.attribute if a.name != "allowzero")
+        entering = node.input[:1] if node.op_type == "Reshape" else node.input
+        inputs = [held.get(name, numbers.get(name)) for name in entering]
+        found.append((node.op_type, attributes, inputs, [known[name] for name in node.output]))
+        for name in node.output:
+            numbers[name] = len(numbers)
+    return found
+
+
+@pytest.mark.parametrize("method", ["none", *REDUCERS])
+def test_the_graph_is_that_of_torchs_own_decomposition(
+    method: str, tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, example = tiny("cls"), torch.zeros(2, 3, 16, 16)
+    tokens = (17, 17, 17) if method == "none" else CUT
+    module = PrunedViT(model.module, model.family, model.vit, tokens, reducer_named(method))
+    answers: list[bool] = []
+
+    def told(graph: Any, known: Any) -> bool:
+        answers.append(translatable(graph, known))
+        return answers[-1]
+
+    monkeypatch.setattr(torch_exporter, "translatable", told)
+    fast = exporter(module, example, ("images", "logits"), None, tmp_path)
+    monkeypatch.setattr(torch_exporter, "translatable", lambda graph, known: False)
+    own = exporter(module, example, ("images", "logits"), None, tmp_path)
+    assert answers == [True] and nodes(fast) == nodes(own)
 
 
 @pytest.mark.parametrize("kind", ["cls", "registers", "post-norm", "packed-mlp", "norms", "gated-attention"])
