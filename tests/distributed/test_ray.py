@@ -164,6 +164,7 @@ def test_ctrl_c_leaves_no_process_and_no_lock(
     shallow: Shallow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A build on a Ray of its own, interrupted in the middle of a staircase."""
+    fork(int).join()  # starts the server that forks, which stays and must not have the mark
     monkeypatch.setenv("EDGEPRUNE_TEST_MARK", mark := tmp_path.name)
     few, work = few_digits(tmp_path / "digits"), tmp_path / "work"
     work.mkdir()
