@@ -9,6 +9,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import onnx
 import pytest
 from support.trt86.parser import judge_apart
-from support.trt_files import PRECISIONS, controls, every
+from support.trt_files import PRECISIONS, controls, converted, every
 
 from edgeprune.onnx_graph.graph import onnx_precision_of
 from edgeprune.onnx_graph.int8 import int8
@@ -67,6 +68,21 @@ def test_every_file_is_taken(
         assert types["TopK"] == {"FLOAT"}
     if precision != "fp32":
         assert "HALF" in types["SoftMax"] and types["Convolution"] == {"HALF"}
+
+
+@pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "fp8"])
+def test_dense_features_are_taken(precision: str, tiny: Callable[..., Any], parser: Path, tmp_path: Path) -> None:
+    """Several outputs, restored to the grid after one cut and after two."""
+    from edgeprune.vit import export
+    from edgeprune.vit.pruned import with_layers
+
+    model = tiny("cls")
+    model = replace(model, vit=with_layers(model.vit, (1, 3)), task="dense")
+    export.onnx_of_schedule(model, "fold", (13, 13, 9), False, 2, tmp_path / "dense.onnx", tensorrt=True)
+    found = verdict(converted(onnx.load(tmp_path / "dense.onnx"), precision), parser, tmp_path / "model.onnx")
+    assert found["parsed"] and not found["errors"] and not found["complaints"], (found["errors"], found["complaints"])
+    wanted = {"features_1": [2, 4, 4, 48], "features_3": [2, 4, 4, 48], "embedding": [2, 7]}
+    assert {name: shape for name, shape, _ in found["outputs"]} == wanted
 
 
 def test_int8_for_onnx_runtime_is_not_for_8_6(
