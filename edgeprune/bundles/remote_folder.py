@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import shlex
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from edgeprune.bundles.format import MANIFEST
@@ -14,6 +17,7 @@ from edgeprune.runtimes.remote.ssh import Channel, Host
 PIECE_BYTES = 1 << 20
 BUSY = 75  # EX_TEMPFAIL of sysexits.h
 CURRENT, PREVIOUS = "current", "previous"
+SOCKET_CHARACTERS = 80  # of a path; the limit is 107, of which ssh needs 17 itself
 
 
 class RemoteFolder:
@@ -23,6 +27,7 @@ class RemoteFolder:
         """`incoming` is the name of a folder in it that receives files."""
         self.host, self.folder = host, folder
         self.incoming = self.quoted(incoming)
+        self._shared: tuple[str, ...] = ()  # options of ssh: go through the connection that holds the lock
 
     @staticmethod
     def quoted(name: str) -> str:
@@ -35,23 +40,38 @@ class RemoteFolder:
         place = f'"$HOME"/{shlex.quote(rest)}' if first == "~" else shlex.quote(self.folder)
         return f"set -e; mkdir -p -- {place}; cd -- {place}; {script}"
 
+    def _channel(self, script: str) -> Channel:
+        return Channel(self.host, self._inside(script), *self._shared)
+
     def run(self, script: str) -> str:
         """The output of a script. Raises HostError where it fails."""
-        with Channel(self.host, self._inside(script)) as channel:
+        with self._channel(script) as channel:
             said = channel.stdout.read().decode(errors="replace")
             if channel.end():
                 raise channel.failure()
         return said
 
-    def locked(self) -> Channel:
-        """Lock the folder until the channel ends or the connection is lost. Raises HostError."""
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Lock the folder until the block ends or the connection is lost. Raises HostError.
+
+        All commands inside the block go through this one connection (ControlMaster of ssh_config(5)); where the host
+        allows no second session in it (MaxSessions 1), ssh opens connections of their own.
+        """
         script = f"exec 9>.ship.lock; flock -n 9 || exit {BUSY}; echo ready; cat >/dev/null"
-        channel = Channel(self.host, self._inside(script))
-        if channel.stdout.readline().strip() != b"ready":
-            if channel.end() == BUSY:
-                raise HostError(f"{self.host.address}:{self.folder}: another ship is running: wait for it")
-            raise channel.failure()
-        return channel
+        with tempfile.TemporaryDirectory(prefix="edgeprune-") as place:
+            path = f"{place}/ssh"
+            share = len(path) <= SOCKET_CHARACTERS
+            with Channel(self.host, self._inside(script), *(("-M", "-S", path) if share else ())) as channel:
+                if channel.stdout.readline().strip() != b"ready":
+                    if channel.end() == BUSY:
+                        raise HostError(f"{self.host.address}:{self.folder}: another ship is running: wait for it")
+                    raise channel.failure()
+                self._shared = ("-S", path) if share else ()
+                try:
+                    yield
+                finally:
+                    self._shared = ()
 
     def fill(self, bundle: Path, files: dict[str, str], progress: Progress) -> int:
         """Send what the host lacks of all files (name -> sha256) and check their hashes; the number of bytes sent."""
@@ -83,10 +103,7 @@ class RemoteFolder:
     def _send(self, file: Path, start: int) -> int:
         """Send a file from byte `start` on and append it; the number of bytes sent."""
         place = f"{self.incoming}/{shlex.quote(file.name)}"
-        with (
-            Channel(self.host, self._inside(f"cat {'>>' if start else '>'} {place}")) as channel,
-            open(file, "rb") as data,
-        ):
+        with self._channel(f"cat {'>>' if start else '>'} {place}") as channel, open(file, "rb") as data:
             data.seek(start)
             while piece := data.read(PIECE_BYTES):
                 try:
@@ -103,7 +120,7 @@ class RemoteFolder:
 
     def verify(self, name: str, otherwise: str = f", {CURRENT} is unchanged") -> None:
         """Run `edgeprune verify` there. Raises HostError with `otherwise` and the last line of its output."""
-        with Channel(self.host, self._inside(f"{self.host.program} verify {self.quoted(name)} 2>&1")) as channel:
+        with self._channel(f"{self.host.program} verify {self.quoted(name)} 2>&1") as channel:
             said = channel.stdout.read().decode(errors="replace").strip().splitlines()
             if channel.end():
                 if not said:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from support.builds import Shared, call, row_of
-from support.loopback import Server
+from support.loopback import Server, server
 
 from edgeprune.bundles.ship import destination, fleet, remote_folder, ship
 from edgeprune.errors import HostError, InputError, RecordError
@@ -64,6 +64,18 @@ def test_ship_switch_and_roll_back(
     row_of(capsys, "ship", "--roll-back", to, *program)
     assert same(far / "current", second) and same(far / "previous", third)
     assert not [path.name for path in far.iterdir() if path.name.endswith((".part", ".new"))]
+
+
+@pytest.mark.parametrize(("settings", "connections"), [("", range(1, 2)), ("MaxSessions 1", range(8, 20))])
+def test_all_goes_through_one_connection_where_the_host_lets_it(
+    settings: str, connections: range, versions: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = versions("one")
+    with server(tmp_path / "sshd", settings) as there:
+        monkeypatch.setenv("EDGEPRUNE_SSH", there.ssh)
+        row = ship(bundle, destination(f"{there.address}:{tmp_path}/far", str(there.program)))
+        assert row.state == "switched" and same(tmp_path / "far/current", bundle)
+        assert there.log.read_text().count("Accepted publickey") in connections
 
 
 def test_a_bundle_that_does_not_verify_there_is_not_switched_to(

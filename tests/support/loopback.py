@@ -42,6 +42,7 @@ class Server(NamedTuple):
     ssh: str  # for EDGEPRUNE_SSH
     process: subprocess.Popen[bytes]
     port: int
+    log: Path  # of sshd
 
     @property
     def options(self) -> tuple[str, ...]:
@@ -50,8 +51,8 @@ class Server(NamedTuple):
 
 
 @contextlib.contextmanager
-def server(folder: Path) -> Iterator[Server]:
-    """sshd on a free port of 127.0.0.1, for one key and one user, the one who runs the tests."""
+def server(folder: Path, settings: str = "") -> Iterator[Server]:
+    """sshd on a free port of 127.0.0.1, for one key and one user, the one who runs the tests; more sshd_config."""
     if SSHD is None:
         pytest.skip("sshd is not installed (Debian: openssh-server)")
     if getpass.getuser() == "root":
@@ -69,7 +70,9 @@ def server(folder: Path) -> Iterator[Server]:
     (folder / "sshd_config").write_text(
         f"Port {port}\nListenAddress 127.0.0.1\nHostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized\n"
         "StrictModes no\nUsePAM no\nPasswordAuthentication no\nKbdInteractiveAuthentication no\n"
-        f"PidFile none\nPermitRootLogin yes\nMaxStartups 100\nSubsystem sftp internal-sftp\n"
+        "PidFile none\nPermitRootLogin yes\nMaxStartups 100\nSubsystem sftp internal-sftp\n"
+        f"SetEnv HOME={folder}/home\n"  # shells read the start-up files of HOME, and those of a developer take 0.2 s
+        f"{settings}\n"
     )
     (folder / "ssh_config").write_text(
         f"Host *\n Port {port}\n IdentityFile {folder}/user\n IdentitiesOnly yes\n"
@@ -91,7 +94,7 @@ def server(folder: Path) -> Iterator[Server]:
                 break
             assert process.poll() is None, (folder / "log").read_text()
             time.sleep(0.05)
-        yield Server(f"{getpass.getuser()}@127.0.0.1", home, program, f"ssh -F {folder}/ssh_config", process, port)
+        yield Server(f"{getpass.getuser()}@127.0.0.1", home, program, f"ssh -F {folder}/ssh_config", process, port, folder / "log")
     finally:
         process.terminate()
         process.wait(20)

@@ -29,13 +29,16 @@ class Host(NamedTuple):
 class Channel:
     """A command that runs on another machine, with pipes to it; a context manager that ends it."""
 
-    def __init__(self, host: Host, remote: str) -> None:
-        """Start the command `remote`. Raises HostError for a bad address, and where ssh is not installed."""
+    def __init__(self, host: Host, remote: str, *options: str) -> None:
+        """Start the command `remote` with more options for ssh, if any.
+
+        Raises HostError for a bad address, and where ssh is not installed.
+        """
         if host.address.startswith("-") or not re.fullmatch(ADDRESS, host.address):
             raise HostError(f"{host.address!r} is not a host: write USER@HOST or a name of ~/.ssh/config")
         self.host = host
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 it lives as long as the process
-        line = [*shlex.split(os.environ.get(PROGRAM, "ssh")), *OPTIONS, host.address, remote]
+        line = [*shlex.split(os.environ.get(PROGRAM, "ssh")), *OPTIONS, *options, host.address, remote]
         try:
             self._process = subprocess.Popen(
                 line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, start_new_session=True
