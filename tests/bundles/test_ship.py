@@ -67,8 +67,12 @@ def test_ship_switch_and_roll_back(
 
 
 @pytest.mark.parametrize(("settings", "connections"), [("", range(1, 2)), ("MaxSessions 1", range(8, 20))])
-def test_all_goes_through_one_connection_where_the_host_lets_it(
-    settings: str, connections: range, versions: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_all_goes_through_one_connection(
+    settings: str,
+    connections: range,
+    versions: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bundle = versions("one")
     with server(tmp_path / "sshd", settings) as there:

@@ -94,7 +94,8 @@ def server(folder: Path, settings: str = "") -> Iterator[Server]:
                 break
             assert process.poll() is None, (folder / "log").read_text()
             time.sleep(0.05)
-        yield Server(f"{getpass.getuser()}@127.0.0.1", home, program, f"ssh -F {folder}/ssh_config", process, port, folder / "log")
+        address, ssh = f"{getpass.getuser()}@127.0.0.1", f"ssh -F {folder}/ssh_config"
+        yield Server(address, home, program, ssh, process, port, folder / "log")
     finally:
         process.terminate()
         process.wait(20)
