@@ -3,6 +3,7 @@
 python benchmarks/recovery.py --assets DIR --out DIR [--only PATTERN]     every run of RUNS that is not yet in --out
 python benchmarks/recovery.py --assets DIR --out DIR --run vit,fold,2.0,mix650 rate=2e-5 epochs=8
 A fifth part `int8` of a run tunes with fake quantisation and judges INT8 files, run by ONNX Runtime on the CPU.
+`cv650` and `cv1650` are cross-validation: five runs, `cv650.0` to `cv650.4`, whose figures are pooled.
 DIR holds imagenet-val-650, nips17 and the weights. Prints a Markdown table and one JSON line last. No latency is
 measured: the schedules are fixed. A run of ViT-Tiny with 650 pictures takes some 10 min of one core.
 """
@@ -16,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, fields, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,8 @@ FOLD = {
     "2.0-late": (197, 144, 144, 80, 80, 32, 32, 32, 32, 32, 32, 32),
 }
 RUNS = (
+    "vit,fold,2.0,cv650", "vit,fold,1.5,cv650", "deit,fold,2.0,cv650", "vit,fold,2.0,cv1650", "vit,fold,2.5,cv650",
+    "vit,pomt,2.0,cv650", "vit,tome,2.0,cv650",
     "vit,fold,2.0,val650", "vit,fold,1.5,val650", "deit,fold,2.0,val650", "vit,fold,2.0,mix1150",
     "vit,fold,1.5,val650,int8",
     "vit,pomt,2.0,val650", "vit,tome,2.0,val650", "vit,fold,2.5,val650", "deit,fold,1.5,val650",
@@ -62,6 +66,7 @@ RUNS = (
     "vit,pomt,1.5,val650", "vit,tome,1.5,val650", "vit,fold,1.5,mix1150",
     "deit,pomt,2.0,val650", "deit,tome,2.0,val650", "vit,fold,2.5,mix1150",
 )  # fmt: skip
+FOLDS = 5  # of cross-validation
 JUDGED = 500  # pictures of the mixed set that no run trains on
 
 
@@ -90,12 +95,21 @@ class Pictures:
         """A name for what is judged on, pixels to train on, pixels and labels to judge by.
 
         val650: 650 validation pictures, judged on 1,000 of nips17; nips1000: the other way round. mixN: N of the
-        first 1,150 of both sources in a seeded order, always judged on the last 500.
+        first 1,150 of both sources in a seeded order, always judged on the last 500. cv650.K: the validation pictures
+        without the K-th of five parts, judged on that part; cv1650.K: all of nips17 as well.
         """
         if name == "val650":
             return "nips", self.pixels["val"], self.pixels["nips"], self.labels["nips"]
         if name == "nips1000":
             return "val", self.pixels["nips"], self.pixels["val"], self.labels["val"]
+        data, _, part = name.partition(".")
+        if part:
+            order = np.random.default_rng(1).permutation(len(self.pixels["val"]))
+            judged = order[int(part) :: FOLDS]
+            train = np.delete(self.pixels["val"], judged, axis=0)
+            if data == "cv1650":
+                train = np.concatenate([train, self.pixels["nips"]])
+            return f"part{part}", train, self.pixels["val"][judged], self.labels["val"][judged]
         order = np.random.default_rng(1).permutation(sum(map(len, self.pixels.values())))
         pixels, labels = (np.concatenate([kind["val"], kind["nips"]])[order] for kind in (self.pixels, self.labels))
         train = pixels[:-JUDGED][drawn(len(pixels) - JUDGED, int(name.removeprefix("mix")))]
@@ -203,6 +217,34 @@ def standard_error(differences: Any) -> float:
     return float(np.std(differences, ddof=1) / len(differences) ** 0.5)
 
 
+def pooled(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The parts of a cross-validation as one row: every picture is judged once, by weights that never saw it."""
+    shares = np.array([row["judged"] for row in rows]) / sum(row["judged"] for row in rows)
+
+    def mean(*path: str) -> float:
+        values = [reduce(lambda found, key: found[key], path, row) for row in rows]
+        return float(shares @ values)
+
+    return rows[0] | {
+        "run": rows[0]["run"].rpartition(".")[0], "judged": sum(row["judged"] for row in rows),
+        "dense_top1": mean("dense_top1"), "epochs": round(mean("epochs")), "seconds": mean("seconds"),
+        "before": {key: mean("before", key) for key in rows[0]["before"]},
+        "after": {key: mean("after", key) for key in rows[0]["after"]},
+        "standard_error": {
+            key: float(np.linalg.norm(shares * [row["standard_error"][key] for row in rows]))
+            for key in rows[0]["standard_error"]
+        },
+        "parts": rows,
+    }  # fmt: skip
+
+
+def parts_of(name: str) -> list[str]:
+    """The runs that a name stands for: the parts of a cross-validation, else itself."""
+    kind, method, speedup, data, *rest = name.split(",")
+    whole = not data.startswith("cv") or "." in data
+    return [name] if whole else [",".join([kind, method, speedup, f"{data}.{k}", *rest]) for k in range(FOLDS)]
+
+
 def line(row: dict[str, Any]) -> str:
     """A row of the Markdown table."""
     before, after, error = row["before"], row["after"], row["standard_error"]
@@ -245,11 +287,14 @@ def main() -> None:
     rows = []
     recipe, note = changed(Recipe(), args.settings), " ".join(args.settings)
     for name in [args.run] if args.run else fnmatch.filter(RUNS, args.only):
-        file = args.out / f"{name.replace(',', '-')}{'-' if note else ''}{note.replace(' ', '-')}.json"
-        if not file.exists():
-            row = run(name, recipe, args.assets, args.out, loaded) | {"note": note}
-            write_bytes(file, json.dumps(row).encode())
-        rows.append(json.loads(file.read_text()))
+        found = []
+        for part in parts_of(name):
+            file = args.out / f"{part.replace(',', '-')}{'-' if note else ''}{note.replace(' ', '-')}.json"
+            if not file.exists():
+                row = run(part, recipe, args.assets, args.out, loaded) | {"note": note}
+                write_bytes(file, json.dumps(row).encode())
+            found.append(json.loads(file.read_text()))
+        rows.append(pooled(found) if len(found) > 1 else found[0])
         print(line(rows[-1]), flush=True)
     print("\n".join([HEAD, *map(line, rows)]))
     print(json.dumps({"rows": rows}))
