@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +48,7 @@ def build(
     preprocessing: Mapping[str, Any] | None = None,
     host: str | None = None,
     host_program: str = "edgeprune",
+    ray: str | None = None,
     work: str | Path = WORK,
     out: str | Path | None = None,
     progress: Progress = silent,
@@ -85,6 +87,8 @@ def build(
         preprocessing: Overrides of the model's data config: crop_pct, interpolation, mean, std, crop_mode.
         host: USER@HOST of the device, used over ssh.
         host_program: Path of edgeprune on that host.
+        ray: `local`, `auto` (the cluster of this machine, or the connection that this process has) or HOST:PORT:
+            schedules are evaluated on a Ray cluster, with the same results. Needs the extra `ray`.
         work: Folder that keeps finished steps, so that the same call continues or reuses them.
         out: Folder of the bundle; default `engines/<device>/<model>/<method>-<precision>-b<batch>`.
         progress: Called with (what is being done, items done, items in total).
@@ -92,6 +96,7 @@ def build(
     Raises:
         EdgepruneError: One of edgeprune.errors; its message says what to do. Nothing half-written is left.
     """
+    from edgeprune.distributed.cluster import connected
     from edgeprune.pipeline.auto import build_fastest
     from edgeprune.pipeline.build import build as build_one
     from edgeprune.pipeline.context import Options
@@ -123,7 +128,8 @@ def build(
         overrides=preprocessing or {},
         host=Host(host, host_program) if host else None,
     )
-    built = run(options, progress)
+    with connected(ray) as cluster:
+        built = run(replace(options, cluster=cluster), progress)
     return Bundle(built.path, built.manifest, built.precisions)
 
 
@@ -261,6 +267,7 @@ def compare(
     search_images: int = 128,
     rounds: int = 40,
     recover: str | Path | bool | None = None,
+    ray: str | None = None,
     work: str | Path = WORK,
     progress: Progress = silent,
 ) -> Comparison:
@@ -269,6 +276,7 @@ def compare(
     `Comparison.entries` has a schedule and a report for each; targets out of reach are in `missing`, with the reason.
     The arguments are those of `build`. Raises EdgepruneError.
     """
+    from edgeprune.distributed.cluster import connected
     from edgeprune.pipeline.compare import compare as run
     from edgeprune.pipeline.context import Options
 
@@ -278,7 +286,8 @@ def compare(
         recover=_pictures(recover), task=task, layers=tuple(layers), head=_path(head),
         text_embeddings=_path(text_embeddings), image_size=_size(image_size),
     )  # fmt: skip
-    return run(options, list(methods), list(speedups), progress)
+    with connected(ray) as cluster:
+        return run(replace(options, cluster=cluster), list(methods), list(speedups), progress)
 
 
 def bench(

@@ -30,6 +30,7 @@ class Cluster:
 def connected(address: str | None) -> Iterator[Cluster | None]:
     """Connect to Ray and disconnect at the end, in any case; None without an address.
 
+    With `auto`, a connection that this process already has (ray.init) is used and left open.
     Raises MissingError without Ray, InputError for a bad address, HostError where the cluster cannot be reached or
     its nodes run other versions.
     """
@@ -39,6 +40,10 @@ def connected(address: str | None) -> Iterator[Cluster | None]:
     ray = ray_module()
     if address not in (LOCAL, AUTO):
         _check_reachable(address)
+    if address == AUTO and ray.is_initialized():
+        check_nodes(ray)
+        yield Cluster(address)
+        return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     options: dict[str, Any] = {"include_dashboard": False} if address == LOCAL else {}
     try:

@@ -102,7 +102,7 @@ class Boards:
         for attempt in range(20):  # the name of an actor that has just died is free a moment later
             try:
                 return self.ray.remote(Board).options(**options).remote()
-            except ValueError:
+            except (ValueError, AssertionError):  # the latter where Ray has the name still, but no longer its class
                 time.sleep(0.1 * attempt)
         raise HostError(f"the board {board} is in use by another sweep on this cluster: wait for it")
 

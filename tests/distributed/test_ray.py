@@ -20,6 +20,7 @@ from support.loopback import Server
 from support.processes import command, fork
 from support.rays import ROUNDS, DyingBoard, NotingBoard, SharedBoard, marked, named, sweep_and_die
 
+import edgeprune
 from edgeprune import zoo
 from edgeprune.bundles.format import STAIRCASE, load_bundle
 from edgeprune.distributed.cluster import check_nodes, connected, difference
@@ -238,6 +239,18 @@ def test_outputs_of_an_engine_are_those_of_one_process(joined: Any, undisturbed:
         wanted = logits_of(session, pixels, model.preprocessing, 1)
     found = spread_logits(target, folder / "model.onnx", pixels, model.preprocessing)
     np.testing.assert_array_equal(found, wanted)
+
+
+def test_build_from_python(joined: Any, jobs: tuple[Job, ...], undisturbed: Any, tmp_path: Path) -> None:
+    """It uses the connection of this process, leaves it open, and gives the bundle of one process."""
+    given = jobs[0].options(tmp_path, tmp_path)
+    bundle = edgeprune.build(
+        given.model, device=given.device, images=given.images, goal=given.goal, method=given.method, simulate=True,
+        search_images=given.search_images, neighbours=given.neighbours, ray="auto", work=tmp_path / "work",
+        out=tmp_path / "bundle",
+    )  # fmt: skip
+    assert bundle.manifest == undisturbed[1][0]
+    assert ray.is_initialized()
 
 
 def test_board_behind_ssh_is_killed_in_a_staircase(
