@@ -24,6 +24,7 @@ SHAPING_OPS = {"Reshape", "Transpose", "Squeeze", "Unsqueeze"}
 MOVING_OPS = SHAPING_OPS | {"Slice", "Split", "Gather", "Concat", "Expand", "Identity"}
 # Within a cut.
 COMPUTING = REDUCTIONS | {"Add", "Sub", "Mul", "Div", "Clip", "Max", "Min", "Softmax", "MatMul", "TopK", "ArgMax"}
+COMPUTING |= {"Greater", "Cast"}
 FP32, FP16 = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
 LARGEST = float(np.finfo(np.float16).max)
 SUFFIX = {FP32: "_fp32", FP16: "_fp16"}

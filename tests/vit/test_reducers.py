@@ -81,12 +81,19 @@ def cosine(a: Array, b: Array) -> float:
 
 
 def fold(x: Array, weights: Array, keep: int, prefix: int, sizes: Array) -> tuple[Array, Array]:
-    """The tokens most attended to, by CLS and by the mean token, take in every other, each the one most like it."""
+    """Kept are tokens that CLS and the mean token attend to and that are far from all that are attended to more.
+
+    They take in every other, each the one most like it.
+    """
     heads, count, _ = weights.shape
-    score = []
+    received = []
     for token in range(prefix, count):
         every = sum(weights[h, q, token] for h in range(heads) for q in range(count)) / count
-        score.append(every + (sum(weights[h, 0, token] for h in range(heads)) if prefix else 0.0))
+        received.append(every + (sum(weights[h, 0, token] for h in range(heads)) if prefix else 0.0))
+    score = []
+    for token, attention in enumerate(received):
+        likeness = [cosine(x[prefix + token], x[prefix + o]) for o, a in enumerate(received) if a > attention]
+        score.append(attention * (1 - max(0.0, *likeness, 0.0)))
     kept, rest = split(score, keep - prefix)
     groups = {token: [prefix + token] for token in kept}
     for token in rest:

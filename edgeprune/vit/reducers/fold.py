@@ -1,4 +1,4 @@
-"""fold: keep the tokens that receive most attention and fold every other into the most similar kept one."""
+"""fold: keep tokens that are attended to and unlike any attended to more; fold each other into the nearest kept one."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ def fold(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix:
     matmul, without scatter. The prefix is sorted first and nothing is folded into it. Sizes make later attention
     proportional.
     """
-    order = best(attention_received(attended, prefix), x.shape[1])
+    unit = x / x.norm(dim=-1, keepdim=True)
+    similar = unit @ unit.transpose(1, 2)
+    order = best(worth(similar, attended, prefix), x.shape[1])
     ranked = take(x, order)
     kept, others = ranked[:, :keep], ranked[:, keep:]
-    # For each token only its similarities to kept ones are compared, so its own length does not matter.
-    towards = kept[:, prefix:] / kept[:, prefix:].norm(dim=-1, keepdim=True)
-    closest = (others @ towards.transpose(1, 2)).argmax(dim=-1, keepdim=True)
+    to_kept = take(similar, order[:, prefix:keep]).transpose(1, 2)  # (B, N, keep - prefix)
+    closest = take(to_kept, order[:, keep:]).argmax(dim=-1, keepdim=True)
     gathered = one_hot(closest, keep, prefix).to(x.dtype).transpose(1, 2)
     mass = torch.ones_like(x[:, :, :1]) if sizes is None else take(sizes[..., None], order)
     if sizes is not None:
@@ -31,18 +32,35 @@ def fold(x: Tensor, sizes: Tensor | None, attended: Attended, keep: int, prefix:
     return Reduced((kept + gathered @ others) / total, total[..., 0], lambda: order[:, prefix:keep] - prefix)
 
 
+def worth(similar: Tensor, attended: Attended, prefix: int) -> Tensor:
+    """(B, N) attention that each token receives times its distance to the nearest token that receives more.
+
+    A token is worth keeping if it matters and no token that matters more can stand for it. Density peaks (Rodriguez
+    and Laio, Science 344, 2014) choose the centres of clusters in the same way, by the product of a density and the
+    distance to the nearest point of higher density. The distance is 1 - cosine, at most 1; `similar` (B, N, N) has the
+    cosines. Prefix tokens are worth more than all others, in their order, and stand for none.
+    """
+    count = similar.shape[1]
+    received = attention_received(attended, prefix)
+    first = [prefix - i if i < prefix else 0 for i in range(count)]
+    above = torch.tensor(first, dtype=received.dtype, device=received.device)
+    rank = received - 4 * above  # prefix tokens below all others, so that they are near to none
+    more = (rank[:, None, :] > rank[:, :, None]).to(similar.dtype)
+    nearest = (similar * more).amax(dim=-1)
+    return received * (1 - nearest) + 4 * above
+
+
 def attention_received(attended: Attended, prefix: int) -> Tensor:
     """(B, N) attention that each token receives: from the mean query, plus that from CLS if there is one.
 
-    Means over heads, at most 2; prefix tokens get higher scores than all others, in their order. One matmul of a
-    constant row with the weights is cheaper than POMT's maximum over heads and gives the same fidelity or better
-    (docs/benchmarks.md).
+    Means over heads, at most 2. One matmul of a constant row with the weights is cheaper than POMT's maximum over
+    heads and gives the same fidelity or better (docs/benchmarks.md).
     """
     weights = attended.weights
     queries = weights.shape[2]
-    share, above = [1 / queries] * queries, [0.0] * queries
-    for token in range(prefix):
-        share[token] += 1 if token == 0 else 0
-        above[token] = 4.0 * (prefix - token)
+    share = [1 / queries] * queries
+    if prefix:
+        share[0] += 1
     row = torch.tensor([share], dtype=weights.dtype, device=weights.device)
-    return (row @ weights).mean(dim=(1, 2)) + torch.tensor(above, dtype=weights.dtype, device=weights.device)
+    received: Tensor = (row @ weights).mean(dim=(1, 2))
+    return received
