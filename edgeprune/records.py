@@ -538,7 +538,7 @@ class Report(Record, frozen=True, kw_only=True):
     dense_top1: float | None = None
     fidelity: Fidelity | None = None  # all figures of the task; None without pictures
     images: int = 0
-    held_out: bool | None = None  # figures are of pictures that were not used to choose anything; None: unknown
+    held_out: bool | None = None  # figures are of pictures used for nothing but to accept a precision; None: unknown
     probes: int = 0
     predicted_ms: float | None = None
     fusable_attention: int | None = None  # attention layers in the form that TensorRT fuses
@@ -588,13 +588,6 @@ class PrecisionResult(Record, frozen=True, kw_only=True):
     error: float | None = None  # of dense features
     accepted: bool = False
     reason: str | None = None  # why it was not chosen
-
-    @property
-    def loss(self) -> float:
-        """KL in nats, 1 - cosine, or the squared relative error; 0 where none is known."""
-        if self.error is not None:
-            return self.error**2
-        return 1 - self.cosine if self.cosine is not None else self.kl or 0.0
 
 
 def check_task(task: str, labels: Sequence[str] | None = None, classes: int = 0) -> None:

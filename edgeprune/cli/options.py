@@ -136,18 +136,12 @@ def layers_from(value: str | None) -> tuple[int, ...]:
 def goal_from(alpha: Any, speedup: Any, budget_ms: Any, max_drop: Any, min_cosine: Any, max_error: Any) -> Any:
     from edgeprune.scheduling.goals import Goal
 
-    given = {
-        "alpha": alpha, "speedup": speedup, "budget_ms": budget_ms, "max_drop": max_drop, "min_cosine": min_cosine,
-        "max_error": max_error,
-    }  # fmt: skip
-    if sum(value is not None for value in given.values()) > 1:
-        names = ["--" + name.replace("_", "-") for name in given]
-        raise typer.BadParameter(f"pass at most one of {', '.join(names[:-1])} and {names[-1]}")
-    if speedup is not None and not 1 <= speedup < 1e6:
-        raise typer.BadParameter("--speedup must be a factor of at least 1")
-    if budget_ms is not None and not 0 < budget_ms < 1e9:
-        raise typer.BadParameter("--budget-ms must be above 0")
-    return Goal(**given)
+    goal = Goal(alpha, speedup, budget_ms, max_drop, min_cosine, max_error)
+    try:
+        goal.check()
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from None
+    return goal
 
 
 def overrides_from(

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from edgeprune.vit.models import Model
 
 ROUNDS = 60
+LEAST_ROUNDS = 5
 LEAST_RECOVERY = 16  # pictures
 MOST_OUTPUT_BYTES = 1 << 30  # of all pictures; several such arrays are compared
 POLICIES = ("search", "paper")
@@ -133,6 +134,8 @@ def context_for(options: Options, progress: Progress = silent) -> Context:
     check_method(options.method)
     check_policy(options.policy)
     check_task(options.task)
+    options.goal.check()
+    check_counts(options.search_images, options.rounds, options.neighbours)
     target = target_for(
         options.device, options.precision, options.batch, options.simulate, options.work, progress,
         options.host, options.lock_clocks,
@@ -234,6 +237,15 @@ def check_policy(policy: str) -> None:
     """Raise InputError for an unknown policy."""
     if policy not in POLICIES:
         raise InputError(f"unknown policy {policy!r}: choose from {', '.join(POLICIES)}")
+
+
+def check_counts(search_images: int, rounds: int, neighbours: int) -> None:
+    """Raise InputError for counts that no build takes."""
+    for name, value, least in (
+        ("search_images", search_images, 1), ("rounds", rounds, LEAST_ROUNDS), ("neighbours", neighbours, 0)
+    ):  # fmt: skip
+        if value < least:
+            raise InputError(f"{name} = {value} is too few: use {least} or more")
 
 
 def recovery_set(options: Options, images: ImageSet | None) -> ImageSet | None:

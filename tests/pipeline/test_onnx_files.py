@@ -101,7 +101,7 @@ def test_build_in_int8(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: py
     few_digits(tmp_path / "digits", 45)
     options = Options(
         model=tiny("cls").module, images=tmp_path / "digits" / "images", search_images=4, precision="int8",
-        method="topk", policy="paper", block=1, rounds=3, neighbours=0,
+        method="topk", policy="paper", block=1, rounds=5, neighbours=0,
         work=tmp_path / "work", out=tmp_path / "bundle", calib=tmp_path / "calib",
     )  # fmt: skip
     with pytest.raises(PrecisionError, match="int8 is refused because it loses all: build with --precision fp32"):
