@@ -298,7 +298,7 @@ class LastShare(Record, frozen=True, kw_only=True):
 
 
 class GpuState(Record, frozen=True, kw_only=True):
-    """What decides a GPU's speed at one moment; None where the machine does not tell."""
+    """What decides a GPU's speed at one moment; None where the machine does not report it."""
 
     clock_mhz: float | None = None
     temperature_c: float | None = None
@@ -347,7 +347,7 @@ class Staircase(Record, frozen=True, kw_only=True):
     cuts: dict[str, tuple[CutCost, ...]] = {}  # by method
     last: tuple[LastShare, ...] = ()  # empty where the head reads more than the prefix
     depth: DepthCheck | None = None  # where two blocks were timed and not the whole trunk
-    conditions: tuple[Conditions, ...] = ()  # by stage; empty where the machine does not tell
+    conditions: tuple[Conditions, ...] = ()  # by stage; empty where the machine does not report them
 
     def __post_init__(self) -> None:
         counts = [p.tokens for p in self.points]
@@ -363,7 +363,7 @@ class Staircase(Record, frozen=True, kw_only=True):
 
     @property
     def throttled(self) -> bool | None:
-        """Were the GPU's clocks lowered while it was measured? None where the machine does not tell."""
+        """Were the GPU's clocks lowered while it was measured? None where the machine does not report it."""
         return any(c.throttled for c in self.conditions) if self.conditions else None
 
 

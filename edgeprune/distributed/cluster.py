@@ -72,7 +72,9 @@ def _check_reachable(address: str) -> None:
     """Raise InputError for something other than HOST:PORT, HostError where nothing listens: Ray waits for minutes."""
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdigit() or "/" in host:
-        raise InputError(f"--ray {address!r} is no address: pass local, auto or HOST:PORT of the cluster's head node")
+        raise InputError(
+            f"--ray {address!r} is not an address: pass local, auto or HOST:PORT of the cluster's head node"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
     except (OSError, OverflowError) as error:
@@ -136,10 +138,10 @@ def check_nodes(ray: Any) -> None:
             detail = " ".join(str(error).split())[:160]
             raise HostError(f"node {name} of the cluster does not answer ({detail}): restart Ray there") from None
         if problem := difference(own, found):
-            raise HostError(f"node {name} of the cluster has {problem}: install the same there")
+            raise HostError(f"node {name} of the cluster has {problem}: install the same version there")
         if found["processor"] != own["processor"]:
             log.warning(
-                "node %s is another machine (%s): the last bits of figures may differ from those computed here",
+                "node %s has another processor (%s): results may differ in the last bits",
                 name, found["processor"],
             )  # fmt: skip
 
@@ -164,5 +166,5 @@ def received(answers: Sequence[Any]) -> list[Any]:
         raise HostError(f"an evaluation failed on a node of the cluster ({detail}): correct it there") from None
     except ray.exceptions.RayError as error:
         detail = " ".join(str(error).split())[:200]
-        raise HostError(f"Ray lost an evaluation ({detail}): run the command again, it goes on") from None
+        raise HostError(f"Ray lost an evaluation ({detail}): run the command again to continue") from None
     return found

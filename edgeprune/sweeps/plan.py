@@ -172,7 +172,7 @@ def jobs_of(path: Path) -> tuple[Job, ...]:
                     )
                 )
     if len({job.name for job in jobs}) < len(jobs):
-        raise InputError(f"{path}: a model, device or goal is there twice: remove one of the two")
+        raise InputError(f"{path}: a model, device or goal appears twice: remove one of the two")
     return tuple(jobs)
 
 

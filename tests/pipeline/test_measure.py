@@ -278,7 +278,7 @@ def test_a_goal_is_met_unless_measurement_or_margin_say_otherwise(
 
 @pytest.mark.parametrize(
     ("cosine", "held_out", "told"),
-    [(0.96, True, None), (0.94, True, "that chose nothing"), (0.94, False, "evaluation")],
+    [(0.96, True, None), (0.94, True, "held-out pictures"), (0.94, False, "evaluation")],
 )
 def test_a_bound_on_the_cosine_is_checked_on_the_final_pictures(
     cosine: float, held_out: bool, told: str | None, caplog: pytest.LogCaptureFixture

@@ -78,7 +78,7 @@ def test_a_board_that_is_not_there(tmp_path: Path) -> None:
         ("{ max_drop = 1 }", "{ max_drop = 1, speedup = 2 }", "speedup and max_drop are 2 goals: set only one"),
         ("{ speedup = 1.5 }", "{ speedup = 0.5 }", "s.toml: goal speedup = 0.5 is out of range: use 1 to"),
         ("{ speedup = 1.5 }", "{}", "a goal is empty"),
-        ("images =", "rounds = 4\nimages =", "rounds = 4 is too few: use 5 or more"),
+        ("methods =", "rounds = 4\nmethods =", "rounds = 4 is too few: use 5 or more"),
         ('["fold", "tome"]', "[]", "methods is empty"),
         ('["fold", "tome"]', '["fold", "fold"]', "twice"),
         ('["fold", "tome"]', '["fild"]', "fild"),
