@@ -70,7 +70,7 @@ def check_comparable(source: Path, bundles: Sequence[tuple[str, str, Setup]], en
     if baseline.end_to_end != end_to_end:
         way = "with" if baseline.end_to_end else "without"
         raise InputError(
-            f"{source}: was measured {way} --end-to-end: do the same, or store a new baseline with --out"
+            f"{source} was measured {way} --end-to-end: do the same, or store a new baseline with --out"
         )
     stored = {row.bundle: row for row in baseline.rows}
     for name, model, setup in bundles:

@@ -69,5 +69,5 @@ def sweep(
         first = failed[0]
         raise SweepError(
             f"{len(failed)} of {len(rows)} builds failed, the first is {first['job']} ({first['error']}): "
-            "correct what the rows name, then pass --resume"
+            "fix what the rows report, then run again with --resume"
         )

@@ -87,7 +87,7 @@ def _why(address: str, error: Exception) -> str:
     """What Ray's error means for the user, in one line."""
     text = " ".join(str(error).split())
     if "ersion mismatch" in text:
-        return f"the cluster at {address} runs another version of Ray or Python ({text[:300]}): install the same here"
+        return f"the cluster at {address} runs another version of Ray or Python ({text[:300]}): install it here"
     if address == AUTO:
         return f"no Ray cluster runs on this machine ({text[:160]}): start one with `ray start`, or pass --ray local"
     return f"Ray at {address} cannot be used from this machine ({text[:300]}): join it with `ray start --address=…`"
@@ -163,7 +163,7 @@ def received(answers: Sequence[Any]) -> list[Any]:
         if isinstance(error.cause, EdgepruneError):
             raise error.cause from None
         detail = " ".join(str(error.cause).split())[:200]
-        raise HostError(f"an evaluation failed on a node of the cluster ({detail}): correct it there") from None
+        raise HostError(f"an evaluation failed on a node of the cluster ({detail}): fix it there") from None
     except ray.exceptions.RayError as error:
         detail = " ".join(str(error).split())[:200]
         raise HostError(f"Ray lost an evaluation ({detail}): run the command again to continue") from None

@@ -210,12 +210,12 @@ def gate(
     if not isinstance(task, Answers):
         most = MOST_OFF if goal.max_error is None else 100 * goal.max_error
         if lost > most:
-            return f"its outputs are {lost:.2f} % off those in {wider} (limit {most:g}) for {gain:.2f}x"
+            return f"its outputs are {lost:.2f} % off those in {wider} (limit {most:g}) at a speed-up of {gain:.2f}x"
         log.info("%s: %.2fx faster than %s, outputs %.2f %% off", precision, gain, wider, lost)
         return None
     most = MOST_CHANGED if not labels else MOST_LOST if goal.max_drop is None else goal.max_drop
     if lost > most:
-        return f"it loses {lost:.2f} points of {what} against {wider} (limit {most}) for {gain:.2f}x"
+        return f"it loses {lost:.2f} points of {what} against {wider} (limit {most}) at a speed-up of {gain:.2f}x"
     log.info("%s: %.2fx faster than %s, %.2f points of %s lost", precision, gain, wider, lost, what)
     return None
 

@@ -187,6 +187,6 @@ def warn_if_missed(goal: Goal, report: Report) -> None:
     if report.speedup is not None and not meets(goal, report):
         ms = report.latency.median_ms
         log.warning(
-            "the goal (%s) is not met: measured %.3fx, %.3f ms; ask for less",
+            "the goal (%s) is not met: measured %.3fx, %.3f ms; relax the goal",
             goal, report.speedup, ms,
         )  # fmt: skip

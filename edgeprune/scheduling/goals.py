@@ -183,5 +183,5 @@ def impossible(limit: float, staircase: Staircase, best: float, method: str) -> 
     dense = staircase.dense.median_ms
     return ScheduleError(
         f"{limit:.3g} ms cannot be met: {staircase.vit.name} takes {dense:.3g} ms unpruned and about "
-        f"{best:.3g} ms at best with {method} ({dense / best:.2f}x): ask for less with --speedup or --budget-ms"
+        f"{best:.3g} ms at best with {method} ({dense / best:.2f}x): relax --speedup or --budget-ms"
     )

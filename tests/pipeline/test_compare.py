@@ -107,7 +107,7 @@ def test_each_method_meets_its_target_by_measurement(run: Any) -> None:
 def test_what_is_out_of_reach_is_named(run: Any) -> None:
     _, comparison = run(targets=(1.3, 9.0), methods=("pomt",))
     assert [(m, p, t) for m, p, t, _ in comparison.missing] == [("pomt", "search", 9.0), ("pomt", "published", 9.0)]
-    assert all("ask for less" in reason for *_, reason in comparison.missing)
+    assert all("relax" in reason for *_, reason in comparison.missing)
     assert {e.target for e in comparison.entries} == {1.3}
 
 
