@@ -17,9 +17,7 @@ from edgeprune.errors import VerifyError
 def bench(
     bundles: Annotated[list[Path], typer.Argument(help="folders that `edgeprune build` wrote")],
     rounds: Annotated[int, typer.Option(help="interleaved rounds", min=5)] = 60,
-    baseline: Annotated[
-        Path | None, typer.Option(help="earlier result (--out or --json) to compare with")
-    ] = None,
+    baseline: Annotated[Path | None, typer.Option(help="earlier result (--out or --json) to compare with")] = None,
     fail_slower: Annotated[
         float | None, typer.Option(help="exit with 3 if more than this percentage slower than the baseline", min=0)
     ] = None,

@@ -14,9 +14,7 @@ from edgeprune.scheduling import DEFAULT_ALPHA
 Device = Annotated[str, typer.Option(help="cpu, cuda, a Jetson (see `edgeprune devices`), or your own .toml")]
 Model = Annotated[
     str,
-    typer.Option(
-        help="timm VisionTransformer or Eva, or FOLDER saved by transformers; default: the embedded model"
-    ),
+    typer.Option(help="timm VisionTransformer or Eva, or FOLDER saved by transformers; default: the embedded model"),
 ]
 Weights = Annotated[
     str | None, typer.Option(help="pretrained | embedded | FILE (.safetensors, or .pth with tensors only)")
@@ -54,9 +52,7 @@ Task = Annotated[
 ]
 Layers = Annotated[
     str | None,
-    typer.Option(
-        metavar="3,6,9,12", help="blocks (from 1) whose patch features are outputs, on the full grid"
-    ),
+    typer.Option(metavar="3,6,9,12", help="blocks (from 1) whose patch features are outputs, on the full grid"),
 ]
 HeadFile = Annotated[
     Path | None,
@@ -83,9 +79,7 @@ WholeLast = Annotated[
 ]
 OnRay = Annotated[
     str | None,
-    typer.Option(
-        "--ray", help="local | auto | HOST:PORT: evaluate schedules on Ray; needs the `ray` extra"
-    ),
+    typer.Option("--ray", help="local | auto | HOST:PORT: evaluate schedules on Ray; needs the `ray` extra"),
 ]
 Work = Annotated[Path, typer.Option(help="work folder, which keeps finished steps for reuse")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]

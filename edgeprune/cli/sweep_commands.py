@@ -16,9 +16,7 @@ from edgeprune.errors import SweepError
 
 @app.command()
 def sweep(
-    file: Annotated[
-        Path, typer.Argument(metavar="SWEEP.toml", help="models, devices, goals and options")
-    ],
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="models, devices, goals and options")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and build nothing")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="keep finished builds of an earlier run")] = False,
     max_failures: Annotated[

@@ -51,9 +51,7 @@ def errors_of(what: str) -> Iterator[None]:
     except driver().Error as error:
         text = _line(error)
         advice = (
-            "close other programs"
-            if "memory" in text.lower()
-            else "run it again, and check dmesg if it persists"
+            "close other programs" if "memory" in text.lower() else "run it again, and check dmesg if it persists"
         )
         raise EngineError(f"{what}: CUDA failed ({text}): {advice}") from None
 

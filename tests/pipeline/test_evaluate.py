@@ -141,8 +141,20 @@ def test_gate_lets_pass_what_is_faster_and_as_good() -> None:
     ("labels", "goal", "measured", "count", "told"),
     [
         (LABELS, Goal(), FASTER, 2, "it loses 2.00 points of top-1 against fp16 (limit 1.5) at a speed-up of 2.00x"),
-        (LABELS, Goal(max_drop=0.5), FASTER, 1, "it loses 1.00 points of top-1 against fp16 (limit 0.5) at a speed-up of 2.00x"),
-        (None, Goal(), FASTER, 6, "it loses 6.00 points of agreement against fp16 (limit 5.0) at a speed-up of 2.00x"),
+        (
+            LABELS,
+            Goal(max_drop=0.5),
+            FASTER,
+            1,
+            "it loses 1.00 points of top-1 against fp16 (limit 0.5) at a speed-up of 2.00x",
+        ),
+        (
+            None,
+            Goal(),
+            FASTER,
+            6,
+            "it loses 6.00 points of agreement against fp16 (limit 5.0) at a speed-up of 2.00x",
+        ),
         (LABELS, Goal(), timed((1.5,), (1.0,)), 0, "it is slower, 1.5 ms against 1 ms in fp16"),
     ],
 )
