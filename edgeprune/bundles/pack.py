@@ -102,7 +102,7 @@ def unpack(
     """
     if (allowed_signers is None) is not unsigned:
         raise InputError(
-            "the signers to accept are needed: pass --allowed-signers FILE, or --unsigned to skip the check"
+            "exactly one is needed: pass --allowed-signers FILE, or --unsigned to skip the signature check"
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already: choose another folder, or remove it")
