@@ -205,7 +205,7 @@ def test_zero_shot_figures_with_text_embeddings(
         "not (classes, 64): pass the text": np.ones((10, 63), np.float32),
         "has the shape (64,)": np.ones(64, np.float32),
         "not finite": np.full((10, 64), np.nan, np.float32),
-        "which has 4: pass one row per class": np.ones((4, 64), np.float32),
+        "which has 4: pass one row for every class": np.ones((4, 64), np.float32),
         "not an fp32 array": np.ones((10, 64)),
     }
     for message, array in wrong.items():
