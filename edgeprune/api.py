@@ -59,39 +59,40 @@ def build(
         model: A timm name, `hf-hub:ORG/NAME`, `local-dir:PATH`, a folder in the format of transformers, or a timm
             VisionTransformer or Eva with the weights it has (copied, never changed). The embedded digit classifier by
             default.
-        device: `cpu`, `cuda`, a Jetson of `edgeprune devices`, or a path to your own .toml.
+        device: `cpu`, `cuda`, another name listed by `edgeprune devices`, or a path to your own .toml.
         images: A folder of class folders, a CSV `image[,label]`, or a folder of pictures. Labels are optional.
-        image_size: (height, width) of the pictures in pixels, or one number for a square, instead of the model's own:
-            position embeddings are resampled as timm does it. A multiple of the patches.
-        task: What the output is for, `classify`, `embed` or `dense`; by default `embed` for a model without a head.
+        image_size: Input (height, width) in pixels, a multiple of the patch size, or one number for a square, instead
+            of the model's own. Position embeddings are resampled as in timm.
+        task: Type of the output, `classify`, `embed` or `dense`; by default `embed` for a model without a head.
             Embeddings are compared by cosine and nearest neighbours, dense features by their relative error, and
             `Bundle.figures.fidelity` has the figures.
-        layers: Numbers of blocks, from 1, whose patch features are outputs on the full grid (dense features).
-        head: An ONNX file on dense features: the error of its output is then what counts.
-        text_embeddings: A float32 .npy file, (classes, C), of the names of the classes: adds zero-shot figures.
+        layers: Blocks, counted from 1, whose patch features are outputs on the full grid (dense features).
+        head: An ONNX file that takes the dense features; the error is then that of its output.
+        text_embeddings: A float32 .npy file, (classes, C), with text embeddings of the class names: adds zero-shot
+            figures.
         goal: A speed-up, a latency budget, a bound on lost top-1, on the cosine of embeddings or on the error of
             dense features, or a trade-off, which is the default (Goal()).
         weights: `pretrained`, `embedded`, `random`, or a checkpoint file; for names only.
         method: How tokens are removed: fold, pomt, tome, evit, topk, none.
         policy: `search` (cuts in any blocks, lowest KL) or `paper` (one cut, highest utility).
         precision: fp32, fp16, int8 or fp8; PrecisionError if it is slower than fp32 or loses too much. `auto` builds
-            all that the device has and keeps the fastest that loses little; `Bundle.precisions` says why.
+            all that the device supports and keeps the fastest accepted one; `Bundle.precisions` says why.
         batch: Images per inference; part of the static shapes.
         simulate: Take latencies from the tail-effect model of the device instead of hardware.
         exhaustive: Measure every token count.
-        search_images: Number of pictures used to choose the schedule; figures are of the other pictures.
+        search_images: Number of pictures used to choose the schedule; figures are of the others.
         rounds: Interleaved rounds of the final measurement.
         neighbours: Number of similar schedules to build and time in addition to the best.
-        recover: Pictures without labels (a folder or a CSV) on which the weights of the pruned model are tuned to the
-            answers of the unpruned one; True takes half of `images`. Figures are of other pictures, with and without.
+        recover: Unlabelled pictures (a folder or a CSV) on which the pruned model is fine-tuned to match the unpruned
+            one; True takes half of `images`. Figures are of other pictures, with and without recovery.
         preprocessing: Overrides of the model's data config: crop_pct, interpolation, mean, std, crop_mode.
-        host: USER@HOST of the device, used over ssh.
+        host: USER@HOST of the device, driven over ssh.
         host_program: Path of edgeprune on that host.
-        ray: `local`, `auto` (the cluster of this machine, or the connection that this process has) or HOST:PORT:
-            schedules are evaluated on a Ray cluster, with the same results. Needs the extra `ray`.
-        work: Folder that keeps finished steps, so that the same call continues or reuses them.
+        ray: `local`, `auto` (the cluster of this machine, or the connection of this process) or HOST:PORT: evaluate
+            schedules on a Ray cluster, with the same results. Needs the extra `ray`.
+        work: Folder of finished steps, so that the same call continues or reuses them.
         out: Folder of the bundle; default `engines/<device>/<model>/<method>-<precision>-b<batch>`.
-        progress: Called with (what is being done, items done, items in total).
+        progress: Called with (current activity, items done, total number of items).
 
     Raises:
         EdgepruneError: One of edgeprune.errors; its message says what to do. Nothing half-written is left.
@@ -226,11 +227,11 @@ def recover(
     checkpoint: str | Path | None = None,
     progress: Progress = silent,
 ) -> nn.Module:
-    """`prune`, with weights tuned to the answers of `model` on pictures; labels are never used.
+    """`prune`, with weights fine-tuned to match `model` on pictures; labels are never used.
 
     A quarter of the pictures is never trained on, and the state with the lowest KL on it is returned: the weights of
-    `model` where none is better. `model` is not changed. Trains on a GPU where torch sees one; the result is on the
-    CPU. With `checkpoint`, a file, an interrupted run continues after its last whole epoch. Raises InputError,
+    `model` if none is better. `model` is not changed. Trains on a GPU if torch finds one; the result is on the CPU.
+    With `checkpoint`, a file, an interrupted run continues after its last whole epoch. Raises InputError,
     ModelError, ImageError, OutputError.
     """
     from edgeprune.images import load_pixels
@@ -274,7 +275,8 @@ def compare(
     """Compare methods at equal measured latency, with searched and with published schedules.
 
     `Comparison.entries` has a schedule and a report for each; targets out of reach are in `missing`, with the reason.
-    The arguments are those of `build`. Raises EdgepruneError.
+    The arguments are those of `build`; a `precision` other than fp32 is refused unless `simulate` is set. Raises
+    EdgepruneError.
     """
     from edgeprune.distributed.cluster import connected
     from edgeprune.pipeline.compare import compare as run

@@ -113,7 +113,7 @@ def _from_csv(source: Path, anywhere: bool) -> ImageSet:
                 path = (base / (row["image"] or "")).resolve()
                 if not anywhere and not path.is_relative_to(base):
                     raise ImageError(
-                        f"{where}: {row['image']} leads out of {base.name}/: use paths inside the folder of the CSV"
+                        f"{where}: {row['image']} is outside {base.name}/: use paths inside the folder of the CSV"
                     )
                 if not os.path.isfile(path):
                     raise ImageError(f"{where}: {row['image']} does not exist: paths are relative to the CSV")

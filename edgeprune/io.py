@@ -21,6 +21,7 @@ from edgeprune.errors import OutputError, RecordError
 from edgeprune.records import SCHEMA, Record
 
 MAX_RECORD_BYTES = 64 << 20
+CODE = (".py", ".toml", ".j2", ".css")
 T = TypeVar("T", bound=Record)
 
 
@@ -144,7 +145,7 @@ def key_of(*parts: Any) -> str:
 
 @lru_cache(maxsize=1)
 def code_key() -> str:
-    """Hash of the package's Python and TOML files, once per process: results of other code are not reused."""
+    """Hash of the package's code, device files and page templates, once per process: a change redoes all steps."""
     package = Path(__file__).parent
-    files = sorted(path for path in package.rglob("*") if path.suffix in (".py", ".toml"))
+    files = sorted(path for path in package.rglob("*") if path.suffix in CODE)
     return key_of([(path.relative_to(package).as_posix(), sha256_file(path)) for path in files])

@@ -298,7 +298,7 @@ class LastShare(Record, frozen=True, kw_only=True):
 
 
 class GpuState(Record, frozen=True, kw_only=True):
-    """What decides a GPU's speed at one moment; None where the machine does not tell."""
+    """What decides a GPU's speed at one moment; None where the machine does not report it."""
 
     clock_mhz: float | None = None
     temperature_c: float | None = None
@@ -347,7 +347,7 @@ class Staircase(Record, frozen=True, kw_only=True):
     cuts: dict[str, tuple[CutCost, ...]] = {}  # by method
     last: tuple[LastShare, ...] = ()  # empty where the head reads more than the prefix
     depth: DepthCheck | None = None  # where two blocks were timed and not the whole trunk
-    conditions: tuple[Conditions, ...] = ()  # by stage; empty where the machine does not tell
+    conditions: tuple[Conditions, ...] = ()  # by stage; empty where the machine does not report them
 
     def __post_init__(self) -> None:
         counts = [p.tokens for p in self.points]
@@ -363,7 +363,7 @@ class Staircase(Record, frozen=True, kw_only=True):
 
     @property
     def throttled(self) -> bool | None:
-        """Were the GPU's clocks lowered while it was measured? None where the machine does not tell."""
+        """Were the GPU's clocks lowered while it was measured? None where the machine does not report it."""
         return any(c.throttled for c in self.conditions) if self.conditions else None
 
 
@@ -538,7 +538,7 @@ class Report(Record, frozen=True, kw_only=True):
     dense_top1: float | None = None
     fidelity: Fidelity | None = None  # all figures of the task; None without pictures
     images: int = 0
-    held_out: bool | None = None  # figures are of pictures that were not used to choose anything; None: unknown
+    held_out: bool | None = None  # figures are of pictures used for nothing but to accept a precision; None: unknown
     probes: int = 0
     predicted_ms: float | None = None
     fusable_attention: int | None = None  # attention layers in the form that TensorRT fuses
@@ -588,13 +588,6 @@ class PrecisionResult(Record, frozen=True, kw_only=True):
     error: float | None = None  # of dense features
     accepted: bool = False
     reason: str | None = None  # why it was not chosen
-
-    @property
-    def loss(self) -> float:
-        """KL in nats, 1 - cosine, or the squared relative error; 0 where none is known."""
-        if self.error is not None:
-            return self.error**2
-        return 1 - self.cosine if self.cosine is not None else self.kl or 0.0
 
 
 def check_task(task: str, labels: Sequence[str] | None = None, classes: int = 0) -> None:

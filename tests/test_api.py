@@ -144,8 +144,19 @@ def test_a_schedule_of_another_model_is_refused(schedule: Schedule, tiny: Callab
         edgeprune.prune(torch.nn.Linear(2, 2), schedule)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"goal": edgeprune.Goal(speedup=0)}, {"goal": edgeprune.Goal(speedup=2, alpha=0.5)}, {"rounds": 0},
+     {"search_images": 0}, {"neighbours": -1}],
+)  # fmt: skip
+def test_options_out_of_range_are_refused_before_any_work(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"out of range|2 goals|too few"):
+        edgeprune.build(work=tmp_path / "work", **options)
+    assert not (tmp_path / "work").exists()
+
+
 def test_an_impossible_goal(work: Path, staircase: Staircase) -> None:
-    with pytest.raises(ScheduleError, match="ask for less"):
+    with pytest.raises(ScheduleError, match="relax"):
         edgeprune.schedule(staircase, goal=edgeprune.Goal(speedup=50), search_images=4, work=work)
 
 

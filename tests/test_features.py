@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgeprune.features import Dense, packed, unpacked
-from edgeprune.records import Candidate, DenseFidelity, Output, PrecisionResult
+from edgeprune.records import Candidate, DenseFidelity, Output
 from edgeprune.tasks import points_lost, typically_off
 
 OUTPUTS = (Output("features_2", (2, 3, 4)), Output("features_10", (2, 3, 4)), Output("embedding", (5,)))
@@ -83,7 +83,6 @@ def test_records_of_dense_features() -> None:
     found = Candidate((5, 4), 1.0, None, None, None, None, 0.2)
     assert found.loss == pytest.approx(0.04) and found.accuracy == pytest.approx(80)
     assert Candidate((5, 4), 1.0, None, None, None, None, 1.5).accuracy == 0
-    assert PrecisionResult(precision="fp16", error=0.1).loss == pytest.approx(0.01)
     for wrong in ((0.1, 99.0, None, None, 0.2), (None, 99.0, None, None, 0.2), (None, None, None, 0.9, None)):
         with pytest.raises(ValueError, match="a candidate has a KL, a cosine or an error"):
             Candidate((5, 4), 1.0, *wrong)

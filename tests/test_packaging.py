@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,11 @@ from pathlib import Path
 
 import pytest
 from support.paths import ROOT
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
 
 from edgeprune import __version__, zoo
 
@@ -134,6 +140,15 @@ def test_wheel_carries_nothing_else(wheel: Path) -> None:
     assert tops == {"edgeprune", f"edgeprune-{__version__}.dist-info"}
     assert not [name for name in names if "__pycache__" in name or name.endswith((".pyc", ".tmp", ".onnx"))]
     assert sizes < 8 << 20
+
+
+def test_sdist_has_what_the_tests_read() -> None:
+    """Every top-level name that a test takes from the root, and those that tests import."""
+    with open(ROOT / "pyproject.toml", "rb") as file:
+        listed = tomllib.load(file)["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    text = "".join(path.read_text() for path in (ROOT / "tests").rglob("*.py"))
+    read = set(re.findall(r'ROOT / "([\w.-]+)', text)) | {"benchmarks", "constraints.txt"}
+    assert read - {"pyproject.toml"} <= set(listed)  # hatchling always adds pyproject.toml
 
 
 def test_bare_install_has_no_heavy_package(installed: Path) -> None:

@@ -69,9 +69,7 @@ def check_comparable(source: Path, bundles: Sequence[tuple[str, str, Setup]], en
     baseline = load(source, Baseline)
     if baseline.end_to_end != end_to_end:
         way = "with" if baseline.end_to_end else "without"
-        raise InputError(
-            f"{source}: was measured {way} --end-to-end: do the same, or store a new baseline with --out"
-        )
+        raise InputError(f"{source} was measured {way} --end-to-end: do the same, or store a new baseline with --out")
     stored = {row.bundle: row for row in baseline.rows}
     for name, model, setup in bundles:
         if name not in stored:

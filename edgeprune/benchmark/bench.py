@@ -63,7 +63,7 @@ def bench_bundles(
     DeviceError for a bundle of another device, or whose engine belongs to another machine or version.
     """
     if rounds < 1:
-        raise InputError(f"{rounds} rounds measure nothing: use 1 or more")
+        raise InputError(f"{rounds} rounds are too few: use 1 or more")
     manifests = _loaded(bundles)
     if end_to_end and any(manifest.engine.setup.simulated for manifest in manifests.values()):
         raise InputError("a simulated device has no copies to time: leave out --end-to-end")
@@ -106,7 +106,7 @@ def _loaded(bundles: Sequence[Path]) -> dict[Path, Manifest]:
             raise InputError(f"{path} is given twice: name each bundle once")
     manifests = {path: load_bundle(path) for path in bundles}
     if len({manifest.engine.setup.simulated for manifest in manifests.values()}) > 1:
-        raise InputError("simulated and measured latencies do not compare: bench bundles of one kind")
+        raise InputError("simulated and measured latencies cannot be compared: bench bundles of one kind")
     return manifests
 
 

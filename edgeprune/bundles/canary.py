@@ -24,7 +24,7 @@ class Canary(NamedTuple):
 
     hosts: int = 1  # the first so many destinations
     wait_s: float = 60.0  # between the bench there and the second verify
-    fail_slower: float | None = None  # percent: fails if slower than the version before by more than that
+    fail_slower: float | None = None  # percent: fails if slower than the previous version by more than that
 
 
 class _Row(msgspec.Struct):
@@ -51,7 +51,9 @@ def ship_with_canary(
     """
     load_bundle(bundle)
     if not 0 < canary.hosts < len(to):
-        raise InputError(f"a canary of {canary.hosts} leaves none of {len(to)} hosts for later: choose fewer")
+        raise InputError(
+            f"--canary {canary.hosts} leaves none of the {len(to)} hosts for the second stage: pass a smaller number"
+        )
     first, rest = to[: canary.hosts], to[canary.hosts :]
     shipped = [result._replace(canary=True) for result in each(lambda where: ship(bundle, where), first, progress)]
     before = dict(zip(first, shipped, strict=True))
@@ -93,7 +95,7 @@ def _benched(where: Destination, result: Shipped, fail_slower: float | None) -> 
     speedup, (_, high) = rows[-1].speedup_to_first, rows[-1].speedup_interval
     if high * (1 + fail_slower / 100) < 1:
         raise HostError(
-            f"{where.text}: at most {high:.3f}x as fast as the version before (95 %), "
+            f"{where.text}: at most {high:.3f}x as fast as the previous version (95 %), "
             f"more than {fail_slower:g} % slower: see edgeprune doctor there"
         )
     return result._replace(speedup_to_previous=speedup)
@@ -108,7 +110,9 @@ def _bench(remote: RemoteFolder, names: Sequence[str]) -> tuple[_Row, ...]:
     except (msgspec.DecodeError, UnicodeError):
         rows = ()
     if len(rows) != len(names):
-        raise HostError(f"{remote.host.address}: bench there gave no figures: install the same edgeprune there")
+        raise HostError(
+            f"{remote.host.address}: bench there returned no figures: install the same version of edgeprune there"
+        )
     return rows
 
 
@@ -130,7 +134,7 @@ def _undone(where: Destination, before: Shipped, after: Shipped) -> Shipped:
     except EdgepruneError as error:
         cause = " ".join(str(error).split())
         return after._replace(state="failed", detail=f"{why}; not rolled back: {cause}" if failed else cause)
-    back = f"rolled back to {name}" if name else f"{CURRENT} removed, there was no version before"
+    back = f"rolled back to {name}" if name else f"{CURRENT} removed, there is no previous version"
     return after._replace(detail=f"{why}; {back}") if failed else after._replace(state="rolled back", detail=back)
 
 

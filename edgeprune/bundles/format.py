@@ -153,7 +153,7 @@ def version_name(path: Path, manifest: Manifest) -> str:
     """
     setup = manifest.engine.setup
     if setup.simulated:
-        raise InputError(f"{path} is simulated, it has no engine for a device: build it on the device first")
+        raise InputError(f"{path} is simulated and has no engine for a device: build it on the device first")
     digest = sha256_file(path / MANIFEST)
     name = f"{manifest.vit.name}-{manifest.schedule.method}-{setup.precision}-b{setup.batch}-{digest[:12]}"
     if not re.fullmatch(r"[\w.-]+", name):

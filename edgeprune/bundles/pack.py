@@ -101,7 +101,9 @@ def unpack(
     missing or wrong, InputError for anything but a whole bundle, OutputError, MissingError without ssh-keygen.
     """
     if (allowed_signers is None) is not unsigned:
-        raise InputError("who may have signed it? pass --allowed-signers FILE, or --unsigned to take any file")
+        raise InputError(
+            "exactly one is needed: pass --allowed-signers FILE, or --unsigned to skip the signature check"
+        )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists already: choose another folder, or remove it")
     try:
@@ -146,7 +148,7 @@ class _Archive:
         left = set(manifest.files) - {MANIFEST}
         while (entry := self._next()) is not None:
             if entry.name not in left:
-                raise self._unusable(f"{entry.name!r} is not in the manifest, or is there twice")
+                raise self._unusable(f"{entry.name!r} is not in the manifest, or appears twice")
             if entry.size > most_bytes(manifest, entry.name):
                 raise self._unusable(f"{entry.name} has {entry.size} bytes, more than its manifest allows")
             left.remove(entry.name)
@@ -190,7 +192,9 @@ class _Archive:
         return found
 
     def _unusable(self, why: str) -> InputError:
-        return InputError(f"{self.source} is not a whole file of edgeprune pack ({why}): copy or pack it again")
+        return InputError(
+            f"{self.source} is damaged or was not written by edgeprune pack ({why}): copy or pack it again"
+        )
 
 
 def most_bytes(manifest: Manifest, name: str) -> int:

@@ -81,7 +81,7 @@ def predict(
     if out is not None and len(set(files)) < len(files):
         twice = next(file for file in files if files.count(file) > 1)
         raise InputError(
-            f"several pictures would be saved as {twice}: run them one after the other, with other --out"
+            f"several pictures would be saved as {twice}: run them separately, with different --out folders"
         )
     how, batch = manifest.preprocessing, manifest.engine.setup.batch
     rows: list[Prediction] = []

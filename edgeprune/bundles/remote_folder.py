@@ -128,7 +128,7 @@ class RemoteFolder:
                 raise HostError(f"verify at {self.host.address} failed{otherwise}: {said[-1][:400]}")
 
     def switch(self, name: str) -> None:
-        """Point `current` at `name` and `previous` at the version before, each in one step; remove older versions."""
+        """Point `current` at `name` and `previous` at the version it replaces, each in one step; remove older."""
         link = shlex.quote(name)
         self.run(
             f"old=$(readlink {CURRENT} || true); "

@@ -13,7 +13,7 @@ KEYGEN = "ssh-keygen"
 
 
 def signature_path(file: Path) -> Path:
-    """Where the signature of a file is: beside it."""
+    """Path of the signature of a file, next to it."""
     return file.with_name(f"{file.name}.sig")
 
 
@@ -39,24 +39,26 @@ def verified(data: IO[bytes], file: Path, allowed: Path, signer: str | None = No
     """
     signature = signature_path(file)
     if not signature.is_file():
-        raise VerifyError(f"{file} has no signature {signature.name} beside it: fetch that too, or pass --unsigned")
+        raise VerifyError(f"{file}: its signature {signature.name} is missing: fetch it too, or pass --unsigned")
     if not allowed.is_file():
-        raise InputError(f"{allowed}: no such list of allowed signers: write lines of a name and a public key")
+        raise InputError(f"{allowed}: no such file: pass an allowed_signers file as in ssh-keygen(1)")
     found = _keygen("find-principals", "-f", allowed, "-s", signature, data=subprocess.DEVNULL)
     names = [name for line in found.stdout.decode(errors="replace").splitlines() for name in line.split(",") if name]
     if found.returncode or not names:
         raise VerifyError(
-            f"{file} is signed by nobody in {allowed} ({_said(found)}): "
-            "fetch it from whom you trust, or add the signer's public key"
+            f"{file}: its signature is by none of the signers in {allowed} ({_said(found)}): "
+            "get the file from a source you trust, or add the signer's public key"
         )
     if signer is not None and signer not in names:
-        raise VerifyError(f"{file} is signed by {', '.join(names)}, not by {signer}: fetch the one {signer} signed")
+        raise VerifyError(
+            f"{file} is signed by {', '.join(names)}, not by {signer}: get the file that {signer} signed"
+        )
     name = signer or names[0]
     data.seek(0)
     done = _keygen("verify", "-f", allowed, "-I", name, "-n", NAMESPACE, "-s", signature, data=data)
     if done.returncode:
         raise VerifyError(
-            f"{file} is not what {name} signed ({_said(done)}): it or its signature was changed, fetch both again"
+            f"{file} does not match its signature by {name} ({_said(done)}): one was changed, fetch both again"
         )
     return name
 

@@ -17,14 +17,14 @@ from edgeprune.errors import VerifyError
 def bench(
     bundles: Annotated[list[Path], typer.Argument(help="folders that `edgeprune build` wrote")],
     rounds: Annotated[int, typer.Option(help="interleaved rounds", min=5)] = 60,
-    baseline: Annotated[Path | None, typer.Option(help="file of an earlier --out or --json to compare with")] = None,
+    baseline: Annotated[Path | None, typer.Option(help="earlier result (--out or --json) to compare with")] = None,
     fail_slower: Annotated[
-        float | None, typer.Option(help="exit 3 if slower than the baseline by more than this percentage", min=0)
+        float | None, typer.Option(help="exit with 3 if more than this percentage slower than the baseline", min=0)
     ] = None,
-    summary: Annotated[Path | None, typer.Option(help="Markdown for the summary of a CI job")] = None,
-    out: Annotated[Path | None, typer.Option(help="write the JSON there, as a baseline for later")] = None,
+    summary: Annotated[Path | None, typer.Option(help="Markdown file for a CI job summary")] = None,
+    out: Annotated[Path | None, typer.Option(help="write the result as JSON, for use as a baseline")] = None,
     end_to_end: Annotated[
-        bool, typer.Option("--end-to-end", help="wall time with the copies to and from the GPU")
+        bool, typer.Option("--end-to-end", help="measure wall time, including copies to and from the GPU")
     ] = False,
     lock_clocks: LockClocks = False,
     as_json: AsJson = False,
@@ -60,8 +60,8 @@ def bench(
 def run(
     bundle: Annotated[Path, typer.Argument(help="folder that `edgeprune build` or `compile` wrote")],
     images: Annotated[list[Path], typer.Argument(help="pictures, or folders of them")],
-    top: Annotated[int, typer.Option(help="classes listed per image", min=1)] = 5,
-    out: Annotated[Path | None, typer.Option(help="folder for all outputs of each picture, PICTURE.npz")] = None,
+    top: Annotated[int, typer.Option(help="number of classes listed per image", min=1)] = 5,
+    out: Annotated[Path | None, typer.Option(help="folder for the outputs of each picture, PICTURE.npz")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run pictures through a bundle's engine: their likeliest classes, embeddings or dense features."""
@@ -121,7 +121,7 @@ def report(
     open_it: Annotated[bool, typer.Option("--open", help="open it in the browser")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write the HTML page of a bundle again, and print where it is."""
+    """Regenerate the HTML report of a bundle and print its path."""
     from edgeprune.html_report.page import page_of_bundle
 
     path = page_of_bundle(bundle, out)

@@ -23,13 +23,14 @@ def ship(
     ] = False,
     canary: Annotated[
         int | None,
-        typer.Option(help="with --all: the first so many hosts get it first; if one fails, all go back", min=1),
+        typer.Option(help="with --all: number of hosts that get it first; if one fails, they are rolled back", min=1),
     ] = None,
     wait: Annotated[
-        float | None, typer.Option(help="seconds before a canary is verified again; default 60", min=0, max=604800)
+        float | None,
+        typer.Option(help="seconds until canaries are verified again; default 60", min=0, max=604800),
     ] = None,
     fail_slower: Annotated[
-        float | None, typer.Option(help="percentage by which a canary may be slower than the version before", min=0)
+        float | None, typer.Option(help="maximum slowdown of a canary against the previous version, percent", min=0)
     ] = None,
     host_program: HostProgram = "edgeprune",
     as_json: AsJson = False,
@@ -75,7 +76,7 @@ def pack(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a bundle as one file, signed, for tools that carry files to devices."""
+    """Pack a bundle into one file, optionally signed, for deployment tools."""
     from edgeprune.bundles.pack import pack as run
 
     with output.progress() as progress:
@@ -90,13 +91,13 @@ def pack(
 @app.command()
 def unpack(
     file: Annotated[Path, typer.Argument(help="file that `edgeprune pack` wrote")],
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="folder to write: absent, or empty")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="output folder; must be empty or not exist")],
     allowed_signers: Annotated[
         Path | None,
-        typer.Option(help="lines of a name and a public key, as in ssh-keygen(1): who may have signed it"),
+        typer.Option(help="allowed_signers file (ssh-keygen(1)) with the names and public keys to accept"),
     ] = None,
-    signer: Annotated[str | None, typer.Option(help="the one name of that list that must have signed it")] = None,
-    unsigned: Annotated[bool, typer.Option("--unsigned", help="take it without a signature")] = False,
+    signer: Annotated[str | None, typer.Option(help="accept only the signature of this name in that file")] = None,
+    unsigned: Annotated[bool, typer.Option("--unsigned", help="skip the signature check")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check the signature of a packed bundle, unpack it, and check the hashes of its files."""
@@ -104,6 +105,7 @@ def unpack(
 
     with output.progress() as progress:
         done = run(file, folder, allowed_signers, signer, unsigned, progress)
-    output.tell(f"unpacked: {folder}, {done.version}, signed by {done.signer or 'nobody'}", as_json)
+    signed = f"signed by {done.signer}" if done.signer else "signature not checked"
+    output.tell(f"unpacked: {folder}, {done.version}, {signed}", as_json)
     if as_json:
         output.json_line({"path": str(folder), "version": done.version, "signer": done.signer})

@@ -14,7 +14,7 @@ from edgeprune.scheduling import DEFAULT_ALPHA
 Device = Annotated[str, typer.Option(help="cpu, cuda, a Jetson (see `edgeprune devices`), or your own .toml")]
 Model = Annotated[
     str,
-    typer.Option(help="name of a timm VisionTransformer or Eva, or a FOLDER of transformers; default: the embedded"),
+    typer.Option(help="timm VisionTransformer or Eva, or FOLDER saved by transformers; default: the embedded model"),
 ]
 Weights = Annotated[
     str | None, typer.Option(help="pretrained | embedded | FILE (.safetensors, or .pth with tensors only)")
@@ -27,39 +27,41 @@ Policy = Annotated[str, typer.Option(help="search: cuts in any blocks, lowest KL
 Alpha = Annotated[
     float | None,
     typer.Option(
-        help=f"goal: weight of latency in the utility, 0 to 1; the default goal is {DEFAULT_ALPHA:g}", min=0, max=1
+        help=f"goal: weight of latency in the utility, 0 to 1; default without another goal: {DEFAULT_ALPHA:g}",
+        min=0,
+        max=1,
     ),
 ]
-Speedup = Annotated[float | None, typer.Option(help="goal: at least this many times faster")]
-Budget = Annotated[float | None, typer.Option("--budget-ms", help="goal: at most this many ms per inference")]
-MaxDrop = Annotated[float | None, typer.Option(help="goal: lose at most this many points of top-1", min=0)]
+Speedup = Annotated[float | None, typer.Option(help="goal: minimum speed-up over the unpruned model, at least 1")]
+Budget = Annotated[float | None, typer.Option("--budget-ms", help="goal: maximum latency per inference, ms")]
+MaxDrop = Annotated[float | None, typer.Option(help="goal: maximum drop in top-1, percentage points", min=0)]
 MinCosine = Annotated[
     float | None,
-    typer.Option(help="goal: mean cosine to the unpruned embeddings of at least this much", min=0, max=1),
+    typer.Option(help="goal: minimum mean cosine similarity to the unpruned embeddings", min=0, max=1),
 ]
 MaxError = Annotated[
     float | None,
-    typer.Option(help="goal: relative error of dense features, or of the --head's output, of at most this", min=0),
+    typer.Option(help="goal: maximum relative error of dense features, or of the --head output", min=0),
 ]
 Task = Annotated[
     str | None,
     typer.Option(
-        help="classify | embed | dense: what the output is for; default: embed for a model without a head, dense "
+        help="classify | embed | dense: type of output; default: classify, embed for a model without a head, dense "
         "with --layers or --head"
     ),
 ]
 Layers = Annotated[
     str | None,
-    typer.Option(metavar="3,6,9,12", help="blocks, from 1, whose patch features are outputs, on the full grid"),
+    typer.Option(metavar="3,6,9,12", help="blocks (from 1) whose patch features are outputs, on the full grid"),
 ]
 HeadFile = Annotated[
     Path | None,
-    typer.Option("--head", help="ONNX that takes dense features: the error of its output is what counts"),
+    typer.Option("--head", help="ONNX head that takes the dense features; the error is then that of its output"),
 ]
 Texts = Annotated[
     Path | None,
     typer.Option(
-        "--text-embeddings", help=".npy (classes, C) of the names of classes, for zero-shot figures of embeddings"
+        "--text-embeddings", help=".npy (classes, C) with text embeddings of the class names, for zero-shot metrics"
     ),
 ]
 Precision = Annotated[str, typer.Option(help="fp32 | fp16 | int8 | fp8")]
@@ -67,7 +69,7 @@ AnyPrecision = Annotated[
     str,
     typer.Option(
         "--precision",
-        help="fp32 | fp16 | int8 | fp8 | auto: builds all that the device has, keeps the fastest good one",
+        help="fp32 | fp16 | int8 | fp8 | auto: build every precision the device supports, keep the fastest accepted",
     ),
 ]
 Batch = Annotated[int, typer.Option(help="images per inference")]
@@ -77,37 +79,39 @@ WholeLast = Annotated[
 ]
 OnRay = Annotated[
     str | None,
-    typer.Option("--ray", help="local | auto | HOST:PORT: evaluate schedules on a Ray cluster; needs the extra ray"),
+    typer.Option("--ray", help="local | auto | HOST:PORT: evaluate schedules on Ray; needs the `ray` extra"),
 ]
-Work = Annotated[Path, typer.Option(help="folder that keeps finished steps")]
+Work = Annotated[Path, typer.Option(help="work folder, which keeps finished steps for reuse")]
 AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object as the last line of stdout")]
 Simulate = Annotated[
-    bool, typer.Option(help="take latencies from the tail-effect model of the device instead of hardware")
+    bool, typer.Option(help="take latencies from the tail-effect model of the device instead of measuring")
 ]
 Exhaustive = Annotated[bool, typer.Option(help="measure every token count")]
 Block = Annotated[int, typer.Option(help="block of the single cut with --policy paper", min=0)]
-CropPct = Annotated[float | None, typer.Option(help="crop percentage, instead of the model's own", min=0.05, max=1)]
+CropPct = Annotated[float | None, typer.Option(help="override the model's crop_pct", min=0.05, max=1)]
 ImageSize = Annotated[
     str | None,
-    typer.Option("--image-size", help="pictures of H,W pixels, or N for N,N, instead of the model's own size"),
+    typer.Option("--image-size", help="input size H,W in pixels, or N for a square, instead of the model's own"),
 ]
-Interpolation = Annotated[str | None, typer.Option(help="interpolation, instead of the model's own")]
-Mean = Annotated[str | None, typer.Option(help="mean as r,g,b, instead of the model's own")]
-Std = Annotated[str | None, typer.Option(help="standard deviation as r,g,b, instead of the model's own")]
+Interpolation = Annotated[str | None, typer.Option(help="override the model's interpolation")]
+Mean = Annotated[str | None, typer.Option(help="override the model's mean, as r,g,b")]
+Std = Annotated[str | None, typer.Option(help="override the model's std, as r,g,b")]
 LockClocks = Annotated[
     bool, typer.Option("--lock-clocks", help="lock the clocks at their maximum while measuring (needs root)")
 ]
 OnHost = Annotated[
-    str | None, typer.Option("--host", help="USER@HOST of the device, used over ssh; it needs edgeprune but no torch")
+    str | None,
+    typer.Option("--host", help="USER@HOST of the device, driven over ssh; needs edgeprune there, not torch"),
 ]
-HostProgram = Annotated[str, typer.Option(help="path of edgeprune on that host, if it is not in its PATH")]
-SearchImages = Annotated[int, typer.Option(help="pictures on which schedules are compared", min=1)]
+HostProgram = Annotated[str, typer.Option(help="path of edgeprune on that host, if it is not on the PATH")]
+SearchImages = Annotated[int, typer.Option(help="number of pictures used to choose the schedule", min=1)]
 
 Recover = Annotated[
     str | None,
     typer.Option(
         metavar="[DIR|CSV]",
-        help="tune the pruned model to the unpruned one on these pictures without labels; alone: on half of --images",
+        help="fine-tune the pruned model to match the unpruned one on these unlabelled pictures; without a value: on "
+        "half of --images",
     ),
 ]
 
@@ -130,24 +134,18 @@ def layers_from(value: str | None) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in value.split(","))
     except ValueError:
-        raise InputError(f"--layers {value!r}: pass numbers of blocks as 3,6,9,12") from None
+        raise InputError(f"--layers {value!r}: pass block numbers such as 3,6,9,12") from None
 
 
 def goal_from(alpha: Any, speedup: Any, budget_ms: Any, max_drop: Any, min_cosine: Any, max_error: Any) -> Any:
     from edgeprune.scheduling.goals import Goal
 
-    given = {
-        "alpha": alpha, "speedup": speedup, "budget_ms": budget_ms, "max_drop": max_drop, "min_cosine": min_cosine,
-        "max_error": max_error,
-    }  # fmt: skip
-    if sum(value is not None for value in given.values()) > 1:
-        names = ["--" + name.replace("_", "-") for name in given]
-        raise typer.BadParameter(f"pass at most one of {', '.join(names[:-1])} and {names[-1]}")
-    if speedup is not None and not 1 <= speedup < 1e6:
-        raise typer.BadParameter("--speedup must be a factor of at least 1")
-    if budget_ms is not None and not 0 < budget_ms < 1e9:
-        raise typer.BadParameter("--budget-ms must be above 0")
-    return Goal(**given)
+    goal = Goal(alpha, speedup, budget_ms, max_drop, min_cosine, max_error)
+    try:
+        goal.check()
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from None
+    return goal
 
 
 def overrides_from(

@@ -54,7 +54,7 @@ def profile(
     image_size: ImageSize = None,
     layers: Layers = None,
     trunk: Annotated[Path | None, typer.Option(help="trunk.onnx of `export --trunk`; needs no torch")] = None,
-    method: Annotated[str, typer.Option(help="measure the cost of cuts by this method, too")] = "none",
+    method: Annotated[str, typer.Option(help="also measure the cost of cuts by this method")] = "none",
     precision: Precision = "fp32",
     batch: Batch = 1,
     simulate: Simulate = False,

@@ -16,18 +16,18 @@ from edgeprune.errors import SweepError
 
 @app.command()
 def sweep(
-    file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="models, devices, goals and the like")],
+    file: Annotated[Path, typer.Argument(metavar="SWEEP.toml", help="models, devices, goals and options")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print the plan and build nothing")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="keep finished builds of an earlier run")] = False,
     max_failures: Annotated[
-        int | None, typer.Option(help="stop after more failed builds than this; default: never", min=0)
+        int | None, typer.Option(help="stop once more builds than this have failed; default: never", min=0)
     ] = None,
     on_ray: OnRay = None,
     work: Work = WORK,
     out: Annotated[Path | None, typer.Option(help="folder for bundles, tables and the page")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Build models × devices × precisions × batches × methods × goals; one table and one page of all."""
+    """Build all combinations of models, devices, precisions, batches, methods and goals; write a table and a page."""
     from edgeprune.cli.live import live_rows
     from edgeprune.cli.rows import sweep_rows
     from edgeprune.cli.tables import plan_table, sweep_table
@@ -67,5 +67,5 @@ def sweep(
         first = failed[0]
         raise SweepError(
             f"{len(failed)} of {len(rows)} builds failed, the first is {first['job']} ({first['error']}): "
-            "correct what the rows name, then pass --resume"
+            "fix what the rows report, then run again with --resume"
         )

@@ -43,7 +43,7 @@ def build_table(manifest: Manifest) -> Table:
     unrecovered = unrecovered_figures(before) if before else None
     for name, dense, pruned in _build_rows(manifest):
         table.add_row(name, dense, *([unrecovered.get(name, "")] if unrecovered else []), pruned)
-    rounds = f"{len(report.latency.samples_ms)} interleaved rounds"
+    rounds = f"interleaved rounds: {len(report.latency.samples_ms)}"
     table.caption = f"{evaluated_on(report.images, report.held_out)}; {rounds}" if report.images else rounds
     if manifest.recovery is not None:
         table.caption += f"; {recovered_how(manifest.recovery)}"

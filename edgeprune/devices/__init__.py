@@ -157,7 +157,7 @@ def check_is_here(device: Device) -> None:
     """
     plan = "plan with --simulate" if device.simulation else "choose --device cpu"
     if not device.build:
-        raise DeviceError(f"device {device.name} cannot be built for: {device.reason}: {plan}")
+        raise DeviceError(f"building for device {device.name} is not supported: {device.reason}: {plan}")
     elsewhere = f"device {device.name} is not this machine"
     if device.machine:
         here = this_machine()
@@ -166,7 +166,7 @@ def check_is_here(device: Device) -> None:
         hidden = not _first_line(DEVICE_TREE) and platform.machine() == "aarch64"
         if hidden and device.gpu is not None and device.gpu in here:
             log.warning(
-                "the name of this board cannot be read, its GPU fits %s: in a container, pass it with %s",
+                "the board's name cannot be read, but its GPU matches %s: in a container, pass the name with %s",
                 device.name, UNMASKED,
             )  # fmt: skip
             return

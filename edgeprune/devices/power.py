@@ -80,7 +80,7 @@ def locked_clocks(device: Device) -> Iterator[None]:
     top = smi("--query-gpu=clocks.max.sm --format=csv,noheader,nounits")
     if not top:
         raise DeviceError(
-            f"clocks of {device.name} cannot be locked (nvidia-smi gives no maximum): leave out --lock-clocks"
+            f"clocks of {device.name} cannot be locked (nvidia-smi reports no maximum): leave out --lock-clocks"
         )
     try:
         _check(smi(f"--lock-gpu-clocks={int(float(top.splitlines()[0]))}"), "nvidia-smi --lock-gpu-clocks")

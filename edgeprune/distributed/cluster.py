@@ -72,7 +72,9 @@ def _check_reachable(address: str) -> None:
     """Raise InputError for something other than HOST:PORT, HostError where nothing listens: Ray waits for minutes."""
     host, colon, port = address.rpartition(":")
     if not colon or not host or not port.isdigit() or "/" in host:
-        raise InputError(f"--ray {address!r} is no address: pass local, auto or HOST:PORT of the cluster's head node")
+        raise InputError(
+            f"--ray {address!r} is not an address: pass local, auto or HOST:PORT of the cluster's head node"
+        )
     try:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_S).close()
     except (OSError, OverflowError) as error:
@@ -85,7 +87,7 @@ def _why(address: str, error: Exception) -> str:
     """What Ray's error means for the user, in one line."""
     text = " ".join(str(error).split())
     if "ersion mismatch" in text:
-        return f"the cluster at {address} runs another version of Ray or Python ({text[:300]}): install the same here"
+        return f"the cluster at {address} runs another version of Ray or Python ({text[:300]}): install it here"
     if address == AUTO:
         return f"no Ray cluster runs on this machine ({text[:160]}): start one with `ray start`, or pass --ray local"
     return f"Ray at {address} cannot be used from this machine ({text[:300]}): join it with `ray start --address=…`"
@@ -136,10 +138,10 @@ def check_nodes(ray: Any) -> None:
             detail = " ".join(str(error).split())[:160]
             raise HostError(f"node {name} of the cluster does not answer ({detail}): restart Ray there") from None
         if problem := difference(own, found):
-            raise HostError(f"node {name} of the cluster has {problem}: install the same there")
+            raise HostError(f"node {name} of the cluster has {problem}: install the same version there")
         if found["processor"] != own["processor"]:
             log.warning(
-                "node %s is another machine (%s): the last bits of figures may differ from those computed here",
+                "node %s has another processor (%s): results may differ in the last bits",
                 name, found["processor"],
             )  # fmt: skip
 
@@ -161,8 +163,8 @@ def received(answers: Sequence[Any]) -> list[Any]:
         if isinstance(error.cause, EdgepruneError):
             raise error.cause from None
         detail = " ".join(str(error.cause).split())[:200]
-        raise HostError(f"an evaluation failed on a node of the cluster ({detail}): correct it there") from None
+        raise HostError(f"an evaluation failed on a node of the cluster ({detail}): fix it there") from None
     except ray.exceptions.RayError as error:
         detail = " ".join(str(error).split())[:200]
-        raise HostError(f"Ray lost an evaluation ({detail}): run the command again, it goes on") from None
+        raise HostError(f"Ray lost an evaluation ({detail}): run the command again to continue") from None
     return found

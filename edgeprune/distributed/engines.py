@@ -35,7 +35,7 @@ def can_spread(target: Target) -> bool:
         return False
     most = max(node["Resources"].get("CPU", 0) for node in ray_module().nodes() if node["Alive"])
     if most < threads():
-        log.info("no node of the cluster has %d CPUs, as many as threads here: evaluating images here", threads())
+        log.info("no node of the cluster has the %d CPUs of one inference: evaluating images here", threads())
     return bool(most >= threads())
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 def evaluating() -> Iterator[None]:
     """Compute while nothing on this machine is timed; several processes at once may."""
     with _locked("turn", fcntl.LOCK_SH):
-        pass  # something that waits to be timed holds this one, so that it does not wait for ever
+        pass  # a waiting timing holds this lock, so that new evaluations cannot starve it
     with _locked("use", fcntl.LOCK_SH):
         yield
 

@@ -77,7 +77,7 @@ def recovered_how(recovery: Recovery) -> str:
     """What recovery did, in one line."""
     loss = BY_NAME[recovery.task].loss_name
     trained = recovery.images - recovery.validation_images
-    on = f"{trained} pictures without labels, judged on {recovery.validation_images} others"
+    on = f"{trained} unlabelled pictures, validated on {recovery.validation_images} others"
     if not recovery.epochs:
         return f"weights unchanged: no epoch of recovery lowered the {loss} ({on})"
     epochs = f"{recovery.epochs} epoch{'s' if recovery.epochs > 1 else ''}"

@@ -91,7 +91,7 @@ def _opened(
         taken += session.memory_bytes() if isinstance(session, OnDevice) else room.guess
         if taken > room.total:
             opened.__exit__(None, None, None)
-            log.info("%d of %d engines stay open: memory is too small for all", len(sessions), len(todo))
+            log.info("keeping %d of %d engines loaded: memory is too small for all", len(sessions), len(todo))
             break
         sessions[name] = session
         stack.push(opened)

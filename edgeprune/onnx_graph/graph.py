@@ -223,8 +223,8 @@ def sorts_or_raise(model: onnx.ModelProto) -> None:
     most = max((counts.get(node.input[1], 0) for node in model.graph.node if node.op_type == "TopK"), default=0)
     if most > MOST_SORTED:
         raise ExportError(
-            f"a cut sorts {most} tokens, TensorRT at most {MOST_SORTED}: cut later, use --method topk or pomt, or a "
-            "model with fewer tokens"
+            f"a cut sorts {most} tokens, but TensorRT at most {MOST_SORTED}: cut later, use --method topk or "
+            "pomt, or a model with fewer tokens"
         )
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import msgspec
 
@@ -65,7 +66,7 @@ def build_fastest(options: Options, progress: Progress = silent) -> Built:
         engines = [(each.context.target, each.evaluated.onnx) for each in built.values()]
         latencies = dict(zip(built, interleaved(engines, options.rounds), strict=True))
         timed = [msgspec.structs.replace(r, latency=latencies.get(r.precision)) for r in results]
-        best = best_of(timed, options.goal)
+        best = best_of(timed, options.goal, common_losses(built))
         log.info("precision auto: keeping %s", best)
         chosen = built[best]
         finished = written(chosen.context, chosen.refined, chosen.evaluated)
@@ -100,17 +101,24 @@ def error_of(report: Report) -> float | None:
     return report.fidelity.error if isinstance(report.fidelity, DenseFidelity) else None
 
 
-def best_of(results: Sequence[PrecisionResult], goal: Goal) -> str:
-    """The fastest accepted precision; for a latency budget the one with the lowest loss (KL) that keeps to it.
+def common_losses(built: Mapping[str, Candidate]) -> dict[str, float]:
+    """Mean loss (KL) of each precision on the pictures that the reports of all have in common."""
+    each = {precision: candidate.evaluated.losses or {} for precision, candidate in built.items()}
+    common = sorted(set.intersection(*map(set, each.values())))
+    return {precision: fmean(losses[i] for i in common) for precision, losses in each.items()}
 
-    Each precision has its own schedule. All schedules for a budget are about as fast, and a faster precision prunes
-    less for it.
+
+def best_of(results: Sequence[PrecisionResult], goal: Goal, losses: Mapping[str, float]) -> str:
+    """The fastest accepted precision; for a latency budget the one with the lowest loss that keeps to it.
+
+    `losses` are of the same pictures for all precisions, unlike the figures of the results. Each precision has its
+    own schedule. All schedules for a budget are about as fast, and a faster precision prunes less for it.
     """
     accepted = [(r, r.latency) for r in results if r.accepted and r.latency is not None]
     if goal.budget_ms is not None:
         met = [(r, latency) for r, latency in accepted if meets(goal, Measured(latency))]
         if met:
-            return min(met, key=lambda pair: (pair[0].loss, pair[1].median_ms))[0].precision
+            return min(met, key=lambda pair: (losses[pair[0].precision], pair[1].median_ms))[0].precision
     return min(accepted, key=lambda pair: pair[1].median_ms)[0].precision
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from edgeprune.errors import InputError, ScheduleError
@@ -62,29 +62,40 @@ def compare(
     """
     if not methods or len(set(methods)) < len(methods):
         raise InputError("--methods needs one or more different names, separated by commas")
-    if not targets or min(targets) < 1:
-        raise InputError("--speedup needs one or more factors of at least 1, separated by commas")
+    if not targets:
+        raise InputError("--speedup needs one or more factors, separated by commas")
+    for target in targets:
+        Goal(speedup=target).check()
     for method in methods:
         check_method(method)
     if options.precision != "fp32" and not options.simulate:
         raise InputError(f"compare measures fp32, not {options.precision}: leave out --precision or pass --simulate")
     context = context_for(options, progress)
     with context.target.work.lock():
-        return _Methods(context, methods, searched).compared(targets)
+        return _Methods.of(context, methods, searched).compared(targets)
 
 
+@dataclass(frozen=True)
 class _Methods:
-    """The methods of one comparison on one staircase; the tread ends that schedules use are confirmed on the way."""
+    """The methods of one comparison. The staircase, whose tread ends are confirmed on the way, is passed along."""
 
-    def __init__(self, context: Context, methods: Sequence[str], searched: Sequence[str] | None = None) -> None:
-        self.context, self.methods = context, tuple(methods)
-        self.searched = self.methods if searched is None else tuple(searched)
-        self.contexts = {method: context.with_method(method) for method in methods}
-        self.scores = {method: ScheduleScores(own) for method, own in self.contexts.items()}
-        self.staircase = measured_staircase(context.target, context.model, self.methods, context.options.exhaustive)
+    context: Context
+    methods: tuple[str, ...]
+    searched: tuple[str, ...]  # those whose schedules are searched
+    contexts: Mapping[str, Context]
+    scores: Mapping[str, ScheduleScores]
+
+    @classmethod
+    def of(cls, context: Context, methods: Sequence[str], searched: Sequence[str] | None = None) -> _Methods:
+        """`searched` are by default all methods."""
+        contexts = {method: context.with_method(method) for method in methods}
+        scores = {method: ScheduleScores(own) for method, own in contexts.items()}
+        return cls(context, tuple(methods), tuple(methods if searched is None else searched), contexts, scores)
 
     def compared(self, targets: Sequence[float]) -> Comparison:
-        """Solve, correct by measurement, measure once more, evaluate."""
+        """Measure the staircase, solve, correct by measurement, measure once more, evaluate."""
+        context = self.context
+        staircase = measured_staircase(context.target, context.model, self.methods, context.options.exhaustive)
         entries: list[Entry] = []
         missing: list[tuple[str, str, float, str]] = []
         for method in self.methods:
@@ -92,52 +103,56 @@ class _Methods:
                 for target in targets if method != "none" else targets[:1]:
                     goal = Goal(speedup=target)
                     try:
-                        schedule = self.solved(method, policy, goal)
+                        schedule = self.solved(staircase, method, policy, goal)
                     except ScheduleError as error:
                         missing.append((method, policy, target, str(error)))
                         continue
                     if schedule is not None:
                         entries.append(Entry(method, policy, target, schedule, goal))
-        entries = self.corrected(self.confirmed(entries))
-        reported = self.reported(entries)
-        return Comparison(tuple(reported), tuple(missing), self.context.target.setup, self.staircase)
+        staircase, entries = self.corrected(*self.confirmed(staircase, entries))
+        reported = self.reported(staircase, entries)
+        return Comparison(tuple(reported), tuple(missing), context.target.setup, staircase)
 
-    def solved(self, method: str, policy: str, goal: Goal) -> Schedule | None:
+    def solved(self, staircase: Staircase, method: str, policy: str, goal: Goal) -> Schedule | None:
         """A schedule for a goal; None for a method without a published shape. Raises ScheduleError."""
         if policy == "search":
-            return solve(self.contexts[method], self.staircase, self.scores[method], goal).schedule
-        limit = goal.limit_ms(self.staircase.dense.median_ms)
+            return solve(self.contexts[method], staircase, self.scores[method], goal).schedule
+        limit = goal.limit_ms(staircase.dense.median_ms)
         assert limit is not None
-        return published_schedule(self.staircase, method, limit, self.context.prefix_last)
+        return published_schedule(staircase, method, limit, self.context.prefix_last)
 
-    def confirmed(self, entries: Sequence[Entry]) -> list[Entry]:
-        """Entries with their counts at confirmed tread ends, as in `build`; published shapes do not change."""
+    def confirmed(self, staircase: Staircase, entries: Sequence[Entry]) -> tuple[Staircase, list[Entry]]:
+        """The staircase with confirmed tread ends, and entries that use them, as in `build`.
+
+        Published shapes do not change.
+        """
         used = {n for entry in entries if entry.policy == "search" for n in entry.schedule.tokens}
-        self.staircase = confirmed(self.context, self.staircase, self.methods, used)
+        staircase = confirmed(self.context, staircase, self.methods, used)
         moved = []
         for entry in entries:
             old = entry.schedule
             if entry.policy == "search":
-                schedule = with_confirmed_edges(self.staircase, old)
+                schedule = with_confirmed_edges(staircase, old)
             else:
-                schedule = finished(self.staircase, old.method, old.policy, old.tokens, old.prefix_last)
+                schedule = finished(staircase, old.method, old.policy, old.tokens, old.prefix_last)
             moved.append(replace(entry, schedule=schedule))
-        return moved
+        return staircase, moved
 
-    def corrected(self, entries: Sequence[Entry]) -> list[Entry]:
+    def corrected(self, staircase: Staircase, entries: Sequence[Entry]) -> tuple[Staircase, list[Entry]]:
         """For each entry the schedule, of all measured in a few sessions, that meets its target most narrowly."""
         tries: list[list[tuple[float, Entry]]] = [[] for _ in entries]  # (measured speed-up, entry)
         for _ in range(SESSIONS):
-            measured = measured_schedules(self.context, self.staircase, [e.schedule for e in entries])
+            measured = measured_schedules(self.context, staircase, [e.schedule for e in entries])
             for attempts, entry, result in zip(tries, entries, measured, strict=True):
                 attempts.append((result.speedup, entry))
-            again = self.confirmed([self.solved_again(e, m) for e, m in zip(entries, measured, strict=True)])
+            again = [self.solved_again(staircase, e, m) for e, m in zip(entries, measured, strict=True)]
+            staircase, again = self.confirmed(staircase, again)
             if [e.schedule.tokens for e in again] == [e.schedule.tokens for e in entries]:
                 break
             entries = again
-        return self.confirmed([narrowest(attempts) for attempts in tries])
+        return self.confirmed(staircase, [narrowest(attempts) for attempts in tries])
 
-    def solved_again(self, entry: Entry, measured: MeasuredSchedule) -> Entry:
+    def solved_again(self, staircase: Staircase, entry: Entry, measured: MeasuredSchedule) -> Entry:
         """The entry solved for a corrected goal where its measured speed-up misses the target."""
         target = Goal(speedup=entry.target)
         goal = corrected_goal(target, entry.goal, measured.measured) if entry.method != "none" else None
@@ -148,15 +163,15 @@ class _Methods:
             entry.method, entry.policy, measured.speedup, entry.target,
         )  # fmt: skip
         try:
-            schedule = self.solved(entry.method, entry.policy, goal)
+            schedule = self.solved(staircase, entry.method, entry.policy, goal)
         except ScheduleError:
             return entry
         return entry if schedule is None else replace(entry, schedule=schedule, goal=goal)
 
-    def reported(self, entries: Sequence[Entry]) -> list[Entry]:
+    def reported(self, staircase: Staircase, entries: Sequence[Entry]) -> list[Entry]:
         """Entries measured in one session, with reports on the pictures that were not used to choose a schedule."""
         context, pictures = self.context, self.context.needed_pictures()
-        measured = measured_schedules(context, self.staircase, [e.schedule for e in entries])
+        measured = measured_schedules(context, staircase, [e.schedule for e in entries])
         method = next((m for m in self.methods if m != "none"), "none")
         kept, held_out = pictures.held_out(method, context.target.onnx_precision)
         labels = pictures.labels(kept)
@@ -166,7 +181,7 @@ class _Methods:
             own = self.contexts[entry.method]
             recovered = recover(own, entry.schedule) if own.recovery and entry.schedule.cuts else None
             logits = logits_on(own, pictures, pruned_onnx(own, entry.schedule, recovered))[kept]
-            report = report_of(result.measured, entry.schedule, self.staircase)
+            report = report_of(result.measured, entry.schedule, staircase)
             report = with_fidelity(report, dense, logits, labels, held_out, context.task)
             if recovered is not None:
                 before = logits_on(own, pictures, pruned_onnx(own, entry.schedule))[kept]

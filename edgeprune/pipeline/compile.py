@@ -61,7 +61,7 @@ def _compiled(target: Target, given: Inputs) -> tuple[Path, Manifest]:
         )
     staircase = load(given.staircase, Staircase) if given.staircase else None
     if staircase is not None and (staircase.setup != setup or staircase.vit != vit):
-        raise InputError(f"{given.staircase} is of another model or setup: profile this model on this device")
+        raise InputError(f"{given.staircase} belongs to another model or setup: profile this model on this device")
     if target.for_tensorrt:
         check_for_tensorrt(target, given)
     pictures = load_images(given.images) if given.images is not None else None

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from edgeprune.vit.models import Model
 
 ROUNDS = 60
+LEAST_ROUNDS = 5
 LEAST_RECOVERY = 16  # pictures
 MOST_OUTPUT_BYTES = 1 << 30  # of all pictures; several such arrays are compared
 POLICIES = ("search", "paper")
@@ -133,6 +134,8 @@ def context_for(options: Options, progress: Progress = silent) -> Context:
     check_method(options.method)
     check_policy(options.policy)
     check_task(options.task)
+    options.goal.check()
+    check_counts(options.search_images, options.rounds, options.neighbours)
     target = target_for(
         options.device, options.precision, options.batch, options.simulate, options.work, progress,
         options.host, options.lock_clocks,
@@ -179,15 +182,15 @@ def check_goal(options: Options, model: Model) -> None:
     what = {"classify": "classifies", "embed": "embeds", "dense": "gives dense features"}[model.task]
     if goal.min_cosine is not None and model.task != "embed":
         other = "pass --max-error" if dense else "pass --max-drop or --task embed"
-        raise InputError(f"--min-cosine is for embeddings, and {name} {what}: {other}")
+        raise InputError(f"--min-cosine is for embeddings, but {name} {what}: {other}")
     if goal.max_error is not None and not dense:
-        raise InputError(f"--max-error is for dense features, and {name} {what}: pass --layers, or another goal")
+        raise InputError(f"--max-error is for dense features, but {name} {what}: pass --layers, or another goal")
     if dense and goal.max_drop is not None:
-        raise InputError(f"--max-drop counts answers, and {name} {what}: pass --max-error")
+        raise InputError("--max-drop does not apply to dense features: pass --max-error")
     if dense and options.policy == "paper":
-        raise InputError(f"--policy paper counts answers, and {name} {what}: pass --policy search")
+        raise InputError("--policy paper does not apply to dense features: pass --policy search")
     if dense and options.recover is not False:
-        raise InputError(f"--recover tunes answers, and {name} {what}: leave it out")
+        raise InputError("--recover does not support dense features: leave it out")
 
 
 def check_size(vit: Vit, images: int) -> None:
@@ -202,7 +205,7 @@ def text_embeddings(path: Path, model: Model, labels: Sequence[int] | None) -> N
     """Embeddings of the names of classes, (classes, C), from an fp32 .npy file. Raises InputError."""
     if model.task != "embed":
         does = "classifies" if model.task == "classify" else "gives dense features"
-        raise InputError(f"--text-embeddings is for embeddings, and {model.vit.name} {does}: pass --task embed")
+        raise InputError(f"--text-embeddings is for embeddings, but {model.vit.name} {does}: pass --task embed")
     texts, width = load_array(path, "pass a float32 .npy"), model.vit.classes
     if texts.ndim != 2 or texts.shape[1] != width or not len(texts):
         raise InputError(
@@ -211,7 +214,9 @@ def text_embeddings(path: Path, model: Model, labels: Sequence[int] | None) -> N
     if not np.isfinite(texts).all():
         raise InputError(f"{path} has values that are not finite: compute the text embeddings again")
     if labels and max(labels) >= len(texts):
-        raise InputError(f"label {max(labels)} has none of the {len(texts)} rows of {path}: pass one for every class")
+        raise InputError(
+            f"label {max(labels)} has no row in {path}, which has {len(texts)}: pass one row for every class"
+        )
     return texts
 
 
@@ -225,8 +230,8 @@ def check_count(task: Task, images: int) -> None:
     """Raise InputError where so many pictures are too few for the figures of a task."""
     if images < task.least_images:
         raise InputError(
-            f"embeddings are compared by their nearest neighbours among at least {task.least_images} pictures, "
-            f"not {images}: pass more of them with --images and --search-images"
+            f"comparing embeddings by nearest neighbours needs at least {task.least_images} pictures, not {images}: "
+            "pass more with --images and --search-images"
         )
 
 
@@ -236,12 +241,21 @@ def check_policy(policy: str) -> None:
         raise InputError(f"unknown policy {policy!r}: choose from {', '.join(POLICIES)}")
 
 
+def check_counts(search_images: int, rounds: int, neighbours: int) -> None:
+    """Raise InputError for counts that no build takes."""
+    for name, value, least in (
+        ("search_images", search_images, 1), ("rounds", rounds, LEAST_ROUNDS), ("neighbours", neighbours, 0)
+    ):  # fmt: skip
+        if value < least:
+            raise InputError(f"{name} = {value} is too few: use {least} or more")
+
+
 def recovery_set(options: Options, images: ImageSet | None) -> ImageSet | None:
     """The pictures of --recover, without labels; None where nothing is recovered. Raises InputError, ImageError."""
     if options.recover is False:
         return None
     if options.method == "none":
-        raise InputError("--recover has nothing to do with --method none: leave it out or choose another method")
+        raise InputError("--method none removes no tokens, so there is nothing to recover: leave out --recover")
     if options.recover is not True:
         found = load_images(options.recover, "--recover", anywhere=True).paths
     elif images is None:
@@ -249,7 +263,7 @@ def recovery_set(options: Options, images: ImageSet | None) -> ImageSet | None:
     else:
         found = tuple(images.paths[i] for i in drawn(len(images), len(images) // 2))
     if len(found) < LEAST_RECOVERY:
-        raise InputError(f"--recover needs at least {LEAST_RECOVERY} pictures, not {len(found)}: pass more of them")
+        raise InputError(f"--recover needs at least {LEAST_RECOVERY} pictures, not {len(found)}: pass more")
     return ImageSet(found, None, None)
 
 

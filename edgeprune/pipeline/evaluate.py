@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,6 +45,7 @@ class Evaluated(NamedTuple):
     steadiest: NDArray[np.int64] | None
     refused: str | None = None  # why its precision is not worth it
     recovered: Recovered | None = None  # the weights in it, where they were tuned
+    losses: Mapping[int, float] | None = None  # with `wider`: the loss (KL) of each picture of the report, by index
 
 
 def evaluate(
@@ -54,7 +55,9 @@ def evaluate(
     wider: Sequence[str] | None = None,
     recovered: Recovered | None = None,
 ) -> Evaluated:
-    """Compile, time with the unpruned model, and compare outputs on pictures that were not used to choose anything.
+    """Compile, time with the unpruned model, and compare outputs on held-out pictures.
+
+    The same pictures decide whether a precision below fp32 is accepted; nothing else is chosen by them.
 
     In fp16, INT8 and FP8 the unpruned model is timed in the same precision, and outputs are compared with those of
     the unpruned model in fp32. The pruned model is also built and timed in the precisions `wider`, by default fp32
@@ -67,6 +70,7 @@ def evaluate(
     reference, whole_file = dense_onnx(context), pruned_onnx(context, schedule, recovered)
     file = precise_onnx(context, whole_file)
     fusable = attention_fusion.expected(file, schedule, target.setup)
+    compared = wider is not None
     if wider is None:
         wider = ("fp32",) if lowered else ()
     others = [(other, precise_onnx(other, whole_file)) for other in map(context.at, wider)]
@@ -92,7 +96,10 @@ def evaluate(
     if recovered is not None:
         original = logits_on(context, pictures, precise_onnx(context, pruned_onnx(context, schedule)))
         report = with_unrecovered(report, dense[kept], original[kept], pruned[kept], labels, context.task)
-    return Evaluated(file, report, steadiest, refused, recovered)
+    losses = None
+    if compared:  # some losses are relative to all pictures: `kept` differs among precisions
+        losses = dict(zip(kept.tolist(), context.task.losses(dense, pruned)[kept].tolist(), strict=True))
+    return Evaluated(file, report, steadiest, refused, recovered, losses)
 
 
 def with_fidelity(
@@ -105,7 +112,7 @@ def with_fidelity(
 ) -> Report:
     """The report with top-1 if there are labels, and agreement and KL if there are outputs of the unpruned model.
 
-    Outputs are (images, values) of the same pictures. `held_out`: the pictures were not used to choose anything.
+    Outputs are (images, values) of the same pictures. `held_out` is as in Report.
     """
     found = task.fidelity(dense, pruned, labels)
     return msgspec.structs.replace(
@@ -203,12 +210,12 @@ def gate(
     if not isinstance(task, Answers):
         most = MOST_OFF if goal.max_error is None else 100 * goal.max_error
         if lost > most:
-            return f"its outputs are {lost:.2f} % off those in {wider} (limit {most:g}) for {gain:.2f}x"
+            return f"its outputs are {lost:.2f} % off those in {wider} (limit {most:g}) at a speed-up of {gain:.2f}x"
         log.info("%s: %.2fx faster than %s, outputs %.2f %% off", precision, gain, wider, lost)
         return None
     most = MOST_CHANGED if not labels else MOST_LOST if goal.max_drop is None else goal.max_drop
     if lost > most:
-        return f"it loses {lost:.2f} points of {what} against {wider} (limit {most}) for {gain:.2f}x"
+        return f"it loses {lost:.2f} points of {what} against {wider} (limit {most}) at a speed-up of {gain:.2f}x"
     log.info("%s: %.2fx faster than %s, %.2f points of %s lost", precision, gain, wider, lost, what)
     return None
 

@@ -181,12 +181,12 @@ def warn_if_missed(goal: Goal, report: Report) -> None:
     if missed is not None:
         log.warning(
             "the goal (%s) is not met on the %d %s: it is %.4f; allow a %s one, or use more --search-images",
-            goal, report.images, "pictures that chose nothing" if report.held_out else "evaluation pictures",
+            goal, report.images, "held-out pictures" if report.held_out else "evaluation pictures",
             missed, advice,
         )  # fmt: skip
     if report.speedup is not None and not meets(goal, report):
         ms = report.latency.median_ms
         log.warning(
-            "the goal (%s) is not met: measured %.3fx, %.3f ms; ask for less",
+            "the goal (%s) is not met: measured %.3fx, %.3f ms; relax the goal",
             goal, report.speedup, ms,
         )  # fmt: skip

@@ -64,11 +64,11 @@ def tell(record: Recovery) -> None:
     name, curve = BY_NAME[record.task].loss_name, record.curve
     if record.epochs:
         log.info(
-            "recovery: %s %.3g → %.3g on %d pictures that it did not train on, after %d epochs",
+            "recovery: %s %.3g → %.3g on %d held-out pictures, after %d epochs",
             name, curve[0], curve[record.epochs], record.validation_images, record.epochs,
         )  # fmt: skip
     else:
         log.warning(
-            "recovery: nothing was better than the original weights (%s %.3g), so they stay: pass more pictures",
+            "recovery: no epoch improved on the original weights (%s %.3g), which are kept: pass more pictures",
             name, curve[0],
         )  # fmt: skip

@@ -45,7 +45,7 @@ def schedule_from_staircase(
     schedule = solve(context, staircase, ScheduleScores(context), options.goal).schedule
     if schedule.cuts and schedule.method not in staircase.cuts:
         log.warning(
-            "%s has no costs of cuts by %s, so cuts are predicted to cost nothing: run edgeprune profile --method %s",
+            "%s has no cut costs for %s, so cuts are assumed to be free: run edgeprune profile --method %s",
             source, schedule.method, schedule.method,
         )  # fmt: skip
     if open_ends := unconfirmed(staircase, schedule.tokens):

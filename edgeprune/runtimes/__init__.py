@@ -90,10 +90,10 @@ class TimedTogether(Protocol):
 
 @runtime_checkable
 class Observed(Protocol):
-    """A runtime whose GPU tells its clock, temperature and throttling."""
+    """A runtime whose GPU reports its clock, temperature and throttling."""
 
     def gpu_state(self) -> GpuState | None:
-        """The state now; None where nothing tells."""
+        """The state now; None where it cannot be read."""
         ...
 
 

@@ -50,7 +50,9 @@ def errors_of(what: str) -> Iterator[None]:
         yield
     except driver().Error as error:
         text = _line(error)
-        advice = "close other programs" if "memory" in text.lower() else "run it again, and see dmesg if it remains"
+        advice = (
+            "close other programs" if "memory" in text.lower() else "run it again, and check dmesg if it persists"
+        )
         raise EngineError(f"{what}: CUDA failed ({text}): {advice}") from None
 
 

@@ -17,6 +17,21 @@ from edgeprune.io import code_key, key_of, writable
 log = logging.getLogger(__name__)
 
 
+LABELS = {  # of the steps in log lines
+    "staircase": "measuring the staircase",
+    "depth": "timing two blocks",
+    "pixels": "decoding images",
+    "candidates": "evaluating schedules",
+    "schedule": "choosing the schedule",
+    "model": "exporting ONNX",
+    "precise": "converting ONNX",
+    "engine": "compiling the engine",
+    "latency": "timing engines",
+    "logits": "evaluating images",
+    "recovered": "recovering accuracy",
+}
+
+
 @dataclass(frozen=True)
 class WorkFolder:
     """A folder that keeps finished steps: the same step with the same inputs and code is not done twice."""
@@ -29,12 +44,12 @@ class WorkFolder:
 
     def step(self, name: str, suffix: str, parts: Sequence[Any], make: Callable[[Path], None]) -> Path:
         """The file of a step with the inputs `parts`; `make` writes it unless it is there already."""
-        file = self.file(name, suffix, *parts)
+        file, label = self.file(name, suffix, *parts), LABELS.get(name, name)
         if file.exists():
-            log.info("%s: reused %s", name, file.name)
+            log.info("%s: reused %s", label, file.name)
         else:
             make(file)
-            log.info("%s: done", name)
+            log.info("%s: done", label)
         return file
 
     @contextmanager

@@ -48,7 +48,7 @@ class TensorRT:
         card, attributes = gpu(), driver().device_attribute
         sm_count = card.get_attribute(attributes.MULTIPROCESSOR_COUNT)
         if device.sm_count not in (None, sm_count):
-            log.warning("%s has %s SMs, this GPU has %d: is it another?", device.name, device.sm_count, sm_count)
+            log.warning("%s has %s SMs, but this GPU has %d: check --device", device.name, device.sm_count, sm_count)
         return Setup(
             device=device.name,
             machine=this_machine(card.name()),
@@ -99,7 +99,7 @@ class TensorRT:
         return int(driver().mem_get_info()[0]) if available is None else available
 
     def gpu_state(self) -> GpuState | None:
-        """Clock, temperature and throttling of the GPU now; None where nothing tells."""
+        """Clock, temperature and throttling of the GPU now; None where it cannot be read."""
         return gpu_state()
 
     def open(self, path: Path, setup: Setup) -> TrtSession:

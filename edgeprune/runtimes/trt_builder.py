@@ -77,7 +77,7 @@ def plan_from_onnx(
     plan = builder.build_serialized_network(network, config)
     if plan is None and is_mha_bug(logger):
         level = other_level(options)
-        log.warning("%s: TensorRT failed in its fusion of attention, building at optimization level %d", onnx, level)
+        log.warning("%s: TensorRT failed to fuse attention, building at optimization level %d instead", onnx, level)
         logger.lines.append(("WARNING", f"edgeprune: built again at optimization level {level}"))
         config.builder_optimization_level = level
         plan = builder.build_serialized_network(network, config)

@@ -148,7 +148,7 @@ class TrtSession:
             try:
                 self.graph.launch()
             except OSError as error:
-                raise EngineError(f"{self._path}: {error}: run it again, and see dmesg if it remains") from None
+                raise EngineError(f"{self._path}: {error}: run it again, and check dmesg if it persists") from None
         elif not self._context.execute_async_v3(self._stream.handle):
             raise EngineError(
                 f"{self._path}: TensorRT could not run it ({last_error(self._logger)}): compile the ONNX again"

@@ -5,15 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from edgeprune.errors import ScheduleError
+from edgeprune.errors import InputError, ScheduleError
 from edgeprune.io import encode, sha256_bytes
 from edgeprune.latency.staircase import predict_ms
 from edgeprune.records import Candidate, DenseFidelity, Fidelity, Schedule, Staircase, Vit
 from edgeprune.scheduling import DEFAULT_ALPHA
 
+LIMITS = {  # smallest and largest value of a goal
+    "alpha": (0, 1), "speedup": (1, 1e6), "budget_ms": (1e-6, 1e9), "max_drop": (0, 1e9), "min_cosine": (0, 1),
+    "max_error": (0, 1e9),
+}  # fmt: skip
+
 
 class Goal(NamedTuple):
-    """The goal of a schedule; at most one field is set. Without any, alpha is DEFAULT_ALPHA.
+    """The goal of a schedule; at most one field is set (`check`). Without any, alpha is DEFAULT_ALPHA.
 
     alpha: weight of latency in the utility, 0 to 1. speedup: factor of at least 1. budget_ms: latency of one
     inference. max_drop: points of top-1 that may be lost, of agreement where there are no labels. min_cosine: least
@@ -40,6 +45,16 @@ class Goal(NamedTuple):
         if self.max_error is not None:
             return f"a relative error of at most {self.max_error:g}"
         return f"best trade-off at alpha {self.latency_weight:g}"
+
+    def check(self) -> None:
+        """Raise InputError for several goals at once, and for a value out of range."""
+        given = {name: value for name, value in self._asdict().items() if value is not None}
+        if len(given) > 1:
+            raise InputError(f"{' and '.join(given)} are {len(given)} goals: set only one of them")
+        for name, value in given.items():
+            low, high = LIMITS[name]
+            if not low <= value <= high:
+                raise InputError(f"goal {name} = {value:g} is out of range: use {low:g} to {high:g}")
 
     @property
     def latency_weight(self) -> float:
@@ -168,5 +183,5 @@ def impossible(limit: float, staircase: Staircase, best: float, method: str) -> 
     dense = staircase.dense.median_ms
     return ScheduleError(
         f"{limit:.3g} ms cannot be met: {staircase.vit.name} takes {dense:.3g} ms unpruned and about "
-        f"{best:.3g} ms at best with {method} ({dense / best:.2f}x): ask for less with --speedup or --budget-ms"
+        f"{best:.3g} ms at best with {method} ({dense / best:.2f}x): relax --speedup or --budget-ms"
     )

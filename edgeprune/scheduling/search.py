@@ -20,7 +20,7 @@ STEPS, PER_STEP = 40, 2  # without a limit: steps of latency up to the unpruned 
 
 Tokens = tuple[int, ...]
 Evaluate = Callable[[Tokens, Tokens], Fidelity]  # of a schedule; the second is the one whose activations are kept
-Ahead = Callable[[list[tuple[Tokens, Tokens]]], None]  # told which schedules `Evaluate` will be asked for
+Ahead = Callable[[list[tuple[Tokens, Tokens]]], None]  # receives the schedules that `Evaluate` will be asked for
 
 
 class Search:

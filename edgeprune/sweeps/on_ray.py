@@ -117,7 +117,7 @@ class Boards:
             lane.actor = None
             lane.attempts[job.name] = lane.attempts.get(job.name, 0) + 1
             if lane.attempts[job.name] < ATTEMPTS:
-                log.warning("the process of board %s died; %s goes on from its last step", lane.board, job.name)
+                log.warning("the process of board %s died; %s continues from its last step", lane.board, job.name)
                 lane.waiting.insert(0, job)
                 return None
             detail = " ".join(str(error).split())[:160]

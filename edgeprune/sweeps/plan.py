@@ -16,7 +16,7 @@ from edgeprune.bundles.ship import fleet
 from edgeprune.devices import check_is_here, load_device
 from edgeprune.errors import InputError, RecordError
 from edgeprune.io import code_key, key_of, read_bytes, sha256_file
-from edgeprune.pipeline.context import Options, check_policy, check_task, image_set
+from edgeprune.pipeline.context import Options, check_counts, check_policy, check_task, image_set
 from edgeprune.records import Record
 from edgeprune.runtimes.remote.ssh import Host
 from edgeprune.runtimes.target import check_batch, check_precision
@@ -172,7 +172,7 @@ def jobs_of(path: Path) -> tuple[Job, ...]:
                     )
                 )
     if len({job.name for job in jobs}) < len(jobs):
-        raise InputError(f"{path}: a model, device or goal is there twice: remove one of the two")
+        raise InputError(f"{path}: a model, device or goal appears twice: remove one of the two")
     return tuple(jobs)
 
 
@@ -216,18 +216,15 @@ def _check(sweep: SweepFile, path: Path) -> None:
     for method in sweep.methods:
         check_method(method)
     check_policy(sweep.policy)
-    for goal in sweep.goals:
-        given = {k: v for k, v in msgspec.structs.asdict(goal).items() if v is not None}
-        if len(given) != 1:
-            raise InputError(f"{path}: a goal has {len(given)} fields: give exactly one, as {{ speedup = 1.5 }}")
-        [(name, value)] = given.items()
-        low, high = {"speedup": (1, 1e6), "alpha": (0, 1), "min_cosine": (0, 1)}.get(name, (0, 1e9))
-        if not low <= value <= high:
-            raise InputError(f"{path}: the goal {name} = {value:g} is not possible: use {low:g} to {high:g}")
-    for name in ("search_images", "rounds", "neighbours"):
-        least = {"search_images": 1, "rounds": 5, "neighbours": 0}[name]
-        if getattr(sweep, name) < least:
-            raise InputError(f"{path}: {name} = {getattr(sweep, name)} is too few: use {least} or more")
+    try:
+        for entry in sweep.goals:
+            goal = Goal(**msgspec.structs.asdict(entry))
+            goal.check()
+            if goal == Goal():
+                raise InputError("a goal is empty: write, for example, { speedup = 1.5 }")
+        check_counts(sweep.search_images, sweep.rounds, sweep.neighbours)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _hosts(device: DeviceEntry, hosts: Path | None) -> list[Host]:

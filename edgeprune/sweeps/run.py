@@ -20,7 +20,7 @@ from edgeprune.sweeps.plan import AUTO, Job, boards_of
 log = logging.getLogger(__name__)
 
 RESULTS = "results"  # the folder of stored results below that of the sweep
-Watch = Callable[[Job, str], None]  # told what a build does now
+Watch = Callable[[Job, str], None]  # receives what a build is doing
 
 
 class Outcome(Record, frozen=True, kw_only=True):

@@ -53,7 +53,7 @@ def read(folder: Path, random: bool = False, image_size: tuple[int, int] | None 
 
     config = _json(folder / CONFIG)
     if "architecture" in config and "architectures" not in config:
-        raise ModelError(f"{folder}: a checkpoint of timm: pass --model local-dir:{folder}")
+        raise ModelError(f"{folder}: this is a timm checkpoint: pass --model local-dir:{folder}")
     name = next(iter(config.get("architectures") or [None]))
     if name not in ARCHITECTURES:
         raise ModelError(

@@ -90,5 +90,5 @@ class Tensors:
     def done(self, state: State) -> State:
         """The state, if nothing of the checkpoint is left."""
         if self.left:
-            raise ValueError(f"tensor {min(self.left)} has no place in timm's model")
+            raise ValueError(f"tensor {min(self.left)} has no counterpart in timm's model")
         return state

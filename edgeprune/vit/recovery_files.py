@@ -57,7 +57,7 @@ class State:
             saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
             known = saved["key"]
         except Exception as error:  # pickle, zip and torch each raise their own
-            raise InputError(f"{path}: not a checkpoint of a recovery ({type(error).__name__}): remove it") from None
+            raise InputError(f"{path}: not a recovery checkpoint ({type(error).__name__}): remove it") from None
         if known != self.key:
             raise InputError(f"{path} is the checkpoint of another recovery: remove it or name another file")
         self.student.load_state_dict(saved.pop("student"))

@@ -129,8 +129,8 @@ def test_the_order_of_things(devices: Fleet, capsys: pytest.CaptureFixture[str])
     ("said", "breaks", "why"),
     [
         (rows((1, 1, 1), (1, 1, 1)), True, "after the wait: error: output: expected 1, found 2"),
-        ("no figures", False, "gave no figures"),
-        (rows((1, 1, 1), (0.8, 0.75, 0.9)), False, "at most 0.900x as fast as the version before"),
+        ("no figures", False, "returned no figures"),
+        (rows((1, 1, 1), (0.8, 0.75, 0.9)), False, "at most 0.900x as fast as the previous version"),
     ],
 )
 def test_a_canary_that_fails_goes_back(said: str, breaks: bool, why: str, devices: Fleet, refused: Refused) -> None:
@@ -151,7 +151,7 @@ def test_one_of_two_fails_and_both_go_back(devices: Fleet, refused: Refused) -> 
     hosts.write_text("[[to]]".join(text))
     found, line = refused(devices.bundle("one"), "--all", hosts, "--canary", 2, "--wait", 0)
     assert [row["state"] for row in found] == ["rolled back", "failed", "untouched"]
-    assert "there was no version before" in found[0]["detail"] and "host.invalid" in line
+    assert "there is no previous version" in found[0]["detail"] and "host.invalid" in line
     assert devices.labels() == [None] * 3 and not (devices.folder / "first" / "current").is_symlink()
 
 
@@ -174,4 +174,4 @@ def test_wrong_use(devices: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
     ):
         assert call(capsys, "ship", *argv)[0] == 2
     code, _, err = call(capsys, "ship", bundle, "--all", hosts, "--canary", 3)
-    assert code == 1 and "leaves none of 3 hosts" in err and devices.labels() == [None] * 3
+    assert code == 1 and "leaves none of the 3 hosts" in err and devices.labels() == [None] * 3

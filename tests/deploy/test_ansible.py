@@ -198,7 +198,7 @@ def test_the_script_alone(packed: Packed, tmp_path: Path) -> None:
     assert same(far / "current", packed.new) and not (far / "previous").is_symlink()
     (tmp_path / "nobody").write_text("")
     done = install(packed, far, program, "--allowed-signers", str(tmp_path / "nobody"))
-    assert done.returncode == 1 and "signed by nobody" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert done.returncode == 1 and "by none of the signers" in done.stderr and len(done.stderr.splitlines()) == 1
     assert state(far) == (packed.new_name, None, sorted([".installed", ".ship.lock", "current", packed.new_name]))
     assert install(packed, far, program).returncode == 2
     with open(far / ".ship.lock") as lock:

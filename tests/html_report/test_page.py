@@ -123,7 +123,7 @@ def test_recovery_is_drawn_and_its_gain_is_told() -> None:
     before = Unrecovered(agreement=80.5, kl=0.387, top1=73.25, agreement_error=1.2, kl_error=0.0123, top1_error=1.1)
     page = page_html(**records(unrecovered=before), recovery=RECOVERY)
     text = Tags(page).text
-    assert "weights recovered in 2 epochs on 488 pictures without labels, judged on 162 others" in text
+    assert "weights recovered in 2 epochs on 488 unlabelled pictures, validated on 162 others" in text
     assert "KL 0.4 → 0.19" in text and "epoch 2, kept: 0.1900 nats" in page and "epoch 3: 0.2000 nats" in page
     rows = ("top-1, %|82.80|73.25 (±1.10)|81.90", "KL, nats|0|0.3870 (±0.0123)|0.0310")
     for row in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,9 +34,9 @@ def test_judged_against_the_next_wider_accepted_and_fp32() -> None:
 def test_fastest_accepted_is_kept() -> None:
     """INT8 is the fastest but lost too much; FP8 was never built."""
     found = [result("fp32", 2), result("fp16", 1), result("int8", 0.8, accepted=False), result("fp8", None, 0, False)]
-    assert auto.best_of(found, Goal()) == "fp16"
-    assert auto.best_of([*found[:2], result("int8", 0.8)], Goal(speedup=1.5)) == "int8"
-    assert auto.best_of([found[0], result("fp16", 3)], Goal(max_drop=1)) == "fp32", (
+    assert auto.best_of(found, Goal(), {}) == "fp16"
+    assert auto.best_of([*found[:2], result("int8", 0.8)], Goal(speedup=1.5), {}) == "int8"
+    assert auto.best_of([found[0], result("fp16", 3)], Goal(max_drop=1), {}) == "fp32", (
         "accepted, yet with a worse schedule"
     )
     reasons = [r.reason for r in auto.explained(found, "fp16", Goal())]
@@ -45,9 +46,23 @@ def test_fastest_accepted_is_kept() -> None:
 def test_budget_is_met_with_the_least_loss() -> None:
     """All are as fast as the budget says; what is faster by nature prunes less."""
     found = [result("fp32", 5.2, kl=0.0), result("fp16", 4.9, kl=0.3), result("int8", 4.99, kl=0.1)]
-    assert auto.best_of(found, Goal(budget_ms=5)) == "int8"
-    assert auto.best_of(found, Goal(budget_ms=4)) == "fp16", "none keeps to it"
+    losses = {"fp32": 0.0, "fp16": 0.3, "int8": 0.1}
+    assert auto.best_of(found, Goal(budget_ms=5), losses) == "int8"
+    assert auto.best_of(found, Goal(budget_ms=4), losses) == "fp16", "none keeps to it"
     assert auto.explained(found, "int8", Goal(budget_ms=5))[1].reason == "int8 is better for the budget"
+
+
+def test_losses_are_compared_on_the_same_pictures() -> None:
+    """INT8 leaves out the calibration pictures, here a hard one, so its own mean looks better than that of fp16."""
+
+    def candidate(losses: dict[int, float]) -> Any:
+        return SimpleNamespace(evaluated=SimpleNamespace(losses=losses))
+
+    built = {"fp16": candidate({1: 0.1, 2: 0.2, 3: 0.9}), "int8": candidate({1: 0.2, 2: 0.3})}
+    losses = auto.common_losses(built)
+    assert losses == pytest.approx({"fp16": 0.15, "int8": 0.25})
+    found = [result("fp16", 4.9, kl=0.4), result("int8", 4.8, kl=0.25)]
+    assert auto.best_of(found, Goal(budget_ms=5), losses) == "fp16"
 
 
 def test_what_keeps_a_precision_from_being_built_is_its_reason(

@@ -40,8 +40,12 @@ def run(make_vit: MakeVit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
             monkeypatch.setattr(module, "measured_schedules", machine.measured_schedules)
         monkeypatch.setattr(comparing, "ScheduleScores", ComputedScores)
         monkeypatch.setattr(comparing, "measured_staircase", lambda *_: machine.staircase())
-        monkeypatch.setattr(_Methods, "reported", lambda self, entries: list(entries))  # needs engines that infer
-        return machine, _Methods(context_of(machine.vit, tmp_path), methods).compared(targets)
+        monkeypatch.setattr(_Methods, "reported", lambda self, _, entries: list(entries))  # needs engines that infer
+        compared = _Methods.of(context_of(machine.vit, tmp_path), methods)
+        before = dict(vars(compared))
+        comparison = compared.compared(targets)
+        assert vars(compared) == before, "no state: staircase and entries are arguments and return values"
+        return machine, comparison
 
     return made
 
@@ -103,7 +107,7 @@ def test_each_method_meets_its_target_by_measurement(run: Any) -> None:
 def test_what_is_out_of_reach_is_named(run: Any) -> None:
     _, comparison = run(targets=(1.3, 9.0), methods=("pomt",))
     assert [(m, p, t) for m, p, t, _ in comparison.missing] == [("pomt", "search", 9.0), ("pomt", "published", 9.0)]
-    assert all("ask for less" in reason for *_, reason in comparison.missing)
+    assert all("relax" in reason for *_, reason in comparison.missing)
     assert {e.target for e in comparison.entries} == {1.3}
 
 
@@ -122,7 +126,8 @@ def test_the_narrowest_that_meets_the_target_is_kept(make_vit: MakeVit) -> None:
         ((), (1.5,), {}, "--methods"),
         (("fold", "fold"), (1.5,), {}, "--methods"),
         (("fold",), (), {}, "--speedup"),
-        (("fold",), (0.9,), {}, "--speedup"),
+        (("fold",), (0.9,), {}, "speedup = 0.9"),
+        (("fold",), (float("nan"),), {}, "speedup = nan"),
         (("folding",), (1.5,), {}, "unknown method"),
         (("fold",), (1.5,), {"precision": "fp16"}, "--precision"),
     ],

@@ -245,7 +245,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
     cases: dict[str, tuple[object, ...]] = {
         "layer 4 is out of range: pass --layers of the blocks 1 to 3": ("--layers", "4"),
         "layer 0 is out of range": ("--layers", "0,2"),
-        "--layers 'a,b': pass numbers of blocks": ("--layers", "a,b"),
+        "--layers 'a,b': pass block numbers such as": ("--layers", "a,b"),
         "--layers is for dense features: pass --task dense instead of embed": (*layers, "--task", "embed"),
         "--head is for dense features: pass --task dense instead of classify": (
             "--head", given.head, "--task", "classify",
@@ -257,12 +257,12 @@ def test_what_does_not_fit_is_refused_in_one_line(
             *layers, "--head", wide,
         ),
         "takes features_1, the model gives features_2, features_3, embedding": (*layers, "--head", other),
-        "--max-drop counts answers, and shallow gives dense features: pass --max-error": (*layers, "--max-drop", "1"),
-        "--min-cosine is for embeddings, and shallow gives dense features": (*layers, "--min-cosine", "0.9"),
-        "--max-error is for dense features, and shallow classifies": ("--max-error", "0.1"),
-        "--policy paper counts answers": (*layers, "--policy", "paper"),
-        "--recover tunes answers": (*layers, "--recover", given.digits),
-        "--text-embeddings is for embeddings, and shallow gives dense": (
+        "--max-drop does not apply to dense features: pass --max-error": (*layers, "--max-drop", "1"),
+        "--min-cosine is for embeddings, but shallow gives dense features": (*layers, "--min-cosine", "0.9"),
+        "--max-error is for dense features, but shallow classifies": ("--max-error", "0.1"),
+        "--policy paper does not apply to dense features": (*layers, "--policy", "paper"),
+        "--recover does not support dense features": (*layers, "--recover", given.digits),
+        "--text-embeddings is for embeddings, but shallow gives dense": (
             *layers, "--text-embeddings", tmp_path / "texts.npy",
         ),
     }  # fmt: skip

@@ -205,7 +205,7 @@ def test_zero_shot_figures_with_text_embeddings(
         "not (classes, 64): pass the text": np.ones((10, 63), np.float32),
         "has the shape (64,)": np.ones(64, np.float32),
         "not finite": np.full((10, 64), np.nan, np.float32),
-        "has none of the 4 rows": np.ones((4, 64), np.float32),
+        "which has 4: pass one row for every class": np.ones((4, 64), np.float32),
         "not an fp32 array": np.ones((10, 64)),
     }
     for message, array in wrong.items():
@@ -238,7 +238,7 @@ def test_what_does_not_fit_the_task_is_refused_in_one_line(
 ) -> None:
     few = few_digits(tmp_path / "few", 5)
     cases: dict[str, tuple[object, ...]] = {
-        "--min-cosine is for embeddings, and vit_digits classifies": ("--min-cosine", "0.9"),
+        "--min-cosine is for embeddings, but vit_digits classifies": ("--min-cosine", "0.9"),
         "unknown task 'depth': choose from classify, embed": ("--task", "depth"),
         "at least 6 pictures, not 5": ("--model", headless.model, "--images", few),
         "at least 6 pictures, not 3": ("--task", "embed", "--search-images", "3"),
@@ -253,7 +253,7 @@ def test_what_does_not_fit_the_task_is_refused_in_one_line(
         assert code == 1 and out == "" and message in err.splitlines()[-1], err
         assert not (tmp_path / "bundle").exists()
     code, _, err = call(capsys, "build", "--min-cosine", "0.9", "--speedup", "2")
-    assert code == 2 and "pass at most one of" in err
+    assert code == 2 and "2 goals: set only one" in err
     with pytest.raises(InputError, match="is for embeddings"):
         edgeprune.build(device="orin-nano", simulate=True, goal=Goal(min_cosine=0.9), work=tmp_path / "work")
 

@@ -140,9 +140,21 @@ def test_gate_lets_pass_what_is_faster_and_as_good() -> None:
 @pytest.mark.parametrize(
     ("labels", "goal", "measured", "count", "told"),
     [
-        (LABELS, Goal(), FASTER, 2, "it loses 2.00 points of top-1 against fp16 (limit 1.5) for 2.00x"),
-        (LABELS, Goal(max_drop=0.5), FASTER, 1, "it loses 1.00 points of top-1 against fp16 (limit 0.5) for 2.00x"),
-        (None, Goal(), FASTER, 6, "it loses 6.00 points of agreement against fp16 (limit 5.0) for 2.00x"),
+        (LABELS, Goal(), FASTER, 2, "it loses 2.00 points of top-1 against fp16 (limit 1.5) at a speed-up of 2.00x"),
+        (
+            LABELS,
+            Goal(max_drop=0.5),
+            FASTER,
+            1,
+            "it loses 1.00 points of top-1 against fp16 (limit 0.5) at a speed-up of 2.00x",
+        ),
+        (
+            None,
+            Goal(),
+            FASTER,
+            6,
+            "it loses 6.00 points of agreement against fp16 (limit 5.0) at a speed-up of 2.00x",
+        ),
         (LABELS, Goal(), timed((1.5,), (1.0,)), 0, "it is slower, 1.5 ms against 1 ms in fp16"),
     ],
 )
@@ -177,9 +189,9 @@ def test_a_precision_keeps_to_the_bound_on_the_cosine(
 def test_gate_of_dense_features_is_their_error() -> None:
     task = Dense((Output("features_1", (2, 2, 2)), Output("embedding", (2,))))
     assert gate(NAMES, Goal(), FASTER, EXACT * 1.08, EXACT, LABELS, task) is None
-    told = "its outputs are 12.00 % off those in fp16 (limit 10) for 2.00x"
+    told = "its outputs are 12.00 % off those in fp16 (limit 10) at a speed-up of 2.00x"
     assert gate(NAMES, Goal(), FASTER, EXACT * np.float32(1.12), EXACT, None, task) == told
-    told = "its outputs are 8.00 % off those in fp16 (limit 5) for 2.00x"
+    told = "its outputs are 8.00 % off those in fp16 (limit 5) at a speed-up of 2.00x"
     assert gate(NAMES, Goal(max_error=0.05), FASTER, EXACT * np.float32(1.08), EXACT, None, task) == told
 
 

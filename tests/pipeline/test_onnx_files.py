@@ -101,7 +101,7 @@ def test_build_in_int8(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: py
     few_digits(tmp_path / "digits", 45)
     options = Options(
         model=tiny("cls").module, images=tmp_path / "digits" / "images", search_images=4, precision="int8",
-        method="topk", policy="paper", block=1, rounds=3, neighbours=0,
+        method="topk", policy="paper", block=1, rounds=5, neighbours=0,
         work=tmp_path / "work", out=tmp_path / "bundle", calib=tmp_path / "calib",
     )  # fmt: skip
     with pytest.raises(PrecisionError, match="int8 is refused because it loses all: build with --precision fp32"):
@@ -154,7 +154,7 @@ def test_more_tokens_than_tensorrt_sorts_are_refused_at_export(
 ) -> None:
     """fold sorts all 17 tokens of the tiny model, topk only the 8 that it keeps: a limit of 12 stands for 3840."""
     monkeypatch.setattr("edgeprune.onnx_graph.graph.MOST_SORTED", 12)
-    model, reason = tiny("cls", 2), "a cut sorts 17 tokens, TensorRT at most 12: cut later, use --method topk"
+    model, reason = tiny("cls", 2), "a cut sorts 17 tokens, but TensorRT at most 12: cut later, use --method topk"
     for device, limited in (("orin-nano", True), ("cpu", False)):
         context = replace(context_of(model.vit, tmp_path / device), model=model)
         target = target_for(device, simulate=limited, work=tmp_path / device)

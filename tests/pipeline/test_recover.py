@@ -165,7 +165,7 @@ def test_what_cannot_be_recovered_is_refused_in_one_line(
     cases = {
         "at least 16 pictures, not 10": ("--images", few, "--recover"),
         "nowhere: no such folder or CSV: pass --recover DIR": ("--recover", "nowhere"),
-        "nothing to do with --method none": ("--recover", "--method", "none"),
+        "--method none removes no tokens": ("--recover", "--method", "none"),
         "pass --images DIR|CSV or --recover DIR|CSV": ("--model", small, "--recover"),
     }
     for message, options in cases.items():

@@ -91,7 +91,7 @@ def _host(there: Server) -> Host:
         (("--host", "-oProxyCommand=true"), "is not a host"),
         (("--host", "nobody at all"), "is not a host"),
         (("--host", "ADDRESS", "--host-program", "/nowhere/edgeprune"), "has no /nowhere/edgeprune"),
-        (("--host", "ADDRESS", "--host-program", "echo hello; false"), "something other than an answer of edgeprune"),
+        (("--host", "ADDRESS", "--host-program", "echo hello; false"), "sent an invalid reply"),
         (("--host", "ADDRESS", "--device", "orin-nano"), "is not this machine"),
         (("--host", "ADDRESS", "--simulate"), "leave out --host"),
     ],

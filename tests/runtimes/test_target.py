@@ -30,7 +30,7 @@ print(target_for("orin-nano", simulate=True, work=Path("work")).work.file("model
 
 
 def test_edited_code_reuses_no_step(tmp_path: Path) -> None:
-    """In a copy of the package: a reducer, a device and a file that no step is made by are edited in turn."""
+    """In a copy of the package: code, a device, templates and a file that makes no step are edited in turn."""
     package = tmp_path / "edgeprune"
     shutil.copytree(Path(edgeprune.__file__).parent, package, ignore=shutil.ignore_patterns("__pycache__"))
 
@@ -42,12 +42,13 @@ def test_edited_code_reuses_no_step(tmp_path: Path) -> None:
         ).stdout
 
     places = [place(), place()]
-    for name in ("vit/reducers/topk.py", "devices/orin-nano.toml", "notes.css"):
+    page = ("html_report/page.css", "html_report/sweep.html.j2")
+    for name in ("vit/reducers/topk.py", "devices/orin-nano.toml", *page, "notes.txt"):
         with open(package / name, "a") as file:
             file.write("\n# edited\n")
         places.append(place())
-    assert places[0] == places[1] and places[3] == places[4]
-    assert len({*places}) == 3
+    assert places[0] == places[1] and places[-2] == places[-1]
+    assert len({*places}) == 5
 
 
 def test_finished_step_is_made_again_by_other_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ from itertools import pairwise, product
 
 import pytest
 
-from edgeprune.errors import ScheduleError
+from edgeprune.errors import InputError, ScheduleError
 from edgeprune.io import encode, sha256_bytes
 from edgeprune.latency.staircase import predict_ms
 from edgeprune.records import ClassFidelity, CutCost, Staircase, Vit, check_tokens
@@ -27,6 +27,27 @@ def staircase(make_staircase: MakeStaircase, make_vit: MakeVit) -> Staircase:
     """Four blocks of 20 tokens; 11 ms unpruned, 1 ms of it outside the blocks."""
     cost = CutCost(tokens_in=20, tokens_out=12, cost_ms=0.2)
     return make_staircase(LEVELS, vit=make_vit(depth=4, tokens=20), cuts={"pomt": (cost,)})
+
+
+@pytest.mark.parametrize(
+    ("goal", "said"),
+    [
+        (Goal(speedup=0), "speedup = 0 is out of range: use 1 to"),
+        (Goal(speedup=float("nan")), "speedup = nan is out of range"),
+        (Goal(budget_ms=0), "budget_ms = 0 is out of range"),
+        (Goal(alpha=1.1), "alpha = 1.1 is out of range: use 0 to 1"),
+        (Goal(max_drop=-1), "max_drop = -1 is out of range"),
+        (Goal(speedup=2, max_drop=1), "speedup and max_drop are 2 goals: set only one"),
+    ],
+)
+def test_goals_that_are_refused(goal: Goal, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        goal.check()
+
+
+def test_goals_that_are_accepted() -> None:
+    for goal in (Goal(), Goal(alpha=0), Goal(speedup=1), Goal(budget_ms=0.01), Goal(max_drop=0), Goal(max_error=2)):
+        goal.check()
 
 
 def never(tokens: int) -> float:
@@ -88,7 +109,7 @@ def test_paper_refuses_what_it_cannot_give(staircase: Staircase) -> None:
         ScheduleError, match=rf"0\.1 ms cannot be met: .* takes 11 ms .* about {least:.3g} ms at best"
     ):
         paper_schedule(staircase, "pomt", Goal(budget_ms=0.1), never, block=1)
-    with pytest.raises(ScheduleError, match=rf"\({11 / least:.2f}x\): ask for less"):
+    with pytest.raises(ScheduleError, match=rf"\({11 / least:.2f}x\): relax"):
         paper_schedule(staircase, "pomt", Goal(speedup=50.0), never, block=1)
     with pytest.raises(ScheduleError, match="pass --policy search with --max-drop"):
         paper_schedule(staircase, "pomt", Goal(max_drop=1.0), never)

@@ -110,7 +110,7 @@ def test_the_limit_of_topk_is_ours(tmp_path: Path) -> None:
     """What export refuses is what TensorRT refuses, and nothing less."""
     accepted(topk(MOST_SORTED), tmp_path / "model.onnx")
     sorts_or_raise(topk(MOST_SORTED))
-    with pytest.raises(ExportError, match="a cut sorts 3841 tokens, TensorRT at most 3840: cut later"):
+    with pytest.raises(ExportError, match="a cut sorts 3841 tokens, but TensorRT at most 3840: cut later"):
         sorts_or_raise(topk(MOST_SORTED + 1))
 
 

@@ -148,7 +148,7 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="of another recovery: remove it"):
         run(replace(QUICK, epochs=1, seed=1), checkpoint=checkpoint)
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
-    with pytest.raises(InputError, match=r"not a checkpoint of a recovery \(\w+\): remove it"):
+    with pytest.raises(InputError, match=r"not a recovery checkpoint \(\w+\): remove it"):
         run(checkpoint=checkpoint)
 
 

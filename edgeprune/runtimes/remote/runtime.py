@@ -84,7 +84,7 @@ class RemoteRuntime:
         return kind(self, opened)
 
     def gpu_state(self) -> GpuState | None:
-        """Clock, temperature and throttling of the GPU there; None where nothing tells. Raises HostError."""
+        """Clock, temperature and throttling of the GPU there; None where it cannot be read. Raises HostError."""
         return self.ask(protocol.State(), protocol.StateIs).state
 
     def ask(self, request: protocol.Message, kind: type[M], progress: Progress = silent) -> M:
@@ -101,8 +101,8 @@ class RemoteRuntime:
                 answer = protocol.read_answer(self.channel.stdout)
             except ValueError as error:  # for example a greeting of the login shell
                 raise HostError(
-                    f"{self.channel.host.address} sent something other than an answer of edgeprune ({error}): "
-                    "its shell must print nothing at login"
+                    f"{self.channel.host.address} sent an invalid reply ({error}): "
+                    "make sure that its shell prints nothing at login"
                 ) from None
             match answer:
                 case None:
@@ -118,7 +118,7 @@ class RemoteRuntime:
                     if not isinstance(answer, kind):
                         name = type(answer).__name__
                         raise HostError(
-                            f"the device answered {name}, not {kind.__name__}: install the same edgeprune there"
+                            f"the device answered {name}, not {kind.__name__}: install the same version there"
                         )
                     return answer
 

@@ -72,7 +72,7 @@ class Channel:
             )
         if code == FAILED:
             return HostError(f"{name} cannot be reached, or the connection was cut ({said}): try `ssh {name} true`")
-        return HostError(f"{name} ended early ({said}): correct that on the host and run the command again")
+        return HostError(f"{name} ended early ({said}): fix that on the host and run the command again")
 
     def __enter__(self) -> Channel:
         return self

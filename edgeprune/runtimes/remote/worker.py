@@ -224,7 +224,7 @@ def serve(requests: IO[bytes], answers: IO[bytes], work: Path) -> None:
         send(
             protocol.Failed(
                 HostError.__name__,
-                f"a message that the device does not understand ({error}): install the same edgeprune there",
+                f"a message that the device does not understand ({error}): install the same version there",
             )
         )
     except (BrokenPipeError, KeyboardInterrupt):
