@@ -55,9 +55,9 @@ def load_model(
     Names are timm's, `hf-hub:ORG/NAME`, `local-dir:PATH`, the embedded model's, or the path of a folder in the format
     of transformers (vit/hugging_face.py). Weights are pretrained, embedded, random, or a file (.safetensors, or .pth
     as tensors only); default: embedded for the embedded model, else pretrained. A module is copied, to fp32 on the
-    CPU. `overrides` replaces keys of the data config (crop_pct, interpolation, mean, std, crop_mode). `task` is what the
-    output is for, by default embed where the model has no head, else classify. `image_size` (height, width) resizes
-    the model (vit/image_size.py); positions in a file are of the model's own size or of that one. With `layers`
+    CPU. `overrides` replaces keys of the data config (crop_pct, interpolation, mean, std, crop_mode). `task` is what
+    the output is for, by default embed without a head, else classify. `image_size` (height, width) resizes the model
+    (vit/image_size.py); positions in a file are of the model's own size or of that one. With `layers`
     (numbers of blocks, from 1) it is dense, and their patch features are outputs; dense alone means the last. Raises
     ModelError, WeightsError, MissingError, InputError.
     """
