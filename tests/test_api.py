@@ -241,7 +241,7 @@ def test_a_module_in_half_precision_is_taken_in_fp32(kind: str) -> None:
     model = load_model(module)
     assert next(module.parameters()).dtype == getattr(torch, kind)
     assert class_labels(model, None) == ("0", "1", "2", "3", "4") and model.task == "classify"
-    found = pruned_module(model, "fold", (model.vit.tokens, 50))(torch.zeros(1, 3, *model.vit.size))
+    found = pruned_module(model, "fold", (model.vit.tokens, *[50] * 5))(torch.zeros(1, 3, *model.vit.size))
     assert found.dtype == torch.float32 and found.shape == (1, 5)
 
 

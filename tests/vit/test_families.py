@@ -169,7 +169,7 @@ def test_sizes_bring_a_pooled_output_closer_to_the_unpruned_one(kind: str, tiny:
         wanted, found = model.module(even), pruned(even)
         stream = pruned.blocks(Stream(model.family.embed(model.module, even)), 0, 3, None)
         unweighed = model.family.classify(model.module, stream.x)
-    assert (found - wanted).norm() < 0.6 * (unweighed - wanted).norm()
+    assert (found - wanted).norm() < 0.8 * (unweighed - wanted).norm()
 
 
 @pytest.mark.parametrize("sized", [False, True])
