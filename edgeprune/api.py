@@ -223,6 +223,7 @@ def recover(
     schedule: Schedule | str | Path,
     *,
     images: str | Path,
+    task: str | None = None,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     progress: Progress = silent,
@@ -230,17 +231,23 @@ def recover(
     """`prune`, with weights fine-tuned to match `model` on pictures; labels are never used.
 
     A quarter of the pictures is never trained on, and the state with the lowest KL on it is returned: the weights of
-    `model` if none is better. `model` is not changed. Trains on a GPU if torch finds one; the result is on the CPU.
-    With `checkpoint`, a file, an interrupted run continues after its last whole epoch. Raises InputError,
+    `model` if none is better. `task` is classify or embed, by default that of the module. `model` is not changed.
+    Trains on a GPU if torch finds one; the result is on the CPU. With `checkpoint`, a file, an interrupted run
+    continues after its last whole epoch. Raises InputError for a schedule with dense features, and otherwise
     ModelError, ImageError, OutputError.
     """
+    from edgeprune.errors import InputError
     from edgeprune.images import load_pixels
-    from edgeprune.pipeline.context import Options, recovery_set
+    from edgeprune.pipeline.context import Options, check_outputs, check_task, recovery_set
     from edgeprune.vit.models import load_model
     from edgeprune.vit.recovery import Recipe, recovered
 
-    pruned: Any = prune(model, schedule)
-    loaded = load_model(model)
+    check_task(task)
+    loaded = load_model(model, task=task)
+    check_outputs(loaded)
+    pruned: Any = prune(loaded.module, schedule)
+    if pruned.vit.layers or task == "dense":
+        raise InputError("recovery tunes answers, not dense features: make the schedule without layers")
     how = loaded.preprocessing
     found = recovery_set(Options(recover=Path(images)), None)
     assert found is not None

@@ -7,7 +7,7 @@ import logging
 import operator
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,9 +83,14 @@ def load_images(source: Path, option: str = "--images", anywhere: bool = False) 
     if not os.path.isdir(source):
         raise ImageError(f"{source}: no such folder or CSV: pass {option} DIR or {option} FILE.csv")
     loose = _pictures(source)
-    if loose:
-        return ImageSet(loose, None, None)
     classes = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
+    if loose:
+        if any(map(_pictures, classes)):
+            log.warning(
+                "%s has pictures beside its class folders (%s): only these are taken, without labels; "
+                "move them away to take the folders", source, loose[0].name,
+            )  # fmt: skip
+        return ImageSet(loose, None, None)
     found = [(path, index) for index, folder in enumerate(classes) for path in _pictures(folder)]
     if not found:
         raise ImageError(f"{source}: no pictures ({', '.join(SUFFIXES)}) in it or in its class folders")
@@ -94,7 +99,33 @@ def load_images(source: Path, option: str = "--images", anywhere: bool = False) 
 
 
 def _pictures(folder: Path) -> tuple[Path, ...]:
-    return tuple(sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file()))
+    found = (p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    return tuple(sorted(p for p in found if p.is_file()))
+
+
+def labelled_for(found: ImageSet, model: str, classes: int, names: Sequence[str] | None) -> ImageSet:
+    """The pictures with labels of a classifier with so many `classes`, called `names` where that is known.
+
+    Class folders that are called as its classes are numbered as these. No labels, and a warning, where there is
+    another number of folders than of classes. Raises InputError for a label out of range.
+    """
+    labels, folders = found.labels, found.class_names
+    if labels is None:
+        return found
+    if folders is not None and names is not None and set(folders) <= set(names):
+        return replace(found, labels=tuple(names.index(folders[label]) for label in labels))
+    if folders is not None and len(folders) != classes:
+        log.warning(
+            "%d class folders for a model with %d classes: the pictures are taken without labels; "
+            "pass one folder for each class, or a CSV image,label, for top-1", len(folders), classes,
+        )  # fmt: skip
+        return replace(found, labels=None)
+    if max(labels) >= classes:
+        raise InputError(
+            f"label {max(labels)} is out of range: {model} has classes 0 to {classes - 1}: "
+            "check the CSV or the weights"
+        )
+    return found
 
 
 def _from_csv(source: Path, anywhere: bool) -> ImageSet:
@@ -135,6 +166,13 @@ def _label(text: str | None, where: str) -> int:
     return int(text)
 
 
+def _in_eight_bits(image: Image.Image) -> Image.Image:
+    """Grey values of 16 bits in 8, as PNG readers do it; Pillow's own conversion makes nearly all of them white."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))
+
+
 def read_image(path: Path, how: Preprocessing) -> NDArray[np.uint8]:
     """One picture as (H, W, 3) bytes after resizing and centre cropping. Raises ImageError."""
     resample = {
@@ -145,7 +183,7 @@ def read_image(path: Path, how: Preprocessing) -> NDArray[np.uint8]:
     }[how.interpolation]
     try:
         with Image.open(path) as file:
-            image = file.convert("RGB")
+            image = _in_eight_bits(file).convert("RGB")
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path}: not a readable picture ({error}): remove or replace it") from None
     width, height = image.size

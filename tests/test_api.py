@@ -223,6 +223,39 @@ def test_a_model_from_a_local_folder(tmp_path: Path, work: Path) -> None:
         assert (found.module.state_dict()[name] == value).all(), name
 
 
+@pytest.mark.parametrize("name", ["local-dir:/no/such/folder", "hf-hub:org/name"])
+def test_a_model_that_cannot_be_fetched_is_one_line(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import timm
+
+    from edgeprune.vit.models import load_model
+
+    def offline(*_: Any, **__: Any) -> None:
+        raise OSError("no connection\nand a long story")
+
+    if name.startswith("hf"):
+        monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(WeightsError, match=r"could not be fetched \(.*\): pass a local checkpoint") as error:
+        load_model(name)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_a_module_in_half_precision_is_taken_in_fp32(kind: str) -> None:
+    import timm
+    import torch
+
+    from edgeprune.vit.fidelity import pruned_module
+    from edgeprune.vit.models import class_labels, load_model
+
+    module = timm.create_model("test_vit").to(getattr(torch, kind))
+    module.head = torch.nn.Linear(64, 5).to(getattr(torch, kind))
+    model = load_model(module)
+    assert next(module.parameters()).dtype == getattr(torch, kind)
+    assert class_labels(model, None) == ("0", "1", "2", "3", "4") and model.task == "classify"
+    found = pruned_module(model, "fold", (model.vit.tokens, *[50] * 5))(torch.zeros(1, 3, *model.vit.size))
+    assert found.dtype == torch.float32 and found.shape == (1, 5)
+
+
 def test_compare_and_bench(work: Path, shallow: Shallow, few: Path, tmp_path: Path) -> None:
     options: dict[str, Any] = {"model": shallow.model, "images": few, "search_images": 8, "work": work, **SIMULATED}
     found = edgeprune.compare(methods=["fold", "none"], speedups=[1.5], **options)

@@ -11,8 +11,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgeprune.errors import ImageError
-from edgeprune.images import batches, calibration_indices, drawn, load_images, load_pixels, normalise, read_image
+from edgeprune.errors import ImageError, InputError
+from edgeprune.images import (
+    ImageSet,
+    batches,
+    calibration_indices,
+    drawn,
+    labelled_for,
+    load_images,
+    load_pixels,
+    normalise,
+    read_image,
+)
 from edgeprune.records import Pixels, Preprocessing, sides_of
 
 HOW = Preprocessing(
@@ -123,7 +133,7 @@ def test_bad_csv(text: str | bytes, reason: str, tmp_path: Path) -> None:
 
 
 def test_class_folders_are_numbered_by_name(tmp_path: Path) -> None:
-    for name in ("dog/2.jpg", "dog/1.JPG", "cat/9.png", ".hidden/1.png", "dog/notes.txt"):
+    for name in ("dog/2.jpg", "dog/1.JPG", "cat/9.png", ".hidden/1.png", "dog/._2.jpg", "._x.jpg", "dog/notes.txt"):
         picture(tmp_path / name) if name[-3:] != "txt" else (tmp_path / name).write_text("no picture")
     (tmp_path / "emu").mkdir()
     found = load_images(tmp_path)
@@ -138,6 +148,41 @@ def test_loose_pictures_have_no_labels(tmp_path: Path) -> None:
     found = load_images(tmp_path)
     assert [p.name for p in found.paths] == ["a.tif", "b.bmp", "c.ppm"]
     assert found.labels is None and found.class_names is None
+
+
+def test_a_loose_picture_that_hides_class_folders_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("x.png", "cat/1.png", "dog/1.png"):
+        picture(tmp_path / name)
+    assert [p.name for p in load_images(tmp_path).paths] == ["x.png"]
+    assert "pictures beside its class folders (x.png)" in caplog.text and len(caplog.records) == 1
+
+
+def folders(*names: str) -> ImageSet:
+    """A picture in each of some class folders."""
+    return ImageSet(tuple(Path(name) for name in names), tuple(range(len(names))), names)
+
+
+def test_class_folders_get_the_numbers_of_the_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
+    """By name where these are its names, else in sorted order, and only one for each class."""
+    assert labelled_for(folders("cat", "dog", "emu"), "m", 3, ("emu", "cat", "dog")).labels == (1, 2, 0)
+    assert labelled_for(folders("cat", "emu"), "m", 3, ("emu", "cat", "dog")).labels == (1, 0)
+    for names in (("x", "y"), None):
+        assert labelled_for(folders("cat", "dog"), "m", 2, names).labels == (0, 1)
+    assert not caplog.records
+    assert labelled_for(folders("cat", "dog"), "m", 10, None).labels is None
+    assert labelled_for(folders("cat", "dog"), "m", 10, ("cat", *"abcdefghi")).labels is None
+    assert caplog.text.count("2 class folders for a model with 10 classes: the pictures are taken without") == 2
+    numbered = ImageSet((Path("a"),), (7,), None)
+    assert labelled_for(numbered, "m", 8, None) is numbered
+    with pytest.raises(InputError, match="label 7 is out of range: m has classes 0 to 6"):
+        labelled_for(numbered, "m", 7, None)
+
+
+@pytest.mark.parametrize(("kind", "suffix"), [("uint16", "png"), ("uint16", "tif"), ("int32", "tif")])
+def test_grey_of_16_bits(kind: str, suffix: str, tmp_path: Path) -> None:
+    values = (np.arange(64, dtype=np.int64).reshape(8, 8) * 1040).astype(kind)
+    Image.fromarray(values).save(path := tmp_path / f"grey.{suffix}")
+    np.testing.assert_array_equal(read_image(path, HOW), np.repeat((values >> 8)[..., None], 3, axis=2))
 
 
 def test_nothing_to_load(tmp_path: Path) -> None:

@@ -99,4 +99,4 @@ def evaluated_on(images: int, held_out: bool | None) -> str:
         return f"{images} images"
     if held_out:
         return f"{images} images not used to choose the schedule"
-    return f"all {images} images, some also used to choose the schedule: pass more --images for unbiased figures"
+    return f"{images} images, some also used to choose the schedule: pass more --images for unbiased figures"

@@ -11,7 +11,7 @@ import numpy as np
 
 from edgeprune.bundles.format import GOLDEN, MANIFEST, ONNX, check_out, default_folder, load_bundle
 from edgeprune.errors import InputError
-from edgeprune.images import ImageSet, load_images, load_pixels, normalise
+from edgeprune.images import ImageSet, labelled_for, load_images, load_pixels, normalise
 from edgeprune.io import load, load_array
 from edgeprune.onnx_graph import attention_fusion
 from edgeprune.onnx_graph.graph import input_shape, load_graph, metadata_in, onnx_precision_of, sorts_or_raise
@@ -68,6 +68,8 @@ def _compiled(target: Target, given: Inputs) -> tuple[Path, Manifest]:
     if pictures is not None:
         check_count(BY_NAME[metadata.task], len(pictures))
         check_size(vit, len(pictures))
+        if metadata.task == "classify":
+            pictures = labelled_for(pictures, vit.name, vit.classes, metadata.labels)
     fusable = attention_fusion.expected(given.onnx, schedule, setup)
     (measured,) = measured_engines(target, [given.onnx], given.dense, given.rounds)
     report = msgspec.structs.replace(report_of(measured, schedule, staircase), fusable_attention=fusable)

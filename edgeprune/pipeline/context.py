@@ -12,9 +12,10 @@ import numpy as np
 from edgeprune import zoo
 from edgeprune.bundles.format import default_folder
 from edgeprune.defaults import WORK
+from edgeprune.devices.memory import available_bytes
 from edgeprune.distributed.quiet import timing
 from edgeprune.errors import InputError
-from edgeprune.images import ImageSet, drawn, load_images
+from edgeprune.images import ImageSet, drawn, labelled_for, load_images
 from edgeprune.io import load_array
 from edgeprune.pipeline.pictures import Pictures
 from edgeprune.records import TASKS, Progress, Vit, silent
@@ -37,6 +38,7 @@ ROUNDS = 60
 LEAST_ROUNDS = 5
 LEAST_RECOVERY = 16  # pictures
 MOST_OUTPUT_BYTES = 1 << 30  # of all pictures; several such arrays are compared
+SHARE_OF_MEMORY = 0.8  # of what is free, for the activations of one schedule
 POLICIES = ("search", "paper")
 
 
@@ -144,21 +146,22 @@ def context_for(options: Options, progress: Progress = silent) -> Context:
         target = replace(target, alone=timing)
     model = loaded(options)
     head = Head(options.head, model.vit) if options.head else None
+    check_outputs(model)
     check_goal(options, model)
     found = image_set(options)
     if found:
         check_count(BY_NAME[model.task], min(len(found), options.search_images))
         check_size(model.vit, len(found))
-    if found and found.labels and model.task == "classify" and max(found.labels) >= model.vit.classes:
-        raise InputError(
-            f"label {max(found.labels)} is out of range: {model.vit.name} has classes 0 to "
-            f"{model.vit.classes - 1}: check the CSV or the weights"
-        )
+        check_memory(options, model, len(found))
+        if model.task == "classify":
+            found = labelled_for(found, model.vit.name, model.vit.classes, model.labels)
     texts = None
     if options.text_embeddings is not None:
         texts = text_embeddings(options.text_embeddings, model, found.labels if found else None)
     training = recovery_set(options, found)
     pictures = Pictures(found, model.preprocessing, target, options.search_images, training) if found else None
+    if pictures and 0 < len(pictures.untuned) < len(pictures.files):
+        check_count(BY_NAME[model.task], len(pictures.untuned))
     recovery = Pictures(training, model.preprocessing, target, 0) if training else None
     task = task_of(model.task, model.vit, texts, head)
     return Context(options, target, model, pictures, task, progress, recovery, head)
@@ -174,6 +177,29 @@ def loaded(options: Options) -> Model:
             raise InputError(f"--head is for dense features: pass --task dense instead of {task}, or leave it out")
         task = "dense"
     return load_model(options.model, options.weights, options.overrides, task, options.image_size, options.layers)
+
+
+def check_outputs(model: Model) -> None:
+    """Raise InputError for a classifier whose answer is always the same."""
+    if model.task == "classify" and model.vit.classes == 1:
+        raise InputError(
+            f"{model.vit.name} has a single logit, whose softmax is always 1: pass a model with one logit per class"
+        )
+
+
+def check_memory(options: Options, model: Model, images: int) -> None:
+    """Raise InputError where the activations kept for the choice of a schedule would not fit in memory."""
+    vit, count, free = model.vit, min(images, options.search_images), available_bytes()
+    if options.method == "none" or options.cluster is not None or free is None:
+        return
+    each = 4 * vit.width * vit.tokens * (vit.depth + 1)  # as in vit.fidelity.Evaluator
+    if count * each > (most := SHARE_OF_MEMORY * free):
+        fits = int(most // each)
+        advice = f"pass --search-images {fits}" if fits else "choose a smaller model or --image-size"
+        raise InputError(
+            f"comparing schedules of {vit.name} on {count} pictures takes {count * each / 1e9:.1f} GB of memory, "
+            f"{free / 1e9:.1f} GB are free: {advice}"
+        )
 
 
 def check_goal(options: Options, model: Model) -> None:

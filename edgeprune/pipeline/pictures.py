@@ -63,25 +63,32 @@ class Pictures:
         found = [i for i, path in enumerate(self.files.paths) if known and sha256_file(path) in known]
         return np.array(found, np.int64)
 
+    @cached_property
+    def untuned(self) -> NDArray[np.int64]:
+        """Indices of all other pictures."""
+        return np.setdiff1d(np.arange(len(self.files)), self.tuned_on)
+
     def held_out(self, method: str, precision: str) -> tuple[NDArray[np.int64], bool]:
         """Indices of the pictures for the figures, and whether none of them was used for anything else.
 
-        Other uses are the choice of the schedule, INT8 ranges and recovery.
-
-        All pictures, False and a logged warning where fewer than LEAST_HELD_OUT would be left.
+        Other uses are the choice of the schedule, INT8 ranges and recovery. Where fewer than LEAST_HELD_OUT would be
+        left: all that no weights were tuned on (all pictures where there are none), False and a logged warning.
         """
         everything = np.arange(len(self.files))
         seen = self.search if method != "none" else everything[:0]
         if precision in QUANTISED:
             seen = np.union1d(seen, calibration_indices(len(everything)))
-        left = np.setdiff1d(everything, np.union1d(seen, self.tuned_on))
+        left = np.setdiff1d(self.untuned, seen)
         if len(left) >= LEAST_HELD_OUT or len(left) == len(everything):
             return left, True
+        kept = self.untuned if len(self.untuned) else everything
         log.warning(
-            "figures are of all %d images, including those used to choose the schedule%s: "
-            "pass more --images to avoid bias", len(everything), " and to recover" if len(self.tuned_on) else "",
+            "figures are of all %d images%s, including those used to choose the schedule%s: "
+            "pass more --images to avoid bias", len(kept),
+            " that weights were not tuned on" if len(kept) < len(everything) else "",
+            "" if len(self.untuned) else " and to recover",
         )  # fmt: skip
-        return everything, False
+        return kept, False
 
     def labels(self, indices: NDArray[np.int64]) -> list[int] | None:
         """Class indices of some pictures; None where the pictures have no labels."""

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from edgeprune.errors import InputError
 from edgeprune.onnx_graph.int8 import Int8Layer
 from edgeprune.pipeline.context import Context
 from edgeprune.records import Recovery, Schedule
@@ -26,11 +25,11 @@ class Recovered(NamedTuple):
     record: Recovery
 
 
-def recover(context: Context, schedule: Schedule, int8: Sequence[Int8Layer] = ()) -> Recovered:
+def recover(context: Context, schedule: Schedule, int8: Sequence[Int8Layer] = ()) -> Recovered | None:
     """Tune the weights of the pruned model on the pictures of --recover; an interrupted run continues.
 
     The same model, schedule and pictures are tuned once for all precisions but INT8, which has `int8` (fake
-    quantisation). Raises InputError for a schedule without a cut, OutputError, ExportError.
+    quantisation). None, with a warning, for a schedule without a cut. Raises OutputError, ExportError.
     """
     from edgeprune.vit.fidelity import pruned_module
     from edgeprune.vit.recovery import Recipe, recovered
@@ -38,7 +37,8 @@ def recover(context: Context, schedule: Schedule, int8: Sequence[Int8Layer] = ()
 
     assert context.recovery is not None
     if not schedule.cuts:
-        raise InputError("this schedule removes no tokens, so there is nothing to recover: leave out --recover")
+        log.warning("this schedule removes no tokens, so nothing is recovered: ask for more speed to use --recover")
+        return None
     model, pictures, recipe = context.model, context.recovery, Recipe()
     parts = (
         model.vit, model.task, schedule.method, schedule.tokens, schedule.prefix_last, pictures.key, pictures.how,

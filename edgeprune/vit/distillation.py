@@ -30,7 +30,7 @@ def traced(pruned: PrunedViT, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     if pruned.prefix_last:
         x = family.prefix_only(blocks[last], x, stream.sizes, vit.prefix, rows_of(table, last, stream.places))
         passed.append(x)
-    return family.classify(pruned.model, x), passed if vit.prefix else []
+    return family.classify(pruned.model, x, stream.sizes), passed if vit.prefix else []
 
 
 def relative_error(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:

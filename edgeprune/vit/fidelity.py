@@ -121,6 +121,7 @@ class Evaluator:
         if tuple(tokens) != self._base:
             shared = self._shared(tokens)
             kept = [streams[: shared + 1] for streams in self._streams] or [[first] for first in self._embedded]
+            self._streams, self._base = [], ()  # what is not shared is free before the new streams are made
             self._streams, self._base = each_chunk(lambda streams: self._rest(streams, tokens), kept), tuple(tokens)
         return np.concatenate(each_chunk(self._outputs, self._streams))
 
@@ -197,4 +198,4 @@ class Evaluator:
         model = self.model
         with torch.inference_mode():
             found = [features(model.family, model.module, model.vit, stream) for stream in passed]
-            return packed_outputs([*found, model.family.classify(model.module, last.x)])
+            return packed_outputs([*found, model.family.classify(model.module, last.x, last.sizes)])

@@ -37,8 +37,6 @@ def _options(config: Config, side: int | None, resizable: bool = False) -> dict[
     side = image if side is None else side
     if image != side and not resizable:
         raise ValueError(f"image_size is {image}, but {'preprocessor_config.json'} makes pictures of {side} px")
-    if side % patch:
-        raise ValueError(f"pictures of {side} px do not divide into patches of {patch} px")
     if config.get("num_channels", 3) != 3:
         raise ValueError(f"num_channels is {config['num_channels']}, not 3")
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isqrt
 from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import InputError, ModelError
@@ -47,3 +48,13 @@ def made_for(module: Any, state: dict[str, Tensor]) -> bool:
     """Does a state dict have as many positions as a model? True for models and files without absolute positions."""
     own, given = getattr(module, POSITIONS, None), state.get(POSITIONS)
     return own is None or given is None or own.shape == given.shape
+
+
+def square_side(module: Any, state: dict[str, Tensor]) -> int | None:
+    """Side in pixels of the square pictures that the positions of a state dict are for; None if for no square."""
+    own, given = getattr(module, POSITIONS), state[POSITIONS]
+    if own.ndim != 3 or given.ndim != 3 or own.shape[2] != given.shape[2]:
+        return None
+    patches = given.shape[1] - (own.shape[1] - module.patch_embed.num_patches)
+    root, (high, wide) = isqrt(max(patches, 0)), module.patch_embed.feat_ratio(as_scalar=False)
+    return root * high if root and root * root == patches and high == wide else None

@@ -21,7 +21,7 @@ from edgeprune.io import read_bytes
 from edgeprune.records import CROP_MODES, INTERPOLATIONS, Preprocessing, Vit, pixels_of, sides_of
 from edgeprune.vit import hugging_face
 from edgeprune.vit.families import Family, family_of
-from edgeprune.vit.image_size import made_for, resize
+from edgeprune.vit.image_size import POSITIONS, made_for, resize, square_side
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -54,10 +54,10 @@ def load_model(
 
     Names are timm's, `hf-hub:ORG/NAME`, `local-dir:PATH`, the embedded model's, or the path of a folder in the format
     of transformers (vit/hugging_face.py). Weights are pretrained, embedded, random, or a file (.safetensors, or .pth
-    as tensors only); default: embedded for the embedded model, else pretrained. A module is copied, never changed.
-    `overrides` replaces keys of the data config (crop_pct, interpolation, mean, std, crop_mode). `task` is what the
-    output is for, by default embed where the model has no head, else classify. `image_size` (height, width) resizes
-    the model (vit/image_size.py); positions in a file are of the model's own size or of that one. With `layers`
+    as tensors only); default: embedded for the embedded model, else pretrained. A module is copied, to fp32 on the
+    CPU. `overrides` replaces keys of the data config (crop_pct, interpolation, mean, std, crop_mode). `task` is what
+    the output is for, by default embed without a head, else classify. `image_size` (height, width) resizes the model
+    (vit/image_size.py); positions in a file are of the model's own size or of that one. With `layers`
     (numbers of blocks, from 1) it is dense, and their patch features are outputs; dense alone means the last. Raises
     ModelError, WeightsError, MissingError, InputError.
     """
@@ -103,7 +103,7 @@ def _source_of(model: str | nn.Module, weights: str | None, image_size: tuple[in
         if weights is not None:
             raise WeightsError("a module already has weights: pass its timm name to load other weights")
         name = str(_config_of(model).get("architecture") or type(model).__name__)
-        return _Source(copy.deepcopy(model), name)
+        return _Source(copy.deepcopy(model).cpu().float(), name)
     if hugging_face.is_folder(model):
         if weights not in (None, "pretrained", "random"):
             raise WeightsError(f"{model} has weights of its own: leave out --weights")
@@ -123,7 +123,9 @@ def _source_of(model: str | nn.Module, weights: str | None, image_size: tuple[in
 
 def task_of(module: Any) -> str:
     """What the output of a timm model is for: embed without a head."""
-    return "classify" if module.num_classes else "embed"
+    from torch import nn
+
+    return "embed" if isinstance(module.head, nn.Identity) else "classify"
 
 
 def weights_sha256(module: nn.Module) -> str:
@@ -171,10 +173,12 @@ def _create(name: str, weights: str, state: dict[str, Tensor] | None) -> nn.Modu
         near = difflib.get_close_matches(name, timm.list_models(["*vit*", "deit*", "eva*"]), 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "see `timm.list_models('vit_*')`"
         raise ModelError(f"timm has no model {name!r}: {hint}")
-    if weights == "pretrained":  # before they are downloaded
-        _check_family(name)
     try:
+        if weights == "pretrained":  # before they are downloaded
+            _check_family(name)
         module: nn.Module = timm.create_model(name, pretrained=weights == "pretrained", **options)
+    except ModelError:
+        raise
     except Exception as error:  # hub, disk and timm raise different errors; the advice is the same
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if weights == "pretrained":
@@ -237,9 +241,10 @@ def _fill(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
     wrong = [k for k in own if own[k].shape != state[k].shape]
     if wrong:
         key = wrong[0]
+        side = square_side(module, state) if wrong == [POSITIONS] else None
+        advice = f"pass --image-size {side}" if side else "pass a checkpoint of this model"
         raise WeightsError(
-            f"{source}: {key} has shape {tuple(state[key].shape)}, the model needs {tuple(own[key].shape)}: "
-            "pass a checkpoint of this model"
+            f"{source}: {key} has shape {tuple(state[key].shape)}, the model needs {tuple(own[key].shape)}: {advice}"
         )
     module.load_state_dict(state, strict=True)
 
@@ -289,7 +294,8 @@ def _triple(values: Any) -> tuple[float, float, float]:
 def class_labels(model: Model, class_names: tuple[str, ...] | None) -> tuple[str, ...]:
     """Names of the classes: of the image folders, the checkpoint, the embedded model or ImageNet, else numbers."""
     vit = model.vit
-    if class_names is not None and len(class_names) == vit.classes:
+    names = set(class_names or ())
+    if class_names is not None and len(class_names) == vit.classes and not names <= set(model.labels or ()):
         return class_names
     if model.labels is not None:
         return model.labels

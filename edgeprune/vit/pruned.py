@@ -59,12 +59,11 @@ class PrunedViT(nn.Module):
             stream, start = self.blocks(stream, start, layer, table), layer
             found.append(features(self.family, self.model, self.vit, stream))
         stream = self.blocks(stream, start, last, table)
-        x = stream.x
         if self.prefix_last:
             blocks: Any = self.model.blocks
             rows = rows_of(table, last, stream.places)
-            x = self.family.prefix_only(blocks[last], x, stream.sizes, self.vit.prefix, rows)
-        embedding = self.family.classify(self.model, x)
+            stream = Stream(self.family.prefix_only(blocks[last], stream.x, stream.sizes, self.vit.prefix, rows))
+        embedding = self.family.classify(self.model, stream.x, stream.sizes)
         return (*found, embedding) if found else embedding
 
     def blocks(self, stream: Stream, start: int, stop: int, table: Tensor | None) -> Stream:

@@ -156,7 +156,7 @@ def test_patches_without_a_token_are_dimmed_and_explained() -> None:
     ("held_out", "words"),
     [
         (True, "650 images not used to choose the schedule"),
-        (False, "all 650 images, some also used to choose the schedule: pass more --images for unbiased figures"),
+        (False, "650 images, some also used to choose the schedule: pass more --images for unbiased figures"),
         (None, "650 images"),
     ],
 )

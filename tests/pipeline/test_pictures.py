@@ -10,6 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from support.builds import few_digits
 
+from edgeprune.errors import InputError
 from edgeprune.images import calibration_indices
 from edgeprune.pipeline.context import Context, Options, context_for
 from edgeprune.pipeline.scores import ScheduleScores
@@ -73,3 +74,39 @@ def test_max_drop_is_judged_on_the_search_pictures(
     assert len(seen) == 2
     for pixels in seen:
         np.testing.assert_array_equal(pixels, pictures.pixels[pictures.search])
+
+
+def test_pictures_that_were_tuned_on_give_no_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Where few are left, those that chose the schedule do. Only where there are no others all pictures do."""
+    digits = few_digits(tmp_path / "digits", 50)
+    half = context_on(digits, tmp_path, recover=True, search_images=30).needed_pictures()
+    images, good = half.held_out("fold", "fp32")
+    assert (len(images), good) == (25, False) and not {*images.tolist()} & {*half.tuned_on.tolist()}
+    assert "figures are of all 25 images that weights were not tuned on, including those used to" in caplog.text
+    whole = context_on(digits, tmp_path, recover=digits).needed_pictures()
+    assert len(whole.held_out("fold", "fp32")[0]) == 50
+    assert "figures are of all 50 images, including those used to choose the schedule and to recover" in caplog.text
+
+
+def test_folders_of_other_classes_give_no_labels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    digits = sorted((few_digits(tmp_path / "digits", 6).parent / "images").iterdir())
+    for index, path in enumerate(digits):
+        (folder := tmp_path / "folders" / "abc"[index % 3]).mkdir(parents=True, exist_ok=True)
+        path.rename(folder / path.name)
+    pictures = context_on(tmp_path / "folders", tmp_path).needed_pictures()
+    assert pictures.labels(np.arange(6)) is None and "3 class folders for a model with 10 classes" in caplog.text
+
+
+def test_what_cannot_be_searched_is_refused_before_anything_is_measured(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import timm
+
+    with pytest.raises(InputError, match=r"a single logit, .*: pass a model with one logit per class"):
+        context_on(digits, tmp_path, model=timm.create_model("test_vit", num_classes=1))
+    each = 4 * 64 * 197 * 13
+    monkeypatch.setattr("edgeprune.pipeline.context.available_bytes", lambda: 20 * each / 0.8 + 1)
+    assert context_on(digits, tmp_path, search_images=20).pictures is not None
+    assert context_on(digits, tmp_path, method="none").pictures is not None
+    with pytest.raises(InputError, match=r"on 70 pictures takes 0.0 GB .*: pass --search-images 20$"):
+        context_on(digits, tmp_path)

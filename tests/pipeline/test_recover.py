@@ -19,7 +19,8 @@ import edgeprune
 from edgeprune.bundles.format import load_bundle
 from edgeprune.errors import InputError
 from edgeprune.images import drawn, load_images
-from edgeprune.pipeline.context import Options, recovery_set
+from edgeprune.pipeline.context import Options, context_for, recovery_set
+from edgeprune.pipeline.recovery import recover
 from edgeprune.records import Manifest, Schedule
 from edgeprune.vit import recovery
 
@@ -155,7 +156,21 @@ def test_a_module_is_recovered_in_pytorch(small: str, tmp_path: Path) -> None:
     assert weights_sha256(module) == before != weights_sha256(found.model)  # type: ignore[arg-type]
     assert found(torch.zeros(3, 3, 28, 28)).shape == (3, 10)
     with pytest.raises(InputError, match="at least 16 pictures, not 5"):
-        edgeprune.recover(module, schedule, images=few_digits(tmp_path / "few", 5))
+        edgeprune.recover(module, schedule, images=few_digits(tmp_path / "few", 5), task="embed")
+    dense = msgspec.structs.replace(vit, layers=(3,), prefix_pooled=False)
+    with pytest.raises(InputError, match="not dense features: make the schedule without layers"):
+        edgeprune.recover(module, msgspec.structs.replace(schedule, vit=dense), images=tmp_path)
+    with pytest.raises(InputError, match="unknown task 'detect'"):
+        edgeprune.recover(module, schedule, images=tmp_path, task="detect")
+
+
+def test_a_schedule_without_cuts_is_not_recovered(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The build goes on; all has been measured by then."""
+    options = Options(images=few_digits(tmp_path / "digits", 40), recover=True, work=tmp_path / "work")
+    context = context_for(options)
+    schedule = Schedule(vit=context.model.vit, method="fold", policy="search", tokens=context.dense_tokens)
+    assert recover(context, schedule) is None
+    assert "removes no tokens, so nothing is recovered" in caplog.text
 
 
 def test_what_cannot_be_recovered_is_refused_in_one_line(

@@ -21,6 +21,9 @@ KINDS: dict[str, dict[str, Any]] = {  # by what sets them apart; 16 body tokens 
     "distilled": {},  # prefix 2
     "registers": {"reg_tokens": 4, "no_embed_class": True, "init_values": 1e-5},  # prefix 5
     "gap": {"class_token": False, "global_pool": "avg"},  # prefix 0
+    "gap-cls": {"global_pool": "avg"},
+    "gap-prefix": {"global_pool": "avg", "pool_include_prefix": True},
+    "avgmax": {"class_token": False, "global_pool": "avgmax"},
     "map": {"class_token": False, "global_pool": "map"},
     "post-norm": {"block": "ResPostBlock", "init_values": 1e-5},
     "gated-mlp": {"mlp": "SwiGLU"},

@@ -138,8 +138,42 @@ def test_a_token_of_size_three_counts_like_three_tokens(tiny: Callable[..., Any]
     torch.testing.assert_close(weighed, wanted, atol=1e-5, rtol=1e-5)
 
 
+POOLED = ["gap", "gap-cls", "gap-prefix", "avgmax", "map", "pe", "pe-gap"]
+
+
+@pytest.mark.parametrize("kind", POOLED)
+def test_pooling_counts_a_token_of_size_three_as_three(kind: str, tiny: Callable[..., Any]) -> None:
+    """Average and attention pooling; without sizes, and with equal ones, the head is timm's."""
+    model = tiny(kind)
+    torch.manual_seed(0)
+    prefix = model.vit.prefix
+    x, counts = torch.randn(2, prefix + 4, 48), torch.tensor([*[1] * prefix, 3, 1, 5, 1])
+    sizes = counts.float().repeat(2, 1)
+    with torch.inference_mode():
+        weighed = model.family.classify(model.module, x, sizes)
+        copies = model.family.classify(model.module, x.repeat_interleave(counts, dim=1))
+        alone = model.family.classify(model.module, x)
+        assert torch.equal(alone, model.module.forward_head(model.family.norm(model.module, x)))
+        torch.testing.assert_close(weighed, copies, atol=1e-5, rtol=1e-5)
+        assert (weighed - alone).abs().max() > 1e-4
+        equal = model.family.classify(model.module, x, torch.ones_like(sizes))
+        torch.testing.assert_close(equal, alone, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["gap", "map"])
+def test_sizes_bring_a_pooled_output_closer_to_the_unpruned_one(kind: str, tiny: Callable[..., Any]) -> None:
+    model, generator = tiny(kind), torch.Generator().manual_seed(0)
+    even = torch.nn.functional.interpolate(torch.randn(16, 3, 3, 3, generator=generator), size=16)  # as real ones are
+    pruned = PrunedViT(model.module, model.family, model.vit, (10, 8, 6), reducer_named("fold"))
+    with torch.inference_mode():
+        wanted, found = model.module(even), pruned(even)
+        stream = pruned.blocks(Stream(model.family.embed(model.module, even)), 0, 3, None)
+        unweighed = model.family.classify(model.module, stream.x)
+    assert (found - wanted).norm() < 0.8 * (unweighed - wanted).norm()
+
+
 @pytest.mark.parametrize("sized", [False, True])
-@pytest.mark.parametrize("kind", sorted({*KINDS} - {"gap", "map"}))
+@pytest.mark.parametrize("kind", sorted({*KINDS} - {"gap", "avgmax", "map"}))
 def test_last_block_for_the_prefix_alone_is_lossless(kind: str, sized: bool, tiny: Callable[..., Any]) -> None:
     model, block = tiny(kind), tiny(kind).module.blocks[2]
     torch.manual_seed(0)
@@ -188,6 +222,22 @@ def test_random_choice_keeps_the_prefix_and_each_body_token_at_most_once() -> No
     assert set.union(*body) == set(range(2, 20)) and body[0] != body[1]
 
 
+def test_a_head_that_was_replaced_counts_as_it_is() -> None:
+    def described(head: Any) -> int:
+        module = timm.create_model("test_vit")
+        module.head = head
+        before = module.training
+        found: int = family_of(module)[1].describe(module, "test", "0" * 64).classes
+        assert module.training is before
+        return found
+
+    assert described(torch.nn.Linear(64, 5)) == 5
+    assert described(torch.nn.Identity()) == 64
+    assert described(torch.nn.Sequential(torch.nn.BatchNorm1d(64), torch.nn.Linear(64, 6))) == 6
+    with pytest.raises(ModelError, match=r"head is a Sequential .*: call model.reset_classifier\(num_classes\)"):
+        described(torch.nn.Sequential(torch.nn.Linear(3, 6)))
+
+
 def no_vit() -> Any:
     return timm.create_model("resnet18")
 
@@ -200,6 +250,18 @@ def differential() -> Any:
     if not timm.is_model("vit_dwee_patch16_reg1_gap_256"):
         pytest.skip("this timm has no differential attention")
     return timm.create_model("vit_dwee_patch16_reg1_gap_256", depth=1)
+
+
+def low_rank() -> Any:
+    module = timm.create_model("vit_tiny_patch16_224", depth=1)
+    module.blocks[0].attn.qkv = type("LoRA", (torch.nn.Linear,), {})(192, 576)
+    return module
+
+
+def low_rank_eva() -> Any:
+    module = timm.create_model("vit_small_patch16_dinov3", depth=1)
+    module.blocks[0].attn.qkv = torch.nn.Sequential(module.blocks[0].attn.qkv)
+    return module
 
 
 def unpooled() -> Any:
@@ -217,6 +279,8 @@ def oblong() -> Any:
         (parallel, "block 0 is a ParallelThingsBlock"),
         (differential, "block 0 has DiffAttention"),
         (unpooled, "has no pooling"),
+        (low_rank, "block 0 has a LoRA for its queries, keys and values, .*: merge the adapters first"),
+        (low_rank_eva, "block 0 has a Sequential for its queries, .*: merge the adapters first"),
         (oblong, "divides 64x32 px into 4x4 patches, only square ones"),
     ],
 )

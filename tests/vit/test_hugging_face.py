@@ -50,6 +50,10 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # architecture, class of 
     "clip": ("CLIPVisionModel", "CLIPVisionConfig", WIDE),
     "clip-projected": ("CLIPVisionModelWithProjection", "CLIPVisionConfig", WIDE | {"projection_dim": 8}),
     "siglip": ("SiglipVisionModel", "SiglipVisionConfig", WIDE),
+    "siglip-rest": ("SiglipVisionModel", "SiglipVisionConfig", WIDE | {"patch_size": 3}),  # as 384 px by 14
+    "vit-rest": ("ViTForImageClassification", "ViTConfig", WIDE | {"patch_size": 3}),
+    "dinov2-rest": ("Dinov2Model", "Dinov2Config", SHAPE | {"patch_size": 3}),
+    "dinov3-rest": ("DINOv3ViTModel", "DINOv3ViTConfig", WIDE | {"patch_size": 3}),
 }  # fmt: skip
 
 
@@ -103,6 +107,7 @@ def test_outputs_are_those_of_transformers(case: str, saved: Callable[[str], tup
     if "id2label" in CASES[case][2]:
         assert class_labels(model, None) == ("cat", "dog", "emu")
         assert class_labels(model, ("a", "b", "c")) == ("a", "b", "c")
+        assert class_labels(model, ("emu", "dog", "cat")) == ("cat", "dog", "emu")
     else:
         assert model.labels is None
 

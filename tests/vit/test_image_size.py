@@ -18,7 +18,7 @@ from timm.models import eva, vision_transformer
 
 import edgeprune
 from edgeprune import zoo
-from edgeprune.errors import ExportError, InputError
+from edgeprune.errors import ExportError, InputError, WeightsError
 from edgeprune.images import image_size
 from edgeprune.io import save
 from edgeprune.onnx_graph.graph import load_graph, sorts_or_raise
@@ -90,6 +90,15 @@ def test_positions_of_a_file(tmp_path: Path) -> None:
     torch.testing.assert_close(same.module.state_dict(), resized, atol=0, rtol=0)
     again = load_model("test_vit", str(tmp_path / "own.safetensors"), image_size=(160, 640))
     torch.testing.assert_close(again.module.state_dict(), resized, atol=1e-6, rtol=0)
+    module.set_input_size(img_size=(96, 96))
+    save_file(module.state_dict(), tmp_path / "small.safetensors")
+    with pytest.raises(WeightsError, match=r"pos_embed has shape \(1, 37, 64\), .*: pass --image-size 96$"):
+        load_model("test_vit", str(tmp_path / "small.safetensors"))
+    assert load_model("test_vit", str(tmp_path / "small.safetensors"), image_size=(96, 96)).vit.image_px == 96
+    module.set_input_size(img_size=(96, 160))
+    save_file(module.state_dict(), tmp_path / "oblong.safetensors")
+    with pytest.raises(WeightsError, match=r"pass a checkpoint of this model$"):
+        load_model("test_vit", str(tmp_path / "oblong.safetensors"))
     as_many = load_model("test_vit", str(tmp_path / "own.safetensors"), image_size=(80, 320))
     assert as_many.vit.tokens == 101 and as_many.vit.grid == (5, 20)
     grid = as_many.module.state_dict()["pos_embed"][:, 1:].reshape(5, 20, -1)

@@ -63,8 +63,8 @@ class Family(Protocol):
         """The final norm of tokens, (B, N, C) to (B, N, C)."""
         ...
 
-    def classify(self, model: Any, x: Tensor) -> Tensor:
-        """(B, N, C) tokens after the last block to (B, classes) logits."""
+    def classify(self, model: Any, x: Tensor, sizes: Tensor | None = None) -> Tensor:
+        """(B, N, C) tokens after the last block to (B, classes) logits; pooling weighs them by sizes (B, N)."""
         ...
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import linear
 
 from edgeprune.records import Vit
 from edgeprune.vit.families.grid import image_px, patch_px, uneven
+from edgeprune.vit.families.head import head_on, output_width, wrapped
 from edgeprune.vit.rotary import table_of
 from edgeprune.vit.tokens import Attended
 
@@ -29,6 +30,8 @@ def unsupported(model: Any) -> str | None:
             return f"block {index} is a {kind}, without separate attention and MLP: choose another model"
         if type(block.attn) not in (EvaAttention, AttentionRope):
             return f"block {index} has {type(block.attn).__name__}, not timm's attention: choose another model"
+        if block.attn.qkv is not None and type(block.attn.qkv) is not nn.Linear:
+            return wrapped(index, block.attn.qkv)
     if model.global_pool == "" and model.attn_pool is None:
         return "the model has no pooling (global_pool=''): create it with a classification head"
     return uneven(model)
@@ -52,7 +55,7 @@ def describe(model: Any, name: str, weights_sha256: str) -> Vit:
         mlp_matrices=3 if gated else 2,
         prefix=model.num_prefix_tokens,
         tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
-        classes=model.num_classes or model.embed_dim,
+        classes=output_width(model),
         prefix_pooled=model.global_pool == "token" and model.attn_pool is None,
     )
 
@@ -187,7 +190,6 @@ def norm(model: Any, x: Tensor) -> Tensor:
     return out
 
 
-def classify(model: Any, x: Tensor) -> Tensor:
+def classify(model: Any, x: Tensor, sizes: Tensor | None = None) -> Tensor:
     """(B, N, C) to (B, classes)."""
-    out: Tensor = model.forward_head(model.norm(x))
-    return out
+    return head_on(model, model.norm(x), sizes, model.attn_pool is not None)
