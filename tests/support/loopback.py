@@ -81,7 +81,7 @@ def server(folder: Path, settings: str = "") -> Iterator[Server]:
     )
     home = folder / "home"
     home.mkdir()
-    environment = {"HOME": str(home), "OMP_NUM_THREADS": "1", "EDGEPRUNE_THREADS": "1"}
+    environment = {"HOME": str(home), "TMPDIR": str(home), "OMP_NUM_THREADS": "1", "EDGEPRUNE_THREADS": "1"}
     program, root = folder / "edgeprune", str(ROOT)
     program.write_text(PROGRAM.format(python=sys.executable, environment=environment, root=root))
     program.chmod(0o755)
