@@ -149,16 +149,14 @@ def _swapped(a: Path, b: Path) -> bool:
 def version_name(path: Path, manifest: Manifest) -> str:
     """The name of a bundle's folder on a device: <model>-<method>-<precision>-b<batch>-<hash of the manifest>.
 
-    Raises InputError for a simulated bundle, which is for no device.
+    Letters and digits of ASCII, `_`, `.` and `-`; anything else in the model's name becomes `-`. Raises InputError for a simulated bundle, which is for no device.
     """
     setup = manifest.engine.setup
     if setup.simulated:
         raise InputError(f"{path} is simulated, it has no engine for a device: build it on the device first")
     digest = sha256_file(path / MANIFEST)
     name = f"{manifest.vit.name}-{manifest.schedule.method}-{setup.precision}-b{setup.batch}-{digest[:12]}"
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise InputError(f"{name!r} cannot be the name of a folder: rename the model")
-    return name
+    return re.sub(r"[^\w.-]", "-", name, flags=re.ASCII).lstrip(".-")
 
 
 def load_bundle(path: Path) -> Manifest:

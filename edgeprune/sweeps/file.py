@@ -1,0 +1,125 @@
+"""SWEEP.toml as records: its keys, and the checks of their values."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from edgeprune.errors import InputError, RecordError
+from edgeprune.images import image_size
+from edgeprune.io import read_bytes
+from edgeprune.pipeline.context import check_policy, check_task
+from edgeprune.records import Record
+from edgeprune.vit.reducers import check_method
+
+MAX_TOML_BYTES = 1 << 20
+
+
+class ModelEntry(Record, frozen=True, kw_only=True):
+    """A model, as the options of `build` name it."""
+
+    name: str
+    weights: str | None = None
+    images: str | None = None  # instead of those of the sweep
+    task: str | None = None
+    image_size: int | str | tuple[int, int] | None = None  # as in --image-size
+    layers: tuple[int, ...] = ()  # blocks, from 1, whose patch features are outputs
+    head: str | None = None
+    text_embeddings: str | None = None
+    recover: bool | str | None = None  # instead of that of the sweep
+
+
+class DeviceEntry(Record, frozen=True, kw_only=True):
+    """A device: simulated, this machine, or a board behind ssh."""
+
+    name: str
+    simulate: bool = False
+    host: str | None = None  # USER@HOST; default: the hosts of this device in the file `hosts`
+    program: str = "edgeprune"  # on that host
+    precisions: tuple[str, ...] | None = None  # instead of those of the sweep
+    batches: tuple[int, ...] | None = None
+
+
+class GoalEntry(Record, frozen=True, kw_only=True):
+    """One goal: exactly one of the fields."""
+
+    alpha: float | None = None
+    speedup: float | None = None
+    budget_ms: float | None = None
+    max_drop: float | None = None
+    min_cosine: float | None = None
+    max_error: float | None = None
+
+
+class SweepFile(Record, frozen=True, kw_only=True):
+    """SWEEP.toml. Paths are relative to its folder."""
+
+    models: tuple[str | ModelEntry, ...]
+    devices: tuple[str | DeviceEntry, ...]
+    goals: tuple[GoalEntry, ...]
+    precisions: tuple[str, ...] = ("fp32",)
+    batches: tuple[int, ...] = (1,)
+    methods: tuple[str, ...] = ("fold",)
+    policy: str = "search"
+    images: str | None = None
+    recover: bool | str = False  # true: on half of the images; else a folder or CSV of pictures
+    hosts: str | None = None  # a hosts.toml whose tables have a `device`
+    search_images: int = 128
+    rounds: int = 60
+    neighbours: int = 3
+
+
+def sweep_file(path: Path) -> SweepFile:
+    """Read a SWEEP.toml. Raises InputError; for an unknown key RecordError, which names the nearest known one."""
+    data = read_bytes(path, MAX_TOML_BYTES)
+    try:
+        table = msgspec.toml.decode(data)
+        _check_keys(table, SweepFile, str(path))
+        for key, kind in (("models", ModelEntry), ("devices", DeviceEntry), ("goals", GoalEntry)):
+            for entry in table.get(key, ()) if isinstance(table.get(key), list) else ():
+                if isinstance(entry, dict):
+                    _check_keys(entry, kind, f"{path}, {key}")
+        sweep = msgspec.convert(table, SweepFile)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        raise RecordError(f"{path}: not a sweep: {' '.join(str(error).split())}: see docs/sweep.md") from None
+    _check(sweep, path)
+    return sweep
+
+
+def _check_keys(table: Mapping[str, Any], kind: type[Record], source: str) -> None:
+    known = kind.__struct_fields__
+    for key in table:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}: remove it"
+            raise RecordError(f"{source}: unknown key {key!r}: {hint}")
+
+
+def _check(sweep: SweepFile, path: Path) -> None:
+    """Raise InputError for values that no build takes."""
+    for name in ("models", "devices", "goals", "precisions", "batches", "methods"):
+        if not getattr(sweep, name):
+            raise InputError(f"{path}: {name} is empty: name at least one")
+    for method in sweep.methods:
+        check_method(method)
+    check_policy(sweep.policy)
+    for model in sweep.models:
+        if isinstance(model, ModelEntry):
+            check_task(model.task)
+            image_size(model.image_size, f"{path}: image_size")
+    for goal in sweep.goals:
+        given = {k: v for k, v in msgspec.structs.asdict(goal).items() if v is not None}
+        if len(given) != 1:
+            raise InputError(f"{path}: a goal has {len(given)} fields: give exactly one, as {{ speedup = 1.5 }}")
+        [(name, value)] = given.items()
+        low, high = {"speedup": (1, 1e6), "alpha": (0, 1), "min_cosine": (0, 1)}.get(name, (0, 1e9))
+        if not low <= value <= high:
+            raise InputError(f"{path}: the goal {name} = {value:g} is not possible: use {low:g} to {high:g}")
+    for name in ("search_images", "rounds", "neighbours"):
+        least = {"search_images": 1, "rounds": 5, "neighbours": 0}[name]
+        if getattr(sweep, name) < least:
+            raise InputError(f"{path}: {name} = {getattr(sweep, name)} is too few: use {least} or more")
