@@ -138,7 +138,9 @@ def ship(bundle: Path, to: Destination, progress: Progress = silent) -> Shipped:
     return Shipped(to.text, "switched", name, sent)
 
 
-def _mended(remote: RemoteFolder, bundle: Path, name: str, files: dict[str, str], progress: Progress) -> tuple[int, bool]:
+def _mended(
+    remote: RemoteFolder, bundle: Path, name: str, files: dict[str, str], progress: Progress
+) -> tuple[int, bool]:
     """Replace the damaged and missing files of a version there; the number of bytes sent, and whether there were any.
 
     Raises HostError. Each file is replaced in one step, so whoever uses the version never finds less than before.

@@ -141,7 +141,13 @@ def sweep_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     rows = []
     for outcome in outcomes:
         job = outcome.job
-        about = {"job": job.name, "label": job.label, "goal": str(job.goal), "board": job.board, "error": outcome.error}
+        about = {
+            "job": job.name,
+            "label": job.label,
+            "goal": str(job.goal),
+            "board": job.board,
+            "error": outcome.error,
+        }
         if outcome.bundle is not None:
             path = Path(outcome.bundle)
             found = load_bundle(path)

@@ -189,7 +189,6 @@ def device_table(rows: list[dict[str, Any]]) -> Table:
 def doctor_table(findings: list[Any]) -> Table:
     """Findings of the doctor."""
     from rich.table import Table
-
     from rich.text import Text
 
     colours = {"ok": "green", "info": "dim", "warning": "yellow"}

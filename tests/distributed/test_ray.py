@@ -323,7 +323,9 @@ def test_a_board_in_use_fails_its_own_builds_alone(
     monkeypatch.setattr(on_ray, "Board", NotingBoard)
     monkeypatch.setattr(on_ray, "NAMED", 2)
     other = ray.remote(NotingBoard).options(num_cpus=0, name="board a").remote()
-    many = [msgspec.structs.replace(jobs[0], name=f"{board} {n}", board=board) for board in ("a", "b") for n in (1, 2)]
+    many = [
+        msgspec.structs.replace(jobs[0], name=f"{board} {n}", board=board) for board in ("a", "b") for n in (1, 2)
+    ]
     outcomes = run_sweep(many, Boards(joined), tmp_path, tmp_path)
     ray.kill(other)
     said = {outcome.job.name: str(outcome.error) for outcome in outcomes}

@@ -93,9 +93,8 @@ def test_options_of_a_model(tmp_path: Path) -> None:
     before = jobs[1].key()
     (tmp_path / "texts.npy").write_bytes(b"2")
     changed = jobs[1].key()
-    (tmp_path / "train" / "labels.csv").write_text("image\n" + "images/0.png\n" * 0 + next(
-        f"{path.relative_to(tmp_path / 'train')}\n" for path in (tmp_path / "train" / "images").iterdir()
-    ))  # fmt: skip
+    few = (tmp_path / "train" / "labels.csv").read_text().splitlines()[:5]
+    (tmp_path / "train" / "labels.csv").write_text("\n".join(few))
     assert len({before, changed, jobs[1].key()}) == 3, "what --resume keeps depends on these files"
 
 
