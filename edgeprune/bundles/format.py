@@ -149,8 +149,8 @@ def _swapped(a: Path, b: Path) -> bool:
 def version_name(path: Path, manifest: Manifest) -> str:
     """The name of a bundle's folder on a device: <model>-<method>-<precision>-b<batch>-<hash of the manifest>.
 
-    It has ASCII letters and digits, `_`, `.` and `-`; anything else in the model's name becomes `-`. Raises InputError
-    for a simulated bundle, which is for no device.
+    It has ASCII letters and digits, `_`, `.` and `-`; anything else in the model's name becomes `-`.
+    Raises InputError for a simulated bundle, which is for no device.
     """
     setup = manifest.engine.setup
     if setup.simulated:

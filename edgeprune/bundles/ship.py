@@ -141,9 +141,9 @@ def ship(bundle: Path, to: Destination, progress: Progress = silent) -> Shipped:
 def _mended(
     remote: RemoteFolder, bundle: Path, name: str, files: dict[str, str], progress: Progress
 ) -> tuple[int, bool]:
-    """Replace the damaged and missing files of a version there; the number of bytes sent, and whether there were any.
+    """Replace the damaged and missing files of a version there; bytes sent, and whether there were such files.
 
-    Raises HostError. Each file is replaced in one step, so whoever uses the version never finds less than before.
+    Each file is replaced in one step, so whoever uses the version never finds less than before. Raises HostError.
     """
     found = remote.files(remote.quoted(name))
     damaged = {file: digest for file, digest in files.items() if found.get(file, (0, ""))[1] != digest}

@@ -39,7 +39,7 @@ class Group(NamedTuple):
 
 
 def sweep_html(name: str, rows: Sequence[Row]) -> str:
-    """The HTML text for rows of `sweep --json`, which are those of the command contract with `label`, `goal` and `error`."""
+    """The HTML text for rows of `sweep --json`: those of the command contract with `label`, `goal` and `error`."""
     built = [row for row in rows if row["error"] is None]
     groups = [_group([row for row in built if _key(row) == key]) for key in dict.fromkeys(map(_key, built))]
     models, devices = ({row[kind] for row in rows} for kind in ("label", "device"))

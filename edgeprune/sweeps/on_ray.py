@@ -30,7 +30,7 @@ class Board:
         self.state = ""
 
     def run(self, job: Job, work: Path, out: Path, calib: Path, cluster: Cluster) -> Outcome:
-        """One build; its schedules are evaluated by the cluster. Paths are absolute: Ray chooses the current folder."""
+        """One build; its schedules are evaluated by the cluster. Paths are absolute."""
         self.state = "starting"
 
         def progress(what: str, done: int, total: int) -> None:
