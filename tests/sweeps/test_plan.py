@@ -37,8 +37,9 @@ def test_every_combination_once(tmp_path: Path) -> None:
     assert len({job.name for job in jobs}) == len(jobs)
 
 
-def test_the_example_of_the_documentation(tmp_path: Path) -> None:
-    [example] = [block.text for block in blocks("docs/sweep.md") if block.language == "toml"]
+def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
+    first, example = (block.text for block in blocks("docs/sweep.md") if block.language == "toml")
+    assert len(jobs_of(sweep(tmp_path, first))) == 2 * 3 * 2
     jobs = jobs_of(sweep(tmp_path, example))
     assert len(jobs) == 2 * (1 + 2 + 1) * 2
     assert {job.board for job in jobs} == {HERE, "orin-nano, simulated", "agx-orin, simulated"}
