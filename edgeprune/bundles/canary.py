@@ -125,7 +125,7 @@ def _verified(where: Destination, result: Shipped) -> Shipped:
 def _undone(where: Destination, before: Shipped, after: Shipped) -> Shipped:
     """What has become of a canary: `before` is what ship did, `after` what was found then; a switch is undone."""
     failed, why = after.state == "failed", after.detail
-    if before.state == "current":
+    if before.state in ("current", "mended"):
         return after._replace(detail=f"{why}; not rolled back, it was current before") if failed else after
     if before.state == "failed":
         return after

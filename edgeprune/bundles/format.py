@@ -149,6 +149,7 @@ def _swapped(a: Path, b: Path) -> bool:
 def version_name(path: Path, manifest: Manifest) -> str:
     """The name of a bundle's folder on a device: <model>-<method>-<precision>-b<batch>-<hash of the manifest>.
 
+    It has ASCII letters and digits, `_`, `.` and `-`; anything else in the model's name becomes `-`.
     Raises InputError for a simulated bundle, which is for no device.
     """
     setup = manifest.engine.setup
@@ -156,9 +157,7 @@ def version_name(path: Path, manifest: Manifest) -> str:
         raise InputError(f"{path} is simulated and has no engine for a device: build it on the device first")
     digest = sha256_file(path / MANIFEST)
     name = f"{manifest.vit.name}-{manifest.schedule.method}-{setup.precision}-b{setup.batch}-{digest[:12]}"
-    if not re.fullmatch(r"[\w.-]+", name):
-        raise InputError(f"{name!r} cannot be the name of a folder: rename the model")
-    return name
+    return re.sub(r"[^\w.-]", "-", name, flags=re.ASCII).lstrip(".-")
 
 
 def load_bundle(path: Path) -> Manifest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import shlex
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -74,8 +74,8 @@ class RemoteFolder:
                     self._shared = ()
 
     def fill(self, bundle: Path, files: dict[str, str], progress: Progress) -> int:
-        """Send what the host lacks of all files (name -> sha256) and check their hashes; the number of bytes sent."""
-        there, sent = self._files(), 0
+        """Send what `incoming` lacks of files (name -> sha256) and check their hashes; the number of bytes sent."""
+        there, sent = self.files(self.incoming, "mkdir -p"), 0
         whole = sum((bundle / name).stat().st_size for name in files)
         for name in files:
             progress(f"sending {name}", sent, whole)
@@ -83,7 +83,7 @@ class RemoteFolder:
             start = size if 0 < size <= file.stat().st_size and digest == _hash_of_start(file, size) else 0
             if start < file.stat().st_size or size == 0:
                 sent += self._send(file, start)
-        there = self._files()
+        there = self.files(self.incoming)
         for name, wanted in files.items():
             found = there.get(name, (0, ""))[1]
             if found != wanted:
@@ -93,10 +93,14 @@ class RemoteFolder:
                 )
         return sent
 
-    def _files(self) -> dict[str, tuple[int, str]]:
-        """Size in bytes and sha256 of the files that have arrived, by name."""
-        script = 'for f in *; do if [ -f "$f" ]; then echo "$(wc -c < "$f") $(sha256sum < "$f") $f"; fi; done'
-        lines = self.run(f"mkdir -p {self.incoming}; cd {self.incoming}; {script}").splitlines()
+    def files(self, folder: str, before: str = "test -d") -> dict[str, tuple[int, str]]:
+        """Size in bytes and sha256 of the files in a quoted folder, by name; links are left out.
+
+        `before` is a command on the folder. Raises HostError where it fails.
+        """
+        of_one = 'echo "$(wc -c < "$f") $(sha256sum < "$f") $f"'
+        script = f'for f in *; do if [ -f "$f" ] && [ ! -L "$f" ]; then {of_one}; fi; done'
+        lines = self.run(f"{before} {folder}; cd {folder}; {script}").splitlines()
         rows = (line.split(None, 3) for line in lines)  # sha256sum writes "hash  -"
         return {name: (int(size), digest) for size, digest, _, name in rows}
 
@@ -113,6 +117,16 @@ class RemoteFolder:
             if channel.end():
                 raise channel.failure()
         return file.stat().st_size - start
+
+    def has(self, name: str) -> bool:
+        """Is there a folder of this name?"""
+        return self.run(f"test -d {self.quoted(name)} && echo there || true").strip() == "there"
+
+    def replace_files(self, folder: str, names: Iterable[str]) -> None:
+        """Move files from `incoming` into a folder, each in one step, and remove `incoming`."""
+        place = self.quoted(folder)
+        moves = (f"mv -fT {self.incoming}/{shlex.quote(n)} {place}/{shlex.quote(n)}; " for n in names)
+        self.run(f"{''.join(moves)}sync; rm -rf {self.incoming}")
 
     def link(self, name: str) -> str:
         """What the link `name` points to; empty where there is none."""

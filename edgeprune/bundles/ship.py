@@ -44,8 +44,9 @@ class Fleet(Record, frozen=True, kw_only=True):
 class Shipped(NamedTuple):
     """The result at one destination.
 
-    `state` is switched, current (it was current already) or failed; after a canary that failed also rolled back, for
-    what had been switched, and untouched, for what was not reached.
+    `state` is switched, current (it was current already), mended (it was, with damaged files, which were replaced) or
+    failed; after a canary that failed also rolled back, for what had been switched, and untouched, for what was not
+    reached.
     """
 
     to: str
@@ -113,27 +114,44 @@ def each(
 def ship(bundle: Path, to: Destination, progress: Progress = silent) -> Shipped:
     """Copy a bundle to DIR/<name>-<hash>, verify it there, then point the link DIR/current at it.
 
-    DIR/previous points at the version before; older ones are removed. Interrupted copies are resumed. The host needs
-    a POSIX shell, coreutils, flock and edgeprune. Raises HostError, in which case DIR/current is unchanged, and
-    InputError for a damaged or simulated bundle.
+    DIR/previous points at the version before; older ones are removed. Interrupted copies are resumed, and damaged
+    files of a version that is there already are replaced. The host needs a POSIX shell, coreutils, flock and
+    edgeprune. Raises HostError, in which case DIR/current is unchanged, and InputError for a damaged or simulated
+    bundle.
     """
     manifest = load_bundle(bundle)
     name = version_name(bundle, manifest)
     files = {**manifest.files, MANIFEST: sha256_file(bundle / MANIFEST)}
     remote = remote_folder(to, f".{name}.part")
     with remote.locked():
-        if remote.link(CURRENT) == name:
+        sent, mended, there = 0, False, remote.has(name)
+        if there:
+            sent, mended = _mended(remote, bundle, name, files, progress)
             remote.verify(name)
-            return Shipped(to.text, "current", name)
-        sent = 0
-        if remote.run(f"test -d {remote.quoted(name)} && echo there || true").strip() != "there":
+        else:
             sent = remote.fill(bundle, files, progress)
             remote.verify(f".{name}.part")
-            remote.run(f"mv {remote.incoming} {remote.quoted(name)}")
-        else:
-            remote.verify(name)
+            remote.run(f"mv -T {remote.incoming} {remote.quoted(name)}")
+        if there and remote.link(CURRENT) == name:
+            return Shipped(to.text, "mended" if mended else "current", name, sent)
         remote.switch(name)
     return Shipped(to.text, "switched", name, sent)
+
+
+def _mended(
+    remote: RemoteFolder, bundle: Path, name: str, files: dict[str, str], progress: Progress
+) -> tuple[int, bool]:
+    """Replace the damaged and missing files of a version there; bytes sent, and whether there were such files.
+
+    Each file is replaced in one step, so whoever uses the version never finds less than before. Raises HostError.
+    """
+    found = remote.files(remote.quoted(name))
+    damaged = {file: digest for file, digest in files.items() if found.get(file, (0, ""))[1] != digest}
+    if not damaged:
+        return 0, False
+    sent = remote.fill(bundle, damaged, progress)
+    remote.replace_files(name, damaged)
+    return sent, True
 
 
 def roll_back(to: Destination) -> Shipped:

@@ -94,7 +94,7 @@ def live_rows(jobs: Sequence[Job]) -> Iterator[LiveRows]:
     from rich.console import Console
     from rich.live import Live
 
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False)
     rows = LiveRows(jobs, lines=not console.is_terminal)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s"))

@@ -47,8 +47,9 @@ def worker(work: Annotated[Path, typer.Option(help="folder that keeps received f
     """The part of `--host` that runs on the device; talks to a workstation over stdin and stdout."""
     import os
 
+    from edgeprune.distributed.quiet import timing
     from edgeprune.runtimes.remote.worker import serve
 
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # prints of libraries must not mix with the answers
-    serve(sys.stdin.buffer, answers, work)
+    serve(sys.stdin.buffer, answers, work, timing)

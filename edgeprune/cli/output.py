@@ -85,7 +85,7 @@ def progress() -> Iterator[Callable[[str, int, int], None]]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     columns = (
-        TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(),
+        TextColumn("{task.description}", markup=False), BarColumn(bar_width=24), TaskProgressColumn(),
         TimeElapsedColumn(), TextColumn("elapsed,"), TimeRemainingColumn(), TextColumn("left"),
     )  # fmt: skip
     try:
@@ -100,7 +100,7 @@ def show(table: Any, as_json: bool) -> None:
     """Print a table: on stdout, or on stderr if --json reserves stdout for a program."""
     from rich.console import Console
 
-    console = Console(stderr=as_json)
+    console = Console(stderr=as_json, markup=False, emoji=False)  # names and labels are shown as they are
     if not console.is_terminal:
         console.width = 120
     console.print(table)

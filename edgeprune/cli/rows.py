@@ -130,7 +130,9 @@ def compare_rows(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def sweep_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """Builds of a sweep as rows of the contract, with `job`, `goal`, `board` and `error`; a failure has no figures.
+    """Builds of a sweep as rows of the contract, with `job`, `label`, `goal`, `board` and `error`.
+
+    The label is the model with what tells it from others of its name. A failure has no figures.
 
     Raises InputError where a bundle has been removed or damaged in the meantime.
     """
@@ -139,7 +141,13 @@ def sweep_rows(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     rows = []
     for outcome in outcomes:
         job = outcome.job
-        about = {"job": job.name, "goal": str(job.goal), "board": job.board, "error": outcome.error}
+        about = {
+            "job": job.name,
+            "label": job.label,
+            "goal": str(job.goal),
+            "board": job.board,
+            "error": outcome.error,
+        }
         if outcome.bundle is not None:
             path = Path(outcome.bundle)
             found = load_bundle(path)

@@ -189,13 +189,14 @@ def device_table(rows: list[dict[str, Any]]) -> Table:
 def doctor_table(findings: list[Any]) -> Table:
     """Findings of the doctor."""
     from rich.table import Table
+    from rich.text import Text
 
     colours = {"ok": "green", "info": "dim", "warning": "yellow"}
     table = Table(title="edgeprune doctor")
     for column in ("", "status", "finding"):
         table.add_column(column, overflow="fold")
     for name, status, detail in findings:
-        table.add_row(name, f"[{colours[status]}]{status}[/]", detail.replace("[", r"\["))
+        table.add_row(name, Text(status, colours[status]), detail)
     return table
 
 
@@ -256,7 +257,8 @@ def sweep_table(rows: list[dict[str, Any]]) -> Table:
 
     simulated = ", some with SIMULATED latency" if any(row.get("simulated") for row in rows) else ""
     table = Table(title=f"{len(rows)} builds{simulated}")
-    figures = ("latency, ms", "speed-up", "top-1", "agreement")
+    dense = any((row.get("fidelity") or {}).get("task") == "dense" for row in rows)
+    figures = ("latency, ms", "speed-up", "top-1", "agreement", *(["error"] if dense else []))
     for column in ("model", "device", "method", "goal", *figures, ""):
         table.add_column(column, justify="right" if column in figures else "left", overflow="fold")
     for row in rows:
@@ -264,8 +266,9 @@ def sweep_table(rows: list[dict[str, Any]]) -> Table:
             ", simulated" if row.get("simulated") else ""
         )
         ms = row["latency_ms"]["median"] if row["latency_ms"] else None
-        cells = (number(ms, 3), number(row["speedup"]), number(row["top1"]), number(row["agreement"]))
-        table.add_row(row["model"], device, row["method"], row["goal"], *cells, "failed" if row["error"] else "")
+        cells = [number(ms, 3), number(row["speedup"]), number(row["top1"]), number(row["agreement"])]
+        cells += [number((row.get("fidelity") or {}).get("error"), 4)] if dense else []
+        table.add_row(row["label"], device, row["method"], row["goal"], *cells, "failed" if row["error"] else "")
     return table
 
 

@@ -100,8 +100,18 @@ def on_node(node_id: str) -> Any:
     return NodeAffinitySchedulingStrategy(node_id, soft=False)
 
 
+def _check_cpus(ray: Any) -> None:
+    """Raise HostError where no node has a CPU: Ray would wait for one for ever."""
+    if not any(node["Resources"].get("CPU", 0) >= 1 for node in ray.nodes() if node["Alive"]):
+        raise HostError(
+            "no node of the Ray cluster has a CPU, so nothing can be evaluated there: start one with "
+            "`ray start --address=HOST:PORT --num-cpus=N`, and the head with --num-cpus too if it is to evaluate"
+        )
+
+
 def check_nodes(ray: Any) -> None:
-    """Raise HostError where a node has another edgeprune, torch or timm than this process, or none."""
+    """Raise HostError where no node has a CPU, or one has another edgeprune, torch or timm than this process."""
+    _check_cpus(ray)
 
     def about() -> dict[str, str]:  # sent by value, so that it runs where edgeprune is missing
         from importlib.metadata import PackageNotFoundError, version

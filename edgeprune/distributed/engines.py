@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,22 +40,27 @@ def can_spread(target: Target) -> bool:
     return bool(most >= threads())
 
 
-def spread_logits(target: Target, file: Path, pixels: NDArray[np.uint8], how: Preprocessing) -> NDArray[np.float32]:
-    """(images, classes) fp32 outputs for (images, H, W, 3) uint8 pictures. Raises HostError, EdgepruneError.
+def stored(pixels: NDArray[np.uint8], batch: int) -> list[Any]:
+    """Pictures (images, H, W, 3) in Ray's object store, as blocks of whole batches for `spread_logits`."""
+    step = -(-LEAST // batch) * batch
+    return [ray_module().put(pixels[start : start + step]) for start in range(0, len(pixels), step)]
+
+
+def spread_logits(target: Target, file: Path, blocks: Sequence[Any], how: Preprocessing) -> NDArray[np.float32]:
+    """(images, classes) fp32 outputs for the pictures in `stored` blocks. Raises HostError, EdgepruneError.
 
     Batches are those of one process, and a task has the threads that one process has: so are the bits.
     """
-    ray, batch = ray_module(), target.setup.batch
-    step = -(-LEAST // batch) * batch
+    ray = ray_module()
     files = ray.put({path.name: path.read_bytes() for path in (file, *weights_of(file))})
     task = ray.remote(num_cpus=threads(), max_retries=-1)(outputs)
     given = (files.hex(), file.name, [files], target.device, target.setup, how, threads())
-    answers = [task.remote(*given, pixels[start : start + step]) for start in range(0, len(pixels), step)]
+    answers = [task.remote(*given, block) for block in blocks]
     rows = []
     for index, answer in enumerate(answers):
-        target.progress("evaluating images on Ray", index * step, len(pixels))
+        target.progress("evaluating blocks of images on Ray", index, len(blocks))
         rows += received([answer])
-    target.progress("evaluating images on Ray", len(pixels), len(pixels))
+    target.progress("evaluating blocks of images on Ray", len(blocks), len(blocks))
     return np.concatenate(rows)
 
 

@@ -52,7 +52,7 @@ class SpreadEvaluator:
         self.task, self.labels = task or task_of(model.task, model.vit), labels
         self._key = key_of(model.vit, model.preprocessing, model.task, method, prefix_last)
         self._how = (method, prefix_last)
-        self._model = self.ray.put(packed(model))
+        self._model = self.ray.put(packed(model, self.ray.cloudpickle.Pickler))
         self._blocks = [self.ray.put(pixels[start : start + BLOCK]) for start in range(0, len(pixels), BLOCK)]
         self._remote = self.ray.remote(num_cpus=1, max_retries=-1)(evaluate)
         dense = (model.vit.tokens,) * model.vit.depth

@@ -247,9 +247,8 @@ def logits_on(context: Context, pictures: Pictures, file: Path) -> NDArray[np.fl
 
     def make(path: Path) -> None:
         if context.options.cluster is not None and can_spread(context.target):
-            save_array(
-                spread_logits(context.target, context.target.engine(file), pictures.pixels, pictures.how), path
-            )
+            engine = context.target.engine(file)
+            save_array(spread_logits(context.target, engine, pictures.stored, pictures.how), path)
             return
         with context.target.opener(file)() as session:
             array = logits_of(

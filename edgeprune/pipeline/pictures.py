@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeprune.distributed.engines import stored
 from edgeprune.images import ImageSet, calibration_indices, drawn, load_pixels
 from edgeprune.io import save_array, sha256_file
 from edgeprune.onnx_graph.precision import QUANTISED
@@ -45,6 +46,11 @@ class Pictures:
         path = self.target.work.step("pixels", ".npy", (self.key, self.how), make)
         pixels: NDArray[np.uint8] = np.load(path, allow_pickle=False)
         return pixels
+
+    @cached_property
+    def stored(self) -> list[Any]:
+        """All pictures in Ray's object store, once for all engines of the target's batch."""
+        return stored(self.pixels, self.target.setup.batch)
 
     @cached_property
     def key(self) -> str:

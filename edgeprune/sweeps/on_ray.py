@@ -12,6 +12,7 @@ from typing import Any
 
 from edgeprune.distributed.cluster import Cluster, on_node, ray_module
 from edgeprune.errors import HostError
+from edgeprune.pipeline.context import Options
 from edgeprune.sweeps.plan import HERE, Job
 from edgeprune.sweeps.run import Outcome, Watch, outcome_of, words
 
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 3  # of a build whose process dies
 POLL_S = 0.5
+NAMED = 20  # attempts to get the name of a board
 
 
 class Board:
@@ -27,14 +29,14 @@ class Board:
     def __init__(self) -> None:
         self.state = ""
 
-    def run(self, job: Job, work: Path, out: Path, cluster: Cluster) -> Outcome:
-        """One build; its schedules are evaluated by the cluster."""
+    def run(self, job: Job, work: Path, out: Path, calib: Path, cluster: Cluster) -> Outcome:
+        """One build; its schedules are evaluated by the cluster. Paths are absolute."""
         self.state = "starting"
 
         def progress(what: str, done: int, total: int) -> None:
             self.state = words(what, done, total)
 
-        return outcome_of(job, replace(job.options(work, out), cluster=cluster), progress)
+        return outcome_of(job, replace(job.options(work, out), calib=calib, cluster=cluster), progress)
 
     def now(self) -> str:
         """What it does now."""
@@ -62,6 +64,7 @@ class Boards:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster, self.ray = cluster, ray_module()
+        self.calib = Options.calib.resolve()
 
     def run(self, boards: Mapping[str, Sequence[Job]], work: Path, out: Path, watch: Watch) -> Iterator[Outcome]:
         """As in run.Executor."""
@@ -79,11 +82,17 @@ class Boards:
             for lane in lanes:
                 if lane.running is None and lane.waiting:
                     lane.running = lane.waiting.pop(0)
-                    if lane.actor is None:
-                        lane.actor = self._actor(lane.board)
+                    try:
+                        lane.actor = lane.actor or self._actor(lane.board)
+                    except HostError as error:
+                        failed, lane.running, lane.waiting = [lane.running, *lane.waiting], None, []
+                        yield from (Outcome(job=job, error=str(error)) for job in failed)
+                        continue
                     watch(lane.running, "starting")
-                    lane.answer = lane.actor.run.remote(lane.running, work, out, self.cluster)
+                    lane.answer = lane.actor.run.remote(lane.running, work, out, self.calib, self.cluster)
             busy = [lane for lane in lanes if lane.running is not None]
+            if not busy:
+                continue
             ready, _ = self.ray.wait([lane.answer for lane in busy], timeout=POLL_S)
             for lane in busy:
                 if lane.answer in ready:
@@ -99,7 +108,7 @@ class Boards:
         """A process for a board. Its name keeps other sweeps of the cluster away from it. Raises HostError."""
         here = on_node(self.ray.get_runtime_context().get_node_id())
         options = {"num_cpus": 0, "max_concurrency": 2, "scheduling_strategy": here, "name": f"board {board}"}
-        for attempt in range(20):  # the name of an actor that has just died is free a moment later
+        for attempt in range(NAMED):  # the name of an actor that has just died is free a moment later
             try:
                 return self.ray.remote(Board).options(**options).remote()
             except (ValueError, AssertionError):  # the latter where Ray has the name still, but no longer its class

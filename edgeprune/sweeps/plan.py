@@ -2,78 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from edgeprune import zoo
 from edgeprune.bundles.ship import fleet
 from edgeprune.devices import check_is_here, load_device
-from edgeprune.errors import InputError, RecordError
-from edgeprune.io import code_key, key_of, read_bytes, sha256_file
-from edgeprune.pipeline.context import Options, check_counts, check_policy, check_task, image_set
+from edgeprune.errors import InputError
+from edgeprune.images import image_size, load_images
+from edgeprune.io import code_key, key_of, sha256_file
+from edgeprune.onnx_graph.graph import weights_of
+from edgeprune.pipeline.context import Options, image_set
 from edgeprune.records import Record
 from edgeprune.runtimes.remote.ssh import Host
 from edgeprune.runtimes.target import check_batch, check_precision
 from edgeprune.scheduling.goals import Goal
-from edgeprune.vit.reducers import check_method
+from edgeprune.sweeps.file import DeviceEntry, GoalEntry, ModelEntry, sweep_file
+from edgeprune.vit import hugging_face
 
-MAX_TOML_BYTES = 1 << 20
 HERE = "this machine"
 AUTO = "auto"  # precision: see pipeline/auto.py
-
-
-class ModelEntry(Record, frozen=True, kw_only=True):
-    """A model, as the options of `build` name it."""
-
-    name: str
-    weights: str | None = None
-    images: str | None = None  # instead of those of the sweep
-    task: str | None = None
-
-
-class DeviceEntry(Record, frozen=True, kw_only=True):
-    """A device: simulated, this machine, or a board behind ssh."""
-
-    name: str
-    simulate: bool = False
-    host: str | None = None  # USER@HOST; default: the hosts of this device in the file `hosts`
-    program: str = "edgeprune"  # on that host
-    precisions: tuple[str, ...] | None = None  # instead of those of the sweep
-    batches: tuple[int, ...] | None = None
-
-
-class GoalEntry(Record, frozen=True, kw_only=True):
-    """One goal: exactly one of the fields."""
-
-    alpha: float | None = None
-    speedup: float | None = None
-    budget_ms: float | None = None
-    max_drop: float | None = None
-    min_cosine: float | None = None
-    max_error: float | None = None
-
-
-class SweepFile(Record, frozen=True, kw_only=True):
-    """SWEEP.toml. Paths are relative to its folder."""
-
-    models: tuple[str | ModelEntry, ...]
-    devices: tuple[str | DeviceEntry, ...]
-    goals: tuple[GoalEntry, ...]
-    precisions: tuple[str, ...] = ("fp32",)
-    batches: tuple[int, ...] = (1,)
-    methods: tuple[str, ...] = ("fold",)
-    policy: str = "search"
-    images: str | None = None
-    hosts: str | None = None  # a hosts.toml whose tables have a `device`
-    search_images: int = 128
-    rounds: int = 60
-    neighbours: int = 3
+LOCAL = ("local-dir", "local_dir")  # prefixes of timm's names for a folder
 
 
 class Job(Record, frozen=True, kw_only=True):
@@ -95,6 +48,11 @@ class Job(Record, frozen=True, kw_only=True):
     rounds: int
     neighbours: int
 
+    @property
+    def label(self) -> str:
+        """The model and what tells it from others of its name."""
+        return label_of(self.model)
+
     def options(self, work: Path, out: Path) -> Options:
         """The options of the build; boards have work folders of their own, so that they can work side by side."""
         model = self.model
@@ -103,6 +61,11 @@ class Job(Record, frozen=True, kw_only=True):
             model=model.name,
             weights=model.weights,
             task=model.task,
+            image_size=image_size(model.image_size),
+            layers=model.layers,
+            head=Path(model.head) if model.head else None,
+            text_embeddings=Path(model.text_embeddings) if model.text_embeddings else None,
+            recover=Path(model.recover) if isinstance(model.recover, str) else bool(model.recover),
             images=Path(self.images) if self.images else None,
             method=self.method,
             policy=self.policy,
@@ -121,12 +84,19 @@ class Job(Record, frozen=True, kw_only=True):
     def key(self) -> str:
         """Hash of all that the result depends on: build, code, pictures, local weights. Raises ImageError."""
         pictures = image_set(Options(model=self.model.name, images=Path(self.images) if self.images else None))
-        return key_of(code_key(), self, pictures.key() if pictures else None, *map(_local, self.model_files()))
+        sets, training = [pictures] if pictures else [], self.model.recover
+        if isinstance(training, str):
+            sets.append(load_images(Path(training), "recover", anywhere=True))
+        return key_of(code_key(), self, [each.key() for each in sets], *map(_local, self.model_files()))
 
     def model_files(self) -> list[Path]:
-        """Files on this machine that the model is read from."""
-        places = [self.model.weights, self.model.name.partition(":")[2] or self.model.name]
-        found = [Path(place) for place in places if place]
+        """Files on this machine that the model and what belongs to it are read from."""
+        model = self.model
+        kind, _, folder = model.name.partition(":")
+        places = [model.weights, folder if kind in LOCAL else model.name, model.head, model.text_embeddings]
+        found = [Path(place) for place in places if place and Path(place).is_absolute()]
+        if model.head:
+            found += weights_of(Path(model.head)) if Path(model.head).is_file() else []
         return sorted(f for p in found for f in ([p] if p.is_file() else p.glob("*")) if f.is_file())
 
 
@@ -135,10 +105,9 @@ def jobs_of(path: Path) -> tuple[Job, ...]:
     sweep, folder = sweep_file(path), path.parent
     models = [ModelEntry(name=m) if isinstance(m, str) else m for m in sweep.models]
     devices = [DeviceEntry(name=d) if isinstance(d, str) else d for d in sweep.devices]
-    _check(sweep, path)
     jobs: list[Job] = []
     for model, device in product(models, devices):
-        check_task(model.task)
+        located = _located(model, folder, sweep.recover)
         precisions, batches = device.precisions or sweep.precisions, device.batches or sweep.batches
         hosts = _hosts(device, folder / sweep.hosts if sweep.hosts else None)
         for turn, (precision, batch) in enumerate(product(precisions, batches)):
@@ -152,10 +121,10 @@ def jobs_of(path: Path) -> tuple[Job, ...]:
                 jobs.append(
                     Job(
                         name="/".join(
-                            (device.name, _short(model), f"{method}-{precision}-b{batch}-{_goal_name(goal)}")
+                            (device.name, label_of(located), f"{method}-{precision}-b{batch}-{_goal_name(goal)}")
                         )
                         + ("-simulated" if device.simulate else ""),
-                        model=_located(model, folder),
+                        model=located,
                         device=_place(device.name, folder) if device.name.endswith(".toml") else device.name,
                         board=board if host or device.simulate else HERE,
                         precision=precision,
@@ -184,49 +153,6 @@ def boards_of(jobs: Sequence[Job]) -> dict[str, list[Job]]:
     return boards
 
 
-def sweep_file(path: Path) -> SweepFile:
-    """Read a SWEEP.toml. Raises RecordError, which names an unknown key and the nearest known one."""
-    data = read_bytes(path, MAX_TOML_BYTES)
-    try:
-        table = msgspec.toml.decode(data)
-        _check_keys(table, SweepFile, str(path))
-        for key, kind in (("models", ModelEntry), ("devices", DeviceEntry), ("goals", GoalEntry)):
-            for entry in table.get(key, ()) if isinstance(table.get(key), list) else ():
-                if isinstance(entry, dict):
-                    _check_keys(entry, kind, f"{path}, {key}")
-        return msgspec.convert(table, SweepFile)
-    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
-        raise RecordError(f"{path}: not a sweep: {' '.join(str(error).split())}: see docs/sweep.md") from None
-
-
-def _check_keys(table: Mapping[str, Any], kind: type[Record], source: str) -> None:
-    known = kind.__struct_fields__
-    for key in table:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, 1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}: remove it"
-            raise RecordError(f"{source}: unknown key {key!r}: {hint}")
-
-
-def _check(sweep: SweepFile, path: Path) -> None:
-    """Raise InputError for values that no build takes."""
-    for name in ("models", "devices", "goals", "precisions", "batches", "methods"):
-        if not getattr(sweep, name):
-            raise InputError(f"{path}: {name} is empty: name at least one")
-    for method in sweep.methods:
-        check_method(method)
-    check_policy(sweep.policy)
-    try:
-        for entry in sweep.goals:
-            goal = Goal(**msgspec.structs.asdict(entry))
-            goal.check()
-            if goal == Goal():
-                raise InputError("a goal is empty: write, for example, { speedup = 1.5 }")
-        check_counts(sweep.search_images, sweep.rounds, sweep.neighbours)
-    except InputError as error:
-        raise InputError(f"{path}: {error}") from None
-
-
 def _hosts(device: DeviceEntry, hosts: Path | None) -> list[Host]:
     """The boards of a device behind ssh; none for a simulated one and for this machine. Raises DeviceError."""
     if device.simulate:
@@ -246,21 +172,39 @@ def _goal_name(goal: GoalEntry) -> str:
     return f"{name.replace('_', '-')}-{value:g}"
 
 
-def _short(model: ModelEntry) -> str:
-    """The name of a model as a folder; two entries of one model differ by their weights."""
-    name = Path(model.name.rpartition(":")[2]).name
-    return f"{name}-{Path(model.weights).stem}" if model.weights and _is_file(model.weights) else name
+def label_of(model: ModelEntry) -> str:
+    """The name of a model as a folder, and what else its entry has: entries of one model differ by it."""
+    parts = [Path(model.name.rpartition(":")[2]).name]
+    parts += [Path(model.weights).stem] if model.weights and _is_file(model.weights) else []
+    parts += [model.task] if model.task else []
+    parts += ["x".join(map(str, size))] if (size := image_size(model.image_size)) else []
+    parts += ["-".join(("layers", *map(str, model.layers)))] if model.layers else []
+    parts += [Path(file).stem for file in (model.head, model.text_embeddings) if file]
+    parts += ["recovered"] if model.recover else []
+    return "-".join(parts)
 
 
 def _is_file(weights: str) -> bool:
     return weights not in ("pretrained", "embedded", "random")
 
 
-def _located(model: ModelEntry, folder: Path) -> ModelEntry:
-    """The entry with its files found from the folder of the sweep."""
-    weights = _place(model.weights, folder) if model.weights and _is_file(model.weights) else model.weights
-    name = _place(model.name, folder) if model.name != zoo.EMBEDDED and (folder / model.name).is_dir() else model.name
-    return msgspec.structs.replace(model, weights=weights, name=name)
+def _located(model: ModelEntry, folder: Path, recover: bool | str) -> ModelEntry:
+    """The entry with its files found from the folder of the sweep, and with the sweep's `recover` if it has none."""
+    kind, _, place = model.name.partition(":")
+    name = model.name
+    if kind in LOCAL:
+        name = f"{kind}:{_place(place, folder)}"
+    elif name != zoo.EMBEDDED and hugging_face.is_folder(name, folder):
+        name = _place(name, folder)
+    recover = recover if model.recover is None else model.recover
+    return msgspec.structs.replace(
+        model,
+        name=name,
+        weights=_place(model.weights, folder) if model.weights and _is_file(model.weights) else model.weights,
+        head=_place(model.head, folder) if model.head else None,
+        text_embeddings=_place(model.text_embeddings, folder) if model.text_embeddings else None,
+        recover=_place(recover, folder) if isinstance(recover, str) else recover,
+    )
 
 
 def _place(path: str, folder: Path) -> str:

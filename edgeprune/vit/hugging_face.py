@@ -32,14 +32,18 @@ class Checkpoint:
     classifies: bool  # False: the outputs are embeddings, of a projection where there is one
 
 
-def is_folder(model: str) -> bool:
-    """Is this the path of a folder and not a name of timm's?"""
+def is_folder(model: str, base: Path = Path()) -> bool:
+    """Is this the path of a folder, relative to `base`, and not a name of timm's?"""
+    path = base / model
+    with suppress(OSError):  # a name that is too long
+        return path.is_dir() and ((path / CONFIG).is_file() or not _of_timm(model))
+    return False
+
+
+def _of_timm(model: str) -> bool:
     import timm
 
-    path = Path(model)
-    with suppress(OSError):  # a name that is too long
-        return path.is_dir() and (not timm.is_model(model) or (path / CONFIG).is_file())
-    return False
+    return bool(timm.is_model(model))
 
 
 def read(folder: Path, random: bool = False, image_size: tuple[int, int] | None = None) -> Checkpoint:

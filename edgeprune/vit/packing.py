@@ -28,23 +28,6 @@ class Packed(NamedTuple):
     task: str
 
 
-class _Pickler(pickle.Pickler):
-    """Leaves out tensors; those that are one object stay one."""
-
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self.arrays: list[NDArray[Any]] = []
-        self.places: dict[int, tuple[int, bool]] = {}
-
-    def persistent_id(self, thing: Any) -> tuple[int, bool] | None:
-        if not isinstance(thing, torch.Tensor):
-            return None
-        if id(thing) not in self.places:
-            self.places[id(thing)] = len(self.arrays), isinstance(thing, nn.Parameter)
-            self.arrays.append(thing.detach().cpu().contiguous().numpy())
-        return self.places[id(thing)]
-
-
 class _Unpickler(pickle.Unpickler):
     """Puts the tensors in, without a copy."""
 
@@ -65,12 +48,27 @@ class _Unpickler(pickle.Unpickler):
         return self.tensors[number]
 
 
-def packed(model: Model) -> Packed:
-    """A model for `unpacked`, which has to run the same versions of timm and PyTorch."""
+def packed(model: Model, pickler: type[pickle.Pickler] = pickle.Pickler) -> Packed:
+    """A model for `unpacked`, which has to run the same versions of timm and PyTorch.
+
+    `pickler` may be that of cloudpickle, which takes classes of `__main__` along. Tensors are left out; those that
+    are one object stay one.
+    """
+    arrays: list[NDArray[Any]] = []
+    places: dict[int, tuple[int, bool]] = {}
+
+    class WithoutTensors(pickler):  # type: ignore[valid-type, misc]
+        def persistent_id(self, thing: Any) -> tuple[int, bool] | None:
+            if not isinstance(thing, torch.Tensor):
+                return None
+            if id(thing) not in places:
+                places[id(thing)] = len(arrays), isinstance(thing, nn.Parameter)
+                arrays.append(thing.detach().cpu().contiguous().numpy())
+            return places[id(thing)]
+
     file = io.BytesIO()
-    pickler = _Pickler(file)
-    pickler.dump(model.module)
-    return Packed(file.getvalue(), pickler.arrays, model.vit, model.preprocessing, model.task)
+    WithoutTensors(file).dump(model.module)
+    return Packed(file.getvalue(), arrays, model.vit, model.preprocessing, model.task)
 
 
 def unpacked(packed: Packed) -> Model:

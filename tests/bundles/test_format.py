@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
 from edgeprune.bundles import format as bundle
-from edgeprune.bundles.format import load_bundle, staircase_of, write_bundle
+from edgeprune.bundles.format import load_bundle, staircase_of, version_name, write_bundle
 from edgeprune.errors import EdgepruneError, InputError, OutputError, RecordError
 from edgeprune.records import Engine, Latency, Preprocessing, Report, Schedule, Setup, Vit
 
@@ -262,3 +264,15 @@ def test_staircase_travels_in_the_bundle(
     staircase = make_staircase({1: 1.0, 3: 2.0, 5: 3.0})
     write_bundle(tmp_path / "bundle", **parts() | {"staircase": staircase})
     assert staircase_of(tmp_path / "bundle") == staircase
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"), [("hf-hub:a/b@rev", "hf-hub-a-b-rev"), ("modèle [1]", "mod-le--1-"), (".hidden", "hidden")]
+)
+def test_any_model_has_a_plain_name_on_a_device(
+    name: str, plain: str, tmp_path: Path, parts: Callable[..., dict[str, Any]]
+) -> None:
+    """Ship, pack and the script that installs use it as the name of a folder."""
+    manifest = write_bundle(tmp_path / "b", **parts())
+    named = msgspec.structs.replace(manifest, vit=msgspec.structs.replace(manifest.vit, name=name))
+    assert re.fullmatch(re.escape(plain) + r"-\w+-fp32-b1-[0-9a-f]{12}", version_name(tmp_path / "b", named))

@@ -66,6 +66,26 @@ def test_ship_switch_and_roll_back(
     assert not [path.name for path in far.iterdir() if path.name.endswith((".part", ".new"))]
 
 
+def test_a_damaged_version_there_is_mended(
+    there: Server, versions: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The current one and the one before it: damaged files are sent again, and nothing else."""
+    first, second = versions("one"), versions("two")
+    to, far = f"{there.address}:{tmp_path}/far", tmp_path / "far"
+    program = ("--host-program", there.program)
+    for bundle in (first, second):
+        row_of(capsys, "ship", bundle, to, *program)
+    for place in ("previous", "current"):
+        os.truncate(far / place / "model.onnx", 1000)
+    (far / "current" / "golden_input.npy").unlink()
+    sizes = [(second / name).stat().st_size for name in ("model.onnx", "golden_input.npy")]
+    [row] = row_of(capsys, "ship", second, to, *program)["rows"]
+    assert (row["state"], row["sent_bytes"]) == ("mended", sum(sizes)) and same(far / "current", second)
+    [row] = row_of(capsys, "ship", first, to, *program)["rows"]
+    assert (row["state"], row["sent_bytes"]) == ("switched", sizes[0]) and same(far / "current", first)
+    assert same(far / "previous", second) and not list(far.glob(".*.part"))
+
+
 @pytest.mark.parametrize(("settings", "connections"), [("", range(1, 2)), ("MaxSessions 1", range(8, 20))])
 def test_all_goes_through_one_connection(
     settings: str,

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
+import pytest
 from rich.console import Console
 from rich.progress import Progress
+from support.records import SETUP
 
-from edgeprune.cli.output import ProgressBar
+from edgeprune.bundles.predict import ClassScore, Prediction, Predictions
+from edgeprune.cli.output import ProgressBar, show
+from edgeprune.cli.tables import doctor_table, run_table
+from edgeprune.records import Latency
 
 
 def bar() -> tuple[Progress, ProgressBar]:
@@ -71,3 +77,14 @@ def test_what_is_in_brackets_may_change_while_the_clock_goes_on() -> None:
     update("recovering, step (held-out KL 0.3)", 4, 8)
     assert shown(rich) == [("recovering, step 5 of 8 (held-out KL 0.3)", 50)]
     assert [task.start_time for task in rich.tasks] == [started]
+
+
+def test_names_with_brackets_are_shown_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+    """Labels and file names are no markup of rich."""
+    top = (ClassScore(0, "[red]apple[/red] :cat:", 90.0), ClassScore(1, "[/]", 10.0))
+    rows = (Prediction(Path("a[bold].jpg"), top),)
+    show(run_table(Predictions(Path("b"), "[b]m", SETUP, rows, Latency(samples_ms=(1.0,)))), False)
+    show(doctor_table([("[x]", "ok", "[y]")]), False)
+    said = capsys.readouterr().out
+    for text in ("[red]apple[/red] :cat: 90.0; [/] 10.0", "a[bold].jpg", "[b]m", "[x]", "[y]"):
+        assert text in said, said

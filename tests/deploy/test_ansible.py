@@ -167,6 +167,12 @@ def test_one_fails_one_is_cut_off_and_a_second_run_mends_both(
             far[name] / "current", packed.new
         )
 
+    os.truncate(far["cut"] / "current" / "model.onnx", 1000)
+    done = play(devices, packed.folder)
+    counts = recap(done)
+    assert done.returncode == 0 and counts["cut"]["changed"] > 0 and counts["good"]["changed"] == 0, done.stdout
+    assert state(far["cut"]) == (packed.new_name, packed.old_name, clean) and same(far["cut"] / "current", packed.new)
+
     monkeypatch.setenv("EDGEPRUNE_SSH", devices["good"].ssh)
     roll_back(Destination(host=devices["good"].address, dir=str(far["good"]), program=str(devices["good"].program)))
     assert state(far["good"])[:2] == (packed.old_name, packed.new_name), "the layout is not that of ship"
@@ -192,7 +198,10 @@ def test_the_script_alone(packed: Packed, tmp_path: Path) -> None:
     program.write_text(f'#!/bin/sh\nexec {sys.executable} -m edgeprune "$@"\n')
     program.chmod(0o755)
     signed = ("--allowed-signers", str(packed.folder / "allowed_signers"))
-    for said in ("switched", "current"):
+    for said in ("switched", "current", "mended"):
+        if said == "mended":
+            (far / "current" / "model.onnx").write_bytes(b"damaged")
+            (far / "current" / "golden_input.npy").unlink()
         done = install(packed, far, program, *signed)
         assert (done.returncode, done.stdout) == (0, f"{said} {packed.new_name}\n"), done.stderr
     assert same(far / "current", packed.new) and not (far / "previous").is_symlink()

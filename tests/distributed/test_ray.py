@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -24,7 +27,7 @@ import edgeprune
 from edgeprune import zoo
 from edgeprune.bundles.format import STAIRCASE, load_bundle
 from edgeprune.distributed.cluster import check_nodes, connected, difference
-from edgeprune.distributed.engines import can_spread, spread_logits
+from edgeprune.distributed.engines import can_spread, spread_logits, stored
 from edgeprune.errors import EdgepruneError, HostError, MissingError
 from edgeprune.images import load_images, load_pixels
 from edgeprune.io import load
@@ -161,6 +164,14 @@ def test_differences_are_named() -> None:
     assert difference(own, own | {"edgeprune": "0", "code": "9"}) == "edgeprune 0, not 1"
 
 
+def test_a_cluster_without_cpus() -> None:
+    """Ray would wait for one for ever."""
+    node = {"Alive": True, "Resources": {"memory": 1.0}}
+    for nodes in ([], [node], [node, {"Alive": False, "Resources": {"CPU": 4.0}}]):
+        with pytest.raises(HostError, match=r"no node of the Ray cluster has a CPU.*ray start"):
+            check_nodes(SimpleNamespace(nodes=lambda nodes=nodes: nodes))
+
+
 def test_ctrl_c_leaves_no_process_and_no_lock(
     shallow: Shallow, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +232,9 @@ def test_bits_are_those_of_one_process(joined: Any, evaluation: Any, alone: Any)
     from edgeprune.distributed.evaluate import SpreadEvaluator
 
     model, pixels, labels = evaluation
+    module = copy.deepcopy(model.module)  # of a class in the user's script, which a node finds nowhere
+    module.__class__ = type("Own", (type(module),), {"__module__": "__main__"})
+    model = replace(model, module=module)
     evaluator, wanted = alone
     spread = SpreadEvaluator(model, "fold", pixels, labels)
     np.testing.assert_array_equal(spread.dense_logits, evaluator.dense_logits)
@@ -237,8 +251,10 @@ def test_outputs_of_an_engine_are_those_of_one_process(joined: Any, undisturbed:
     assert can_spread(target)
     with target.runtime.open(folder / "model.onnx", target.setup) as session:
         wanted = logits_of(session, pixels, model.preprocessing, 1)
-    found = spread_logits(target, folder / "model.onnx", pixels, model.preprocessing)
+    blocks = stored(pixels, 1)
+    found = spread_logits(target, folder / "model.onnx", blocks, model.preprocessing)
     np.testing.assert_array_equal(found, wanted)
+    assert len(blocks) == 2 and all(isinstance(block, ray.ObjectRef) for block in blocks), "kept for other engines"
 
 
 def test_build_from_python(joined: Any, jobs: tuple[Job, ...], undisturbed: Any, tmp_path: Path) -> None:
@@ -299,6 +315,22 @@ def test_boards_take_turns(
     others = [end for name, (_, end) in busy.items() if not name.startswith(HERE)]
     assert max(others) <= busy[f"{HERE} 1"][0]
     assert busy["a 1"][0] < busy["b 2"][1] and busy["b 1"][0] < busy["a 2"][1], "side by side"
+
+
+def test_a_board_in_use_fails_its_own_builds_alone(
+    joined: Any, jobs: tuple[Job, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(on_ray, "Board", NotingBoard)
+    monkeypatch.setattr(on_ray, "NAMED", 2)
+    other = ray.remote(NotingBoard).options(num_cpus=0, name="board a").remote()
+    many = [
+        msgspec.structs.replace(jobs[0], name=f"{board} {n}", board=board) for board in ("a", "b") for n in (1, 2)
+    ]
+    outcomes = run_sweep(many, Boards(joined), tmp_path, tmp_path)
+    ray.kill(other)
+    said = {outcome.job.name: str(outcome.error) for outcome in outcomes}
+    assert all("the board a is in use by another sweep" in said[name] for name in ("a 1", "a 2"))
+    assert all(len(said[name].split()) == 2 for name in ("b 1", "b 2")), "they were built"
 
 
 def test_node_is_killed_in_a_search(nodes: Any, joined: Any, evaluation: Any, alone: Any) -> None:

@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from support.builds import Shallow, call, few_digits, row_of
 from support.evaluation import labelled
+from support.loopback import check_ships
 
 import edgeprune
 from edgeprune.bundles.format import load_bundle
@@ -169,6 +170,7 @@ def test_the_bundle_verifies_runs_and_goes_to_triton(
         "--rounds", "5", "--work", tmp_path / "w", "--out", tmp_path / "there",
     )  # fmt: skip
     assert there["fidelity"]["error"] == 0 and len(there["fidelity"]["layers"]) == 2
+    check_ships(tmp_path / "there", tmp_path)
 
 
 def test_what_is_profiled_has_the_features_and_cuts_that_restore_them(

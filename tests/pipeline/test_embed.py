@@ -12,6 +12,7 @@ import pytest
 from support import processes
 from support.builds import call, few_digits, row_of
 from support.evaluation import labelled, logits_of
+from support.loopback import check_ships
 
 import edgeprune
 from edgeprune import zoo
@@ -142,6 +143,7 @@ def test_the_bundle_verifies_runs_and_goes_to_triton(
     )  # fmt: skip
     assert load_bundle(tmp_path / "there").task == "embed"
     assert there["fidelity"]["knn_top1"] is not None and there["fidelity"]["cosine"] is None
+    check_ships(tmp_path / "there", tmp_path)
 
 
 def test_the_fastest_schedule_with_that_cosine_is_chosen(

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from support.builds import QUICK, call, few_digits, row_of, without_torch
 from support.evaluation import labelled, logits_of
+from support.loopback import check_ships
 from support.models import shake
 
 import edgeprune
@@ -97,6 +98,7 @@ def test_a_build_recovers_and_can_be_interrupted(
     there = row_of(capsys, "compile", bundle / "model.onnx", "--work", tmp_path / "w", "--out", tmp_path / "there")
     manifest = load_bundle(tmp_path / "there")
     assert there["recovery"] == record and there["unrecovered"] is None and manifest.recovery is not None
+    check_ships(tmp_path / "there", tmp_path)
 
     old = json.loads((bundle / "manifest.json").read_text())  # of a version that knew no recovery
     del old["recovery"], old["report"]["unrecovered"]

@@ -7,6 +7,9 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ import numpy as np
 import pytest
 from support.builds import CONTRACT, QUICK, Shallow, Shared, call, few_digits, row_of
 from support.loopback import Server
-from support.processes import after_saves
+from support.processes import after_saves, die, fork
 
 from edgeprune import __version__
 from edgeprune.bundles.format import load_bundle
@@ -24,12 +27,17 @@ from edgeprune.errors import EngineError
 from edgeprune.io import sha256_bytes
 from edgeprune.records import GpuState
 from edgeprune.runtimes import TimedTogether
-from edgeprune.runtimes.remote import protocol
+from edgeprune.runtimes.remote import busy, protocol
 from edgeprune.runtimes.remote.ssh import Host
 from edgeprune.runtimes.remote.worker import RAMP_MS, Worker, serve
 from edgeprune.runtimes.target import target_for
 
 pytestmark = pytest.mark.usefixtures("ssh")
+
+
+@pytest.fixture(autouse=True)
+def _own_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
 
 
 def build_on(there: Server, shallow: Shallow, folder: Path) -> tuple[object, ...]:
@@ -79,6 +87,12 @@ def test_logits_are_those_of_this_machine(
         with pytest.raises(EngineError, match="takes"):
             b.infer(images[:, :1])
         np.testing.assert_array_equal(a.infer(images), b.infer(images))  # an error does not end the connection
+
+
+def test_a_connection_that_nothing_uses_any_more_leaves_the_board(there: Server, tmp_path: Path) -> None:
+    """As between two builds of a sweep in one process."""
+    for _ in range(2):
+        target_for("cpu", work=tmp_path, host=_host(there))
 
 
 def _host(there: Server) -> Host:
@@ -235,6 +249,28 @@ def test_clocks_come_back_however_it_ends(tmp_path: Path, monkeypatch: pytest.Mo
     ]
 
 
+def test_a_board_in_use_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(busy, "WAIT_S", 0.1)
+    with busy.machine():
+        [answer] = spoken(tmp_path, prepare())
+    assert isinstance(answer, protocol.Failed) and answer.kind == "HostError"
+    assert "the board is busy" in answer.text and "wait for it" in answer.text and "\n" not in answer.text
+    for _ in range(2):  # free again, and again after a session
+        assert isinstance(spoken(tmp_path, prepare())[0], protocol.Ready)
+
+
+def hold_and_die(folder: str) -> None:
+    tempfile.tempdir = folder
+    with busy.machine():
+        die()
+
+
+def test_a_killed_worker_leaves_the_board(tmp_path: Path) -> None:
+    process = fork(hold_and_die, str(tmp_path))
+    process.join()
+    assert process.exitcode == -9 and isinstance(spoken(tmp_path, prepare())[0], protocol.Ready)
+
+
 class OnDevice:
     """A session of the worker that notes when it is timed."""
 
@@ -263,6 +299,21 @@ def test_many_timings_are_one_request(tmp_path: Path) -> None:
     answer = worker.answer(protocol.Time((1, 0, 0, 1)))
     assert answer == protocol.Times((10.0,) * 4)
     assert order[:-4] == ["b"] * int(RAMP_MS / 20) and order[-4:] == ["b", "a", "a", "b"]
+
+
+def test_nothing_else_runs_while_it_is_timed(tmp_path: Path) -> None:
+    order: list[str] = []
+
+    @contextmanager
+    def alone() -> Iterator[None]:
+        order.append("alone")
+        yield
+        order.append("together")
+
+    worker = Worker(tmp_path, lambda message: None, alone)
+    worker.opened = {0: OnDevice("a", order)}  # type: ignore[dict-item]
+    worker.answer(protocol.Time((0,)))
+    assert order[0] == "alone" and order[-1] == "together" and set(order[1:-1]) == {"a"}
 
 
 def test_the_state_of_the_gpu_and_the_memory_of_a_session_are_told(tmp_path: Path) -> None:

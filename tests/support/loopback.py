@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import getpass
+import os
 import shutil
 import socket
 import subprocess
@@ -12,9 +13,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import pytest
 
+from edgeprune.bundles.ship import destination, ship
 from support.paths import ROOT
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin")
@@ -81,7 +84,7 @@ def server(folder: Path, settings: str = "") -> Iterator[Server]:
     )
     home = folder / "home"
     home.mkdir()
-    environment = {"HOME": str(home), "OMP_NUM_THREADS": "1", "EDGEPRUNE_THREADS": "1"}
+    environment = {"HOME": str(home), "TMPDIR": str(home), "OMP_NUM_THREADS": "1", "EDGEPRUNE_THREADS": "1"}
     program, root = folder / "edgeprune", str(ROOT)
     program.write_text(PROGRAM.format(python=sys.executable, environment=environment, root=root))
     program.chmod(0o755)
@@ -99,3 +102,11 @@ def server(folder: Path, settings: str = "") -> Iterator[Server]:
     finally:
         process.terminate()
         process.wait(20)
+
+
+def check_ships(bundle: Path, folder: Path) -> None:
+    """Ship a bundle to a machine of its own, where it verifies; skips without sshd."""
+    with server(folder / "sshd") as there, mock.patch.dict(os.environ, EDGEPRUNE_SSH=there.ssh):
+        done = ship(bundle, destination(f"{there.address}:{folder}/far", str(there.program)))
+    assert done.state == "switched", done
+    assert {path.name for path in (folder / "far" / "current").iterdir()} == {path.name for path in bundle.iterdir()}

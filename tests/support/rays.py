@@ -20,22 +20,22 @@ ROUNDS = 3  # of a staircase
 class SharedBoard(Board):
     """With the exports that all tests share."""
 
-    def run(self, job: Job, work: Path, out: Path, cluster: Cluster) -> Outcome:
+    def run(self, job: Job, work: Path, out: Path, calib: Path, cluster: Cluster) -> Outcome:
         exports.share()
-        return super().run(job, work, out, cluster)
+        return super().run(job, work, out, calib, cluster)
 
 
 class DyingBoard(SharedBoard):
     """Its process dies once, when it has saved samples of its first staircase; it leaves a copy of them."""
 
-    def run(self, job: Job, work: Path, out: Path, cluster: Cluster) -> Outcome:
+    def run(self, job: Job, work: Path, out: Path, calib: Path, cluster: Cluster) -> Outcome:
         mark, ssh = work / "died", work / "ssh"
         measure_few(ROUNDS)
         if ssh.exists():
             os.environ["EDGEPRUNE_SSH"] = ssh.read_text()
         if not mark.exists():
             after_saves(2, lambda: self.die(mark, work))
-        return super().run(job, work, out, cluster)
+        return super().run(job, work, out, calib, cluster)
 
     def die(self, mark: Path, work: Path) -> None:
         [samples] = work.glob("*/samples-*.json")
@@ -46,7 +46,8 @@ class DyingBoard(SharedBoard):
 class NotingBoard(Board):
     """Builds nothing; notes when it was busy."""
 
-    def run(self, job: Job, work: Path, out: Path, cluster: Cluster) -> Outcome:
+    def run(self, job: Job, work: Path, out: Path, calib: Path, cluster: Cluster) -> Outcome:
+        assert all(path.is_absolute() for path in (work, out, calib)), "it runs in a folder of Ray's"
         start = time.time()
         time.sleep(0.2)
         return Outcome(job=job, error=f"{start} {time.time()}")

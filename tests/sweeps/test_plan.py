@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from support.builds import few_digits
 from support.pages import blocks
 
 from edgeprune.errors import DeviceError, EdgepruneError
@@ -36,8 +37,9 @@ def test_every_combination_once(tmp_path: Path) -> None:
     assert len({job.name for job in jobs}) == len(jobs)
 
 
-def test_the_example_of_the_documentation(tmp_path: Path) -> None:
-    [example] = [block.text for block in blocks("docs/sweep.md") if block.language == "toml"]
+def test_the_examples_of_the_documentation(tmp_path: Path) -> None:
+    first, example = (block.text for block in blocks("docs/sweep.md") if block.language == "toml")
+    assert len(jobs_of(sweep(tmp_path, first))) == 2 * 3 * 2
     jobs = jobs_of(sweep(tmp_path, example))
     assert len(jobs) == 2 * (1 + 2 + 1) * 2
     assert {job.board for job in jobs} == {HERE, "orin-nano, simulated", "agx-orin, simulated"}
@@ -46,6 +48,55 @@ def test_the_example_of_the_documentation(tmp_path: Path) -> None:
 def test_paths_are_found_from_the_file(tmp_path: Path) -> None:
     options = jobs_of(sweep(tmp_path, WHOLE))[-1].options(tmp_path / "work", tmp_path / "out")
     assert options.weights == str(tmp_path / "tiny.safetensors") and options.images == tmp_path / "val"
+
+
+def test_a_name_is_a_folder_beside_the_file_or_one_of_timm(tmp_path: Path) -> None:
+    """As --model: a folder that is called like a model of timm is one of transformers, or is not meant."""
+    for name in ("vit_tiny_patch16_224", "mine", "deit_tiny_patch16_224"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "deit_tiny_patch16_224" / "config.json").write_text("{}")
+    names = {
+        "vit_tiny_patch16_224": "vit_tiny_patch16_224",
+        "vit_digits": "vit_digits",
+        "mine": f"{tmp_path}/mine",
+        "deit_tiny_patch16_224": f"{tmp_path}/deit_tiny_patch16_224",
+        "local-dir:theirs": f"local-dir:{tmp_path}/theirs",
+        "local-dir:/abs": "local-dir:/abs",
+        "hf-hub:mine/too": "hf-hub:mine/too",
+    }
+    text = f'models = {list(names)}\ndevices = ["cpu"]\ngoals = [{{ alpha = 0.5 }}]\n'
+    jobs = jobs_of(sweep(tmp_path, text))
+    assert [job.model.name for job in jobs] == list(names.values())
+
+
+def test_options_of_a_model(tmp_path: Path) -> None:
+    (tmp_path / "head.onnx").write_bytes(b"")
+    (tmp_path / "texts.npy").write_bytes(b"1")
+    few_digits(tmp_path / "train")
+    text = """
+    models = [
+      { name = "vit_digits", layers = [3, 12], head = "head.onnx", image_size = [224, 192], recover = false },
+      { name = "vit_digits", task = "embed", text_embeddings = "texts.npy", image_size = 224 },
+      { name = "vit_digits", recover = true },
+    ]
+    devices = ["cpu"]
+    goals = [{ alpha = 0.5 }]
+    recover = "train/labels.csv"
+    """
+    jobs = jobs_of(sweep(tmp_path, text))
+    dense, embed, tuned = (job.options(tmp_path, tmp_path) for job in jobs)
+    assert (dense.layers, dense.head, dense.image_size) == ((3, 12), tmp_path / "head.onnx", (224, 192))
+    assert (dense.recover, embed.recover, tuned.recover) == (False, tmp_path / "train" / "labels.csv", True)
+    assert (embed.task, embed.text_embeddings, embed.image_size) == ("embed", tmp_path / "texts.npy", (224, 224))
+    assert [job.label for job in jobs] == [
+        "vit_digits-224x192-layers-3-12-head", "vit_digits-embed-224x224-texts-recovered", "vit_digits-recovered",
+    ]  # fmt: skip
+    before = jobs[1].key()
+    (tmp_path / "texts.npy").write_bytes(b"2")
+    changed = jobs[1].key()
+    few = (tmp_path / "train" / "labels.csv").read_text().splitlines()[:5]
+    (tmp_path / "train" / "labels.csv").write_text("\n".join(few))
+    assert len({before, changed, jobs[1].key()}) == 3, "what --resume keeps depends on these files"
 
 
 def test_boards_behind_ssh_come_from_hosts_toml(tmp_path: Path) -> None:
@@ -75,6 +126,9 @@ def test_a_board_that_is_not_there(tmp_path: Path) -> None:
         ("simulate =", "simulated =", "devices: unknown key 'simulated': did you mean 'simulate'?"),
         ("{ max_drop = 1 }", "{ max_drp = 1 }", "goals: unknown key 'max_drp': did you mean 'max_drop'?"),
         ("weights =", "zzz =", "models: unknown key 'zzz': known are name, weights, images, task"),
+        ("weights =", "image_size = 0, weights =", "image_size 0: pass H,W in pixels"),
+        ("weights =", 'task = "detect", weights =', "unknown task 'detect'"),
+        ("weights =", "layers = 3, weights =", "Expected `array`, got `int` - at `$.models[1].layers`"),
         ("{ max_drop = 1 }", "{ max_drop = 1, speedup = 2 }", "speedup and max_drop are 2 goals: set only one"),
         ("{ speedup = 1.5 }", "{ speedup = 0.5 }", "s.toml: goal speedup = 0.5 is out of range: use 1 to"),
         ("{ speedup = 1.5 }", "{}", "a goal is empty"),

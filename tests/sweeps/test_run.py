@@ -14,7 +14,7 @@ from support.builds import CONTRACT, Shallow, Shared, call, few_digits
 from edgeprune.bundles.format import MANIFEST
 from edgeprune.cli.live import LiveRows
 from edgeprune.errors import EngineError
-from edgeprune.html_report.sweep_page import pareto_rows
+from edgeprune.html_report.sweep_page import pareto_rows, sweep_html
 from edgeprune.io import write_bytes
 from edgeprune.pipeline.context import Options
 from edgeprune.sweeps import run
@@ -118,6 +118,27 @@ def test_front() -> None:
 
     fast, better, beaten, batched = row(1, 80), row(2, 90), row(3, 85), row(6, 95, 4)
     assert pareto_rows([beaten, better, batched, fast], "top1") == [fast, batched]
+
+
+def page_row(label: str, ms: float, **figures: object) -> dict[str, object]:
+    row: dict[str, object] = {"label": label, "model": "vit", "device": "cpu", "job": f"{label} {ms}", "error": None}
+    row |= {"goal": "fast", "method": "fold", "policy": "search", "precision": "fp32", "batch": 1, "speedup": 2.0}
+    row |= {"latency_ms": {"median": ms}, "dense_latency_ms": {"median": 2.0}, "images": 32, "held_out": True}
+    return row | dict.fromkeys(("top1", "dense_top1", "agreement", "kl")) | figures
+
+
+def test_page_of_dense_features_and_of_one_model_with_several_weights() -> None:
+    dense = [
+        page_row("d", ms, fidelity={"task": "dense", "error": error, "embedding_cosine": 0.99})
+        for ms, error in ((1.0, 0.2), (1.5, 0.1), (1.6, 0.3))
+    ]
+    assert pareto_rows(dense, "error") == dense[:2], "less is better"
+    figures = {"top1": 80.0, "dense_top1": 81.0, "agreement": 90.0, "kl": 0.1, "fidelity": {"task": "classify"}}
+    page = sweep_html("s", [*dense, page_row("vit-a", 1.0, **figures), page_row("vit-b", 1.0, **figures)])
+    assert page.count("<svg") == 3 and page.startswith("<!DOCTYPE") and "3 models on 1 device" in page
+    assert all(f"<h2>{label} on cpu</h2>" in page for label in ("d", "vit-a", "vit-b"))
+    assert "relative error</th>" in page and "<td>0.1000</td>" in page and page.count("top-1, %</th>") == 2
+    assert "1.000 ms, 0.2000" in page and "unpruned: 2.000 ms, 0.0000" in page, "the chart has them"
 
 
 def test_command(shallow: Shallow, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

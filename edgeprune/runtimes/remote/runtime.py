@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -37,7 +39,9 @@ class RemoteRuntime:
 
     def __init__(self, device: Device, host: Host, lock_clocks: bool = False) -> None:
         self.device, self.lock_clocks = device, lock_clocks
+        gc.collect()  # ends connections that nothing uses any more: a device has one worker at a time
         self.channel = Channel(host, f"{host.program} worker")
+        weakref.finalize(self, self.channel.leave)
         self.suffix, self.parity = "", 0.0  # set by setup()
         self._free: int | None = None
 

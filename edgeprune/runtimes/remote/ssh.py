@@ -49,10 +49,14 @@ class Channel:
         self.stdin: IO[bytes] = self._process.stdin
         self.stdout: IO[bytes] = self._process.stdout
 
-    def end(self) -> int:
-        """Close its input, wait for it, and return its exit code."""
+    def leave(self) -> None:
+        """Close its input, which ends it."""
         with suppress(OSError):  # it has ended already
             self.stdin.close()
+
+    def end(self) -> int:
+        """Close its input, wait for it, and return its exit code."""
+        self.leave()
         try:
             return self._process.wait(CLOSING_S)
         except subprocess.TimeoutExpired:

@@ -6,7 +6,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from itertools import count
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
@@ -18,6 +18,7 @@ from edgeprune.errors import REPORT, EdgepruneError, EngineError, HostError, Inp
 from edgeprune.io import key_of, sha256_file, writable
 from edgeprune.runtimes import RUNS_PER_TIMING, Inspected, Observed, OnDevice, Runtime, Session, runtime_for
 from edgeprune.runtimes.remote import protocol
+from edgeprune.runtimes.remote.busy import machine
 from edgeprune.version import __version__
 
 if TYPE_CHECKING:
@@ -27,11 +28,19 @@ RAMP_MS = 100.0  # of inferences before the timed ones of a request
 
 
 class Worker:
-    """State of one connection: a runtime, its setup and open sessions. `work` keeps files under their sha256."""
+    """State of one connection: a runtime, its setup and open sessions. `work` keeps files under their sha256.
 
-    def __init__(self, work: Path, send: Callable[[protocol.Message], None]) -> None:
+    From Prepare on it has the machine to itself (remote/busy.py). `alone` is entered while something is timed.
+    """
+
+    def __init__(
+        self,
+        work: Path,
+        send: Callable[[protocol.Message], None],
+        alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self.files, self.models = work / "files", work / "models"
-        self.send, self.stack = send, ExitStack()
+        self.send, self.stack, self.alone = send, ExitStack(), alone
         self.opened: dict[int, Session] = {}
         self.numbers = count()
         self._partial: Path | None = None
@@ -82,6 +91,7 @@ class Worker:
             raise HostError(
                 f"edgeprune is {__version__} on the device and {request.version} here: install the same version"
             )
+        self.stack.enter_context(machine())
         for folder in (self.files, self.models):
             with writable(folder):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -170,9 +180,10 @@ class Worker:
         """Time sessions in this order, once clocks that fell between two requests have had RAMP_MS to rise."""
         sessions = [self._session(number) for number in numbers]
         ran_ms = 0.0
-        while sessions and ran_ms < RAMP_MS:
-            ran_ms += RUNS_PER_TIMING * sessions[0].time_ms()
-        return protocol.Times(tuple(session.time_ms() for session in sessions))
+        with self.alone():
+            while sessions and ran_ms < RAMP_MS:
+                ran_ms += RUNS_PER_TIMING * sessions[0].time_ms()
+            return protocol.Times(tuple(session.time_ms() for session in sessions))
 
     def _session(self, number: int) -> Session:
         if number not in self.opened:
@@ -193,14 +204,22 @@ class _Forward(logging.Handler):
             self._send(protocol.Logged(record.levelno, record.getMessage()))
 
 
-def serve(requests: IO[bytes], answers: IO[bytes], work: Path) -> None:
-    """Answer requests until the connection closes or SIGTERM. Sessions are freed and clocks restored in any case."""
+def serve(
+    requests: IO[bytes],
+    answers: IO[bytes],
+    work: Path,
+    alone: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> None:
+    """Answer requests until the connection closes or SIGTERM. Sessions are freed and clocks restored in any case.
+
+    `alone` is entered while something is timed.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
     def send(message: protocol.Message) -> None:
         protocol.write(answers, message)
 
-    worker, logger = Worker(work.expanduser(), send), logging.getLogger("edgeprune")
+    worker, logger = Worker(work.expanduser(), send, alone), logging.getLogger("edgeprune")
     handler = _Forward(send)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)

@@ -5,8 +5,9 @@
 #   install.sh ARCHIVE DIR --unsigned
 #
 # What follows DIR goes to `edgeprune unpack`. EDGEPRUNE is the path of edgeprune, where it is not in PATH. Prints
-# "switched VERSION", or "current VERSION" where that was current already. If anything fails, DIR/current is unchanged,
-# and a second run begins anew. Needs a POSIX shell, coreutils, flock and the OpenSSH client.
+# "switched VERSION", "current VERSION" where that was current already, or "mended VERSION" where files of it were
+# damaged and have been replaced. If anything fails, DIR/current is unchanged, and a second run begins anew. Needs a
+# POSIX shell, coreutils, flock and the OpenSSH client.
 set -eu
 [ $# -ge 3 ] || { echo "usage: install.sh ARCHIVE DIR --allowed-signers FILE | --unsigned" >&2; exit 2; }
 program=${EDGEPRUNE:-edgeprune}
@@ -22,15 +23,22 @@ version=$(printf '%s\n' "$said" | sed -n 's/.*"version": "\([^"/]*\)".*/\1/p')
 [ -n "$version" ] || { echo "unpack named no version: install the same edgeprune here" >&2; exit 1; }
 
 old=$(readlink "$dir/current" || true)
-if [ "$old" = "$version" ]; then
+if [ "$old" = "$version" ] && [ -d "$dir/$version" ]; then
+  state=current
+  for new in "$dir"/.incoming/*; do # each file in one step: who uses the version never finds less than before
+    file=$dir/$version/${new##*/}
+    if [ -L "$file" ] || [ ! -f "$file" ] || [ "$(sha256sum <"$file")" != "$(sha256sum <"$new")" ]; then
+      mv -fT -- "$new" "$file"
+      state=mended
+    fi
+  done
   rm -rf -- "$dir/.incoming"
   "$program" verify "$dir/$version" >/dev/null
-  state=current
 else
   "$program" verify "$dir/.incoming" >/dev/null
   rm -rf -- "${dir:?}/$version"
   mv -- "$dir/.incoming" "$dir/$version"
-  if [ -n "$old" ]; then
+  if [ -n "$old" ] && [ "$old" != "$version" ]; then
     rm -f -- "$dir/.previous.new"
     ln -s -- "$old" "$dir/.previous.new"
     mv -fT -- "$dir/.previous.new" "$dir/previous"

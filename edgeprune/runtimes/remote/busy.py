@@ -1,0 +1,48 @@
+"""One workstation at a time uses a device: a lock of its operating system, which ends with its process."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from edgeprune.errors import HostError
+
+WAIT_S = 10.0  # for a connection that has ended, but whose process here has not yet
+POLL_S = 0.1
+
+
+@contextmanager
+def machine() -> Iterator[None]:
+    """Keep other workers off this machine, those of other users too. Raises HostError where one uses it."""
+    path = Path(tempfile.gettempdir(), "edgeprune-worker.lock")
+    handle = _opened(path)
+    try:
+        until = time.monotonic() + WAIT_S
+        while True:
+            with suppress(BlockingIOError):
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            if time.monotonic() > until:
+                raise HostError(
+                    "the board is busy, another edgeprune --host uses it, and two at once would distort each other's "
+                    f"latencies: wait for it, or see who it is with `fuser -v {path}` there"
+                )
+            time.sleep(POLL_S)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _opened(path: Path) -> int:
+    """A lock needs no right to write, and Linux refuses O_CREAT for a file of another user in /tmp."""
+    with suppress(FileNotFoundError):
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+    except PermissionError:  # another user made it in the meantime
+        return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
