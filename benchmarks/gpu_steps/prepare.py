@@ -21,6 +21,7 @@ from onnx import TensorProto
 from edgeprune.defaults import REDUCERS
 from edgeprune.images import load_images, load_pixels, normalise
 from edgeprune.io import load, replacing, save
+from edgeprune.latency.depth import LEAST_BLOCKS
 from edgeprune.latency.profiling import cut_pairs
 from edgeprune.onnx_graph.calibration import calibrated
 from edgeprune.onnx_graph.graph import ALIGNED_BYTES, OUTSIDE_BYTES, linear_layers
@@ -30,6 +31,7 @@ from edgeprune.scheduling.goals import single_cut
 from edgeprune.vit.export import onnx_from_module, onnx_of_schedule, trunk_from_module
 from edgeprune.vit.fidelity import logits_of_schedule
 from edgeprune.vit.models import Model
+from edgeprune.vit.profiling_models import alike
 from edgeprune.vit.pruned import CutBlock, Trunk
 from edgeprune.vit.reducers import reducer_named
 from edgeprune.vit.rotary import rotation_of
@@ -81,11 +83,23 @@ def prepare_latency(
     batches: Sequence[int] = (1, 8, 32),
     percents: Sequence[int] = PERCENTS,
 ) -> None:
-    """One block with a symbolic token axis, the unpruned model, cuts, and models with one cut; without weights."""
+    """One block with a symbolic token axis, the unpruned model, cuts, and models with one cut; without weights.
+
+    At the first batch also the trunk and two of its blocks, where its blocks are alike.
+    """
     folder, vit, family = kit / model.vit.name, model.vit, model.family
     store = _store(folder, model, LATENCY, random=True)
     blocks: Any = model.module.blocks
     middle, rotation = blocks[vit.depth // 2], rotation_of(model)
+    if vit.depth >= LEAST_BLOCKS and alike(blocks):
+        first = torch.zeros(batches[0], vit.tokens, vit.width)
+        for name, part in (("trunk", blocks), ("pair", blocks[vit.depth // 2 - 1 : vit.depth // 2 + 1])):
+            _export(
+                folder,
+                f"{name}-b{batches[0]}",
+                store,
+                lambda p, b=part: trunk_from_module(Trunk(list(b), family, rotation), first, p),
+            )
     for batch in batches:
         stream = torch.zeros(batch, vit.tokens, vit.width)
         _export(
