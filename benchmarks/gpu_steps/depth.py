@@ -14,7 +14,7 @@ from edgeprune.latency.depth import CHECKED, FITTED, MOST_OFF, counts_at, fit
 from edgeprune.latency.probing import all_counts
 from edgeprune.latency.timing import interleave
 from gpu_steps.kit import LATENCY, models_for, vit_of, weights_key
-from gpu_steps.run import EngineSpec, Parts, Run
+from gpu_steps.run import EngineSpec, OutOfTime, Parts, Run
 
 PRECISION = "fp16"
 PLACES = 9  # counts that are timed, evenly spaced; three are fitted, two decide, as in a build
@@ -79,7 +79,8 @@ def predicted(run: Run, folder: Path, batch: int) -> Any:
 def seconds_to_build(run: Run, spec: EngineSpec) -> float | None:
     """How long compiling takes while nothing else is compiled; None where the engine is there. Raises OutOfTime."""
     target, onnx = run.target(spec.precision, spec.batch), run.onnx(spec)
-    before = time.time()
+    if (before := time.time()) > run.until:
+        raise OutOfTime
     run.opener(spec)
     engine = target.engine(onnx, weights_key(spec.folder))
     return round(time.time() - before, 2) if engine.stat().st_mtime >= before and engine != onnx else None

@@ -36,7 +36,7 @@ PARITY, LATENCY = "parity", "latency"  # what a model of the kit is for
 def int8_with_fp16_scales(
     model: onnx.ModelProto, ranges: Mapping[str, float] | None = None, kept: Sequence[str] = ()
 ) -> onnx.ModelProto:
-    """INT8 linear layers in an fp16 graph with fp16 scales and no casts; opset 19, which TensorRT 8.6 cannot read."""
+    """INT8 linear layers in fp16 with fp16 scales, no cast after DQ; opset 19, which TensorRT 8.6 cannot read."""
     return fp16(raise_opset(int8(model, ranges, kept, fp32_weights=True)), islands(model))
 
 

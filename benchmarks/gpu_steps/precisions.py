@@ -13,7 +13,7 @@ from gpu_steps.kit import FP16_SCALES, pruned
 from gpu_steps.run import EngineSpec, Run
 
 REFERENCE, METHOD, PERCENT = "fp16", "fold", 50
-# By name: precision and form. "int8" is what edgeprune exports: fp32 scales, and casts around Q/DQ.
+# By name: precision and form. "int8" is what edgeprune exports: fp32 scales, and a cast after each DQ.
 KINDS = {"fp16": ("fp16", ""), "int8": ("int8", ""), FP16_SCALES: ("int8", FP16_SCALES), "fp8": ("fp8", "")}
 
 

@@ -24,11 +24,19 @@ from edgeprune.io import load, replacing, save
 from edgeprune.latency.depth import LEAST_BLOCKS
 from edgeprune.latency.profiling import cut_pairs
 from edgeprune.onnx_graph.calibration import calibrated
+from edgeprune.onnx_graph.chain import chained
 from edgeprune.onnx_graph.graph import ALIGNED_BYTES, OUTSIDE_BYTES, linear_layers
 from edgeprune.pipeline.export import metadata_of
 from edgeprune.records import Int8Ranges, Schedule, Vit
 from edgeprune.scheduling.goals import single_cut
-from edgeprune.vit.export import onnx_from_module, onnx_of_schedule, trunk_from_module
+from edgeprune.vit.export import (
+    graph_of_block,
+    onnx_from_module,
+    onnx_of_schedule,
+    save_trunk,
+    trunk_from_module,
+    weights_of,
+)
 from edgeprune.vit.fidelity import logits_of_schedule
 from edgeprune.vit.models import Model
 from edgeprune.vit.profiling_models import alike
@@ -93,13 +101,11 @@ def prepare_latency(
     middle, rotation = blocks[vit.depth // 2], rotation_of(model)
     if vit.depth >= LEAST_BLOCKS and alike(blocks):
         first = torch.zeros(batches[0], vit.tokens, vit.width)
+        block = graph_of_block(middle, family, first, rotation)
         for name, part in (("trunk", blocks), ("pair", blocks[vit.depth // 2 - 1 : vit.depth // 2 + 1])):
-            _export(
-                folder,
-                f"{name}-b{batches[0]}",
-                store,
-                lambda p, b=part: trunk_from_module(Trunk(list(b), family, rotation), first, p),
-            )
+            if block is not None:
+                chain = partial(chained, block, [weights_of(each) for each in part])
+                _export(folder, f"{name}-b{batches[0]}", store, lambda p, c=chain: save_trunk(c(), p))
     for batch in batches:
         stream = torch.zeros(batch, vit.tokens, vit.width)
         _export(

@@ -58,7 +58,9 @@ def gpu() -> Iterator[None]:
         from support.fake_trt import Fake
 
         with pytest.MonkeyPatch.context() as patch:
-            Fake(STAND_IN).install(patch)
+            fake = Fake(STAND_IN).install(patch)
+            if STAND_IN.startswith("8."):  # its inspector hides kernels (#3243)
+                fake.layers = [{"Name": "{ForeignNode[a...b]}"}]
             yield
         return
     need_gpu()

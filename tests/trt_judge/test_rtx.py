@@ -14,6 +14,7 @@ from typing import Any
 
 import onnx
 import pytest
+from gpu_steps.kit import int8_with_fp16_scales
 from onnx import TensorProto
 from support.trt_files import PRECISIONS, controls, converted, every, topk
 
@@ -105,6 +106,12 @@ def test_profiling_models_are_built(
         ends = {"fixed": (2, 7), "dense": (2, 7), "last": (2, 1, 48)}
         leaving = (2, count or int(name.split("-")[-1]), 48) if name not in ends else ends[name]
         assert found["outputs"][0][1:] == ("FLOAT", leaving)
+
+
+def test_the_other_form_of_int8_is_built(network: Callable[..., onnx.ModelProto], tmp_path: Path) -> None:
+    """What step 7 of benchmarks/gpu_run.py compares with ours."""
+    found = accepted(int8_with_fp16_scales(network("fold", True, 1, "fp32")), tmp_path / "model.onnx")
+    assert {out[0][1] for _, kind, out in found["layers"] if kind == "DEQUANTIZE"} == {"HALF"}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
