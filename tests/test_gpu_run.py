@@ -66,6 +66,35 @@ def called(capsys: pytest.CaptureFixture[str], number: int, kit: Path, out: Path
     return found
 
 
+def test_ranges_are_those_of_the_first_batch(
+    kit: Path, tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibration takes most of the time of --prepare; the exporter numbers nodes and values by batch."""
+    import msgspec
+    from gpu_steps import prepare
+
+    from edgeprune.io import load, save
+    from edgeprune.onnx_graph.graph import linear_layers
+    from edgeprune.records import Int8Ranges
+
+    for name in (STORE, "fold-whole-b1.onnx"):
+        shutil.copy(kit / "cls" / name, tmp_path)
+    model = onnx.load(kit / "cls/fold-whole-b1.onnx", load_external_data=False)
+    known = load(kit / "cls/fold-whole-b1.int8.json", Int8Ranges)
+    layers = linear_layers(model)
+    save(msgspec.structs.replace(known, kept=(layers[1].name,)), tmp_path / "fold-whole-b1.int8.json")
+    for node in model.graph.node:
+        node.name += "_4"
+        node.input[:] = [f"{name}_4" if name in known.ranges else name for name in node.input]
+        node.output[:] = [f"{name}_4" if name in known.ranges else name for name in node.output]
+    onnx.save(model, tmp_path / "fold-whole-b4.onnx")
+    monkeypatch.delattr(prepare, "calibrated")
+    prepare._ranges(tmp_path, "fold-whole-b4", "fold-whole-b1", tiny("cls"), np.zeros((1, 16, 16, 3), np.uint8))
+    found = load(tmp_path / "fold-whole-b4.int8.json", Int8Ranges)
+    assert found.kept == (layers[1].name + "_4",)
+    assert {**found.ranges} == {f"{n.input[0]}_4": known.ranges[n.input[0]] for n in layers}
+
+
 def test_parity(kit: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """fp32 equals PyTorch's logits with and without prefix_last; lower precisions differ a little, but not more."""
     found = called(capsys, 2, kit, out)

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -222,15 +223,19 @@ def _pictures(folder: Path, model: Model, images: Path | None, count: int) -> An
 
 
 def _ranges(folder: Path, name: str, first: str, model: Model, pixels: Any) -> None:
-    """INT8 ranges of a graph: those of the same graph at another batch where all names are known there."""
+    """INT8 ranges of a graph: those of the same graph at its first batch, whose linear layers have the same order."""
     out, other = folder / f"{name}.int8.json", folder / f"{first}.int8.json"
     if out.exists():
         return
     graph = onnx.load(folder / f"{name}.onnx")
     if other.exists():
-        known, layers = load(other, Int8Ranges), linear_layers(graph)
-        if {n.input[0] for n in layers} <= {*known.ranges} and {*known.kept} <= {n.name for n in layers}:
-            save(known, out)
+        known, before = load(other, Int8Ranges), onnx.load(folder / f"{first}.onnx")
+        pairs = list(zip(linear_layers(before), linear_layers(graph), strict=True))
+        held = [{t.name: t.raw_data for t in each.graph.initializer} for each in (before, graph)]
+        if all(held[0][a.input[1]] == held[1][b.input[1]] for a, b in pairs):
+            ranges = {b.input[0]: known.ranges[a.input[0]] for a, b in pairs}
+            kept = tuple(b.name for a, b in pairs if a.name in known.kept)
+            save(msgspec.structs.replace(known, ranges=ranges, kept=kept), out)
             return
     size = graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     pictures = normalise(pixels[: min(CALIBRATION, len(pixels))], model.preprocessing)
