@@ -1,7 +1,7 @@
-"""One run on a GPU machine with TensorRT, in eight steps of less than 10 minutes each; torch is not needed there.
+"""One run on a GPU machine with TensorRT, in nine steps of less than 10 minutes each; torch is not needed there.
 
 python benchmarks/gpu_run.py --prepare KIT [--weights FILE --images CSV]     before, where torch is; no GPU
-python benchmarks/gpu_run.py --step N --kit KIT --out DIR [--device D]       there, N from 1 to 8
+python benchmarks/gpu_run.py --step N --kit KIT --out DIR [--device D]       there, N from 1 to 9
 python benchmarks/gpu_run.py --report DIR                                    Markdown from DIR/step-N.json
 
 EDGEPRUNE_GPU_WORK names a folder for engines that stays between calls (default: OUT/work). A step writes
@@ -24,7 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(path) for path in (ROOT, ROOT / "benchmarks") if str(path) not in sys.path]
 
-from gpu_steps import checks, green_context, latencies  # noqa: E402
+from gpu_steps import checks, depth, green_context, latencies  # noqa: E402
 from gpu_steps.report import markdown  # noqa: E402
 from gpu_steps.run import Run, carried_out  # noqa: E402
 
@@ -39,6 +39,7 @@ STEPS = {
     6: ("measured against simulated edges", latencies.against_simulation),
     7: ("methods at equal tokens and equal latency", latencies.methods),
     8: ("every command of the device half", checks.commands),
+    9: ("two blocks for the trunk", depth.two_blocks),
 }
 SECONDS = 480  # of a call, after which no part and no build is begun
 PARITY_MODEL, LATENCY_MODELS = "vit_tiny_patch16_224", ("vit_small_patch16_224", "vit_base_patch16_224")

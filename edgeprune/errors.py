@@ -12,7 +12,7 @@ EdgepruneError
 ├── HostError           a machine that cannot be reached over ssh, or that gives an invalid answer
 ├── ExportError         an ONNX file that fails a check (static shapes, logits equal to PyTorch's)
 ├── EngineError         a runtime that cannot compile, load or run a model
-├── PrecisionError      fp16 or INT8 that is slower than fp32 or loses more than allowed
+├── PrecisionError      a lower precision that is slower than a wider one or loses more than allowed
 ├── VerifyError         a bundle that is damaged, is for another machine, or computes something else
 ├── SweepError          builds of a sweep that failed; the others have their results
 └── ScheduleError       no schedule meets the goal
@@ -73,7 +73,7 @@ class ExportError(EdgepruneError):
 
 
 class PrecisionError(EdgepruneError):
-    """fp16 or INT8 that is slower than fp32 or loses more than allowed."""
+    """A lower precision that is slower than a wider one or loses more than allowed."""
 
 
 class EngineError(EdgepruneError):

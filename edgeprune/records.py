@@ -45,7 +45,7 @@ class TrtOptions(Record, frozen=True, kw_only=True):
     """Options of TensorRT's builder; the defaults are TensorRT's own except for the workspace."""
 
     optimization_level: int | None = None  # 0 to 5: how thoroughly it searches for fast kernels
-    workspace_mib: int = 2048  # at most, and never more than half of the free memory
+    workspace_mib: int = 2048  # at most, and never more than a quarter of all memory
     tactic_sources: tuple[str, ...] | None = None  # names of tensorrt.TacticSource
     typing: str = "strong"  # strong: types as in the ONNX (from TensorRT 10) | weak
     dla_core: int | None = None  # setting it raises an error with the reason
@@ -66,7 +66,7 @@ class Device(Record, frozen=True, kw_only=True):
     jetpack: str | None = None
     power_query: str | None = None  # command that prints the power mode
     clocks_query: str | None = None
-    machine: tuple[str, ...] = ()  # substrings of /proc/device-tree/model that identify the device
+    machine: tuple[str, ...] = ()  # parts of a board's or a GPU's name that identify the device
     gpu: str | None = None  # part of the GPU's name, where docker hides /proc/device-tree/model
     image: str | None = None  # container image for the device half
     simulation: Simulation | None = None

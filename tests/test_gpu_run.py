@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
 import gpu_run
 import numpy as np
+import onnx
 import pytest
-from gpu_steps import checks, green_context, latencies
-from gpu_steps.kit import STORE, chosen, overlap, read_json
+from gpu_steps import checks, depth, green_context, latencies
+from gpu_steps.kit import FP16_SCALES, STORE, chosen, onnx_in, overlap, read_json
 from gpu_steps.report import NOT_RUN, markdown
 from gpu_steps.run import ATTEMPTS, OutOfTime, Run, Skipped, carried_out
 from support.fake_trt import Fake
 from support.loopback import SSHD
+from support.paths import ROOT
 
 from edgeprune.errors import DeviceError, EngineError
 
@@ -25,14 +31,14 @@ METHODS = ("fold",)
 
 @pytest.fixture(scope="module")
 def kit(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with one method at batch 1, for parity and for latency."""
+    """A tiny model with one method at batch 1 for parity, and one of four blocks for latency."""
     from dataclasses import replace
 
     import msgspec
     from gpu_steps.prepare import prepare_latency, prepare_parity
 
-    folder, model = tmp_path_factory.mktemp("kit"), tiny("cls")
-    prepare_parity(folder, model, methods=METHODS, batches=(1,), count=4)
+    folder, model = tmp_path_factory.mktemp("kit"), tiny("cls", depth=4)
+    prepare_parity(folder, tiny("cls"), methods=METHODS, batches=(1,), count=4)
     prepare_latency(
         folder,
         replace(model, vit=msgspec.structs.replace(model.vit, name="random")),
@@ -60,11 +66,41 @@ def called(capsys: pytest.CaptureFixture[str], number: int, kit: Path, out: Path
     return found
 
 
+def test_ranges_are_those_of_the_first_batch(
+    kit: Path, tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Calibration takes most of the time of --prepare; the exporter numbers nodes and values by batch."""
+    import msgspec
+    from gpu_steps import prepare
+
+    from edgeprune.io import load, save
+    from edgeprune.onnx_graph.graph import linear_layers
+    from edgeprune.records import Int8Ranges
+
+    for name in (STORE, "fold-whole-b1.onnx"):
+        shutil.copy(kit / "cls" / name, tmp_path)
+    model = onnx.load(kit / "cls/fold-whole-b1.onnx", load_external_data=False)
+    known = load(kit / "cls/fold-whole-b1.int8.json", Int8Ranges)
+    layers = linear_layers(model)
+    save(msgspec.structs.replace(known, kept=(layers[1].name,)), tmp_path / "fold-whole-b1.int8.json")
+    for node in model.graph.node:
+        node.name += "_4"
+        node.input[:] = [f"{name}_4" if name in known.ranges else name for name in node.input]
+        node.output[:] = [f"{name}_4" if name in known.ranges else name for name in node.output]
+    onnx.save(model, tmp_path / "fold-whole-b4.onnx")
+    monkeypatch.delattr(prepare, "calibrated")
+    prepare._ranges(tmp_path, "fold-whole-b4", "fold-whole-b1", tiny("cls"), np.zeros((1, 16, 16, 3), np.uint8))
+    found = load(tmp_path / "fold-whole-b4.int8.json", Int8Ranges)
+    assert found.kept == (layers[1].name + "_4",)
+    assert {**found.ranges} == {f"{n.input[0]}_4": known.ranges[n.input[0]] for n in layers}
+
+
 def test_parity(kit: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """fp32 equals PyTorch's logits with and without prefix_last; lower precisions differ a little, but not more."""
-    parts = called(capsys, 2, kit, out)["parts"]
+    found = called(capsys, 2, kit, out)
+    parts = found["parts"]
     rows = {f"{row['name']} {key.split()[1]}": row for key, part in parts.items() for row in part.get("rows", ())}
-    assert len(rows) == 4 * 3
+    assert len(rows) == 4 * 3 and {"cls fp8 b1", "cls fp8 ranking"} == {*found["skipped"]}
     for name, row in rows.items():
         assert row["finite"] and row["median_difference"] < (1e-5 if "fp32" in name else 0.5), (name, row)
         assert (row["median_difference"] > 1e-5) == ("fp32" not in name)
@@ -82,7 +118,35 @@ def test_methods(kit: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> No
     parts = called(capsys, 7, kit, out)["parts"]
     assert {(row["method"], row["percent"]) for row in parts["random b1 methods"]["rows"]} == {("fold", 50)}
     assert {row["method"] for row in parts["random b1 cuts"]["rows"]} == {"fold"}
+    found = parts["random b1 precisions"]
+    rows = {(row["graph"], row["precision"]): row["over_fp16"] for row in found["precisions"]}
+    assert {*rows} == {(g, p) for g in ("dense-b1", "fold-r50-b1") for p in ("fp16", "int8", FP16_SCALES)}
+    assert rows["dense-b1", "fp16"] == 1 and "fp8" in found["lacking"] and not found["errors"]
     assert (kit / "random" / STORE).stat().st_size == read_json(kit / "random/weights.json")["bytes"]
+
+
+def test_two_blocks(kit: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One linear function of the latency of two blocks predicts all counts, more of them than a build checks."""
+    [part] = called(capsys, 9, kit, out)["parts"].values()
+    pair, predicted = ([row[key] for row in part["rows"]] for key in ("pair_ms", "predicted_ms"))
+    assert len(pair) == depth.PLACES and np.ptp(predicted - np.polyval(np.polyfit(pair, predicted, 1), pair)) < 1e-6
+    assert part["check_off"] >= 0 and part["build_s"] == {"trunk": None, "pair": None}  # nothing to compile
+
+
+def test_int8_in_two_forms(kit: Path, tmp_path: Path) -> None:
+    """With fp16 scales no cast stands between DQ and a product; outputs are the same up to rounding."""
+    import onnxruntime
+
+    found = {}
+    for kind in ("int8-fp16", FP16_SCALES):
+        path = onnx_in(kit / "cls", "fold-whole-b1", kind, tmp_path)
+        model = onnx.load(path)
+        taken = {name: node.op_type for node in model.graph.node for name in node.input}
+        users = [taken[node.output[0]] for node in model.graph.node if node.op_type == "DequantizeLinear"]
+        assert {*users} == {"Cast" if kind == "int8-fp16" else "MatMul"} and len(users) > 10
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        found[kind] = session.run(None, {"images": checks.pictures_of(kit / "cls")[0][:1]})[0]
+    np.testing.assert_allclose(found["int8-fp16"], found[FP16_SCALES], atol=0.05)
 
 
 def test_commands(kit: Path, out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,6 +182,49 @@ def test_on_a_fake_tensorrt(
     joined = ",".join(fake.calls)
     assert "wait,wait,event,launch,event,wait" in joined, "idle: the stream is empty when the event is recorded"
     assert "launch,event,launch,event,wait" in joined, "queued: it is not"
+
+
+# --- tests/gpu itself ---
+
+
+@pytest.mark.parametrize("version", ["8.6.0", "10.3.0"])
+def test_gpu_tests_on_a_stand_in(version: str, kit: Path, tmp_path: Path) -> None:
+    """What a GPU machine runs first, as it runs it there, and one engine of every precision."""
+    environment = os.environ | {
+        "EDGEPRUNE_GPU_KIT": str(kit), "EDGEPRUNE_GPU_WORK": str(tmp_path), "EDGEPRUNE_GPU_STAND_IN": version,
+    }  # fmt: skip
+    tests = ROOT / "tests/gpu"
+    names = "an_engine_runs or every_name or (test_engine and fold and whole and 1)"
+    command = [sys.executable, "-m", "pytest", "-c", str(tests / "pytest.ini"), str(tests), "-k", names]
+    report = tmp_path / "report.xml"
+    done = subprocess.run([*command, "--junitxml", str(report)], env=environment, capture_output=True, text=True)
+    ends = checks.outcomes(report)
+    assert done.returncode == 0, done.stdout
+    passed = {name for name, end in ends.items() if end == "passed"}
+    engines = {f"test_engine[fold-whole-1-{precision}]" for precision in ("fp32", "fp16", "int8")}
+    assert passed >= engines | {"test_an_engine_runs"}
+    assert "a stand-in has no CUDA" in ends["test_every_name_exists_here"]
+    assert (f"TensorRT {version} has no FP8" in ends["test_engine[fold-whole-1-fp8]"]) is version.startswith("8.")
+
+
+@pytest.mark.parametrize("installed", ["pycuda", "cuda_python", ""])
+def test_gpu_tests_take_either_driver(installed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_from_file_location("gpu_tests", ROOT / "tests/gpu/test_gpu.py")
+    assert spec is not None and spec.loader is not None
+    tests = module_from_spec(spec)
+    spec.loader.exec_module(tests)
+    fake = Fake("10.3.0").install(monkeypatch)
+    monkeypatch.setitem(
+        sys.modules, "edgeprune.runtimes.cuda_python", fake.driver if installed == "cuda_python" else None
+    )
+    if installed != "pycuda":
+        monkeypatch.setitem(sys.modules, "pycuda", None)
+        monkeypatch.delitem(sys.modules, "pycuda.driver")
+    if installed:
+        tests.need_gpu()
+    else:
+        with pytest.raises(pytest.skip.Exception, match="pycuda is missing"):
+            tests.need_gpu()
 
 
 # --- what a call that ended early leaves ---
@@ -232,13 +339,14 @@ def test_a_driver_without_green_contexts(driver: str, monkeypatch: pytest.Monkey
 
 
 def test_report(kit: Path, out: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    for number in (2, 5, 6, 7):
+    for number in (2, 5, 6, 7, 9):
         called(capsys, number, kit, out)
     assert gpu_run.main(["--report", str(out)]) == 0
     *page, last = capsys.readouterr().out.splitlines()
     assert json.loads(last) == {"report": str(out)}
     text = "\n".join(page)
-    for number in (2, 5, 6, 7):
+    for number in (2, 5, 6, 7, 9):
         assert f"### Step {number}: {gpu_run.STEPS[number][0]}" in text
     assert "| fold-prefix-b1 |" in text and "Tokens in percent at" in text
+    assert "| dense-b1 | int8-fp16-scales |" in text and "from two blocks, ms" in text
     assert markdown(tmp_path) == NOT_RUN

@@ -28,6 +28,7 @@ from edgeprune.io import load
 from edgeprune.onnx_graph.attention_fusion import expected
 from edgeprune.onnx_graph.graph import metadata_in, save_graph
 from edgeprune.records import Latency, Preprocessing
+from edgeprune.runtimes.target import PRECISIONS
 from gpu_steps.kit import (
     PARITY,
     chosen,
@@ -42,8 +43,6 @@ from gpu_steps.kit import (
 )
 from gpu_steps.run import EngineSpec, Parts, Run, Skipped, opened
 
-PRECISIONS = ("fp32", "fp16", "int8")  # TensorRT 8.6 has no FP8
-
 if TYPE_CHECKING:
     from edgeprune.runtimes.trt_session import TrtSession
 
@@ -57,7 +56,7 @@ def smoke(run: Run) -> Parts:
 
     def packages() -> Any:
         found, missing = {}, []
-        for name in (*NEEDED, "pytest", "tensorrt", "pycuda"):
+        for name in (*NEEDED, "pytest", "tensorrt", "pycuda", "cuda.bindings"):
             try:
                 found[name] = str(getattr(importlib.import_module(name), "__version__", "unknown"))
             except ImportError:
@@ -126,6 +125,7 @@ def pictures_of(folder: Path) -> tuple[Any, Any]:
 
 def compared(run: Run, folder: Path, names: list[str], precision: str, batch: int) -> Any:
     """Each engine's logits with PyTorch's of the same schedule, and with those of the unpruned model."""
+    run.need(precision)
     specs = [EngineSpec(folder, name, precision, batch) for name in names]
     errors = run.build(specs)
     images, labels = pictures_of(folder)
@@ -151,6 +151,7 @@ def compared(run: Run, folder: Path, names: list[str], precision: str, batch: in
 
 def rankings(run: Run, folder: Path, precision: str, batch: int) -> Any:
     """Share of the tokens chosen by the first cut that an engine and ONNX Runtime in fp32 have in common."""
+    run.need(precision)
     images, _ = pictures_of(folder)
     target, vit, shares = run.target(precision, batch), vit_of(folder), {}
     with np.load(folder / "ranking.npz") as known:
@@ -184,6 +185,7 @@ def kernels(run: Run) -> Parts:
 def inspected(run: Run, spec: EngineSpec) -> Any:
     """Fused attention layers as edgeprune counts them, those expected, and the names that say attention."""
     run.need_tensorrt()
+    run.need(spec.precision)
     from edgeprune.runtimes.trt_builder import tensorrt
 
     onnx_file, trt = run.onnx(spec), tensorrt()
@@ -215,6 +217,7 @@ def is_attention(name: str) -> bool:
 def profiled(run: Run, spec: EngineSpec) -> Any:
     """Kernels of a few inferences by Nsight Compute (ncu): name, launches, total time."""
     run.need_tensorrt()
+    run.need(spec.precision)
     ncu = shutil.which("ncu")
     if ncu is None:
         raise Skipped("needs Nsight Compute (ncu)")

@@ -8,7 +8,7 @@ needs no torch either and happens here, too.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,10 @@ import onnx
 import onnx.utils
 
 from edgeprune.io import code_key, load, replacing
+from edgeprune.onnx_graph.fp16 import fp16, islands
 from edgeprune.onnx_graph.graph import fix_tokens, infer, save_apart, save_graph
+from edgeprune.onnx_graph.int8 import int8
+from edgeprune.onnx_graph.passes import raise_opset
 from edgeprune.onnx_graph.precision import CONVERSIONS, QUANTISED
 from edgeprune.records import Int8Ranges, Vit
 
@@ -28,6 +31,17 @@ STORE, ABOUT = "weights.bin", "weights.json"
 SPREAD = 0.02  # standard deviation of random weights, as timm draws them
 PIECE = 1 << 22  # values drawn at a time
 PARITY, LATENCY = "parity", "latency"  # what a model of the kit is for
+
+
+def int8_with_fp16_scales(
+    model: onnx.ModelProto, ranges: Mapping[str, float] | None = None, kept: Sequence[str] = ()
+) -> onnx.ModelProto:
+    """INT8 linear layers in fp16 with fp16 scales, no cast after DQ; opset 19, which TensorRT 8.6 cannot read."""
+    return fp16(raise_opset(int8(model, ranges, kept, fp32_weights=True)), islands(model))
+
+
+FP16_SCALES = "int8-fp16-scales"  # what step 7 compares with the form that edgeprune exports, int8-fp16
+FORMS: dict[str, Callable[..., onnx.ModelProto]] = {**QUANTISED, FP16_SCALES: int8_with_fp16_scales}
 
 
 def read_json(path: Path) -> Any:
@@ -78,16 +92,16 @@ def weights_key(folder: Path) -> str:
 
 
 def onnx_in(folder: Path, name: str, kind: str, work: Path) -> Path:
-    """A graph of a model in a precision of ONNX files (see onnx_precision), converted once. Raises OutputError."""
+    """A graph of a model in a precision of ONNX files or a form (FORMS), converted once. Raises OutputError."""
     source = folder / f"{name}.onnx"
     key = weights_key(folder)
     out = work / "onnx" / f"{folder.name}-{key[:12]}-{code_key()[:12]}" / f"{name}-{kind}.onnx"
     if not out.exists():
         model = onnx.load(source)
         ranges = folder / f"{name}.int8.json"
-        if kind in QUANTISED and ranges.exists():
-            found = load(ranges, Int8Ranges)
-            model = QUANTISED[kind](model, found.ranges, found.kept)
+        if kind in FORMS:
+            found = load(ranges, Int8Ranges) if ranges.exists() else None
+            model = FORMS[kind](model, found.ranges, found.kept) if found else FORMS[kind](model)
         elif kind in CONVERSIONS:
             model = CONVERSIONS[kind](model)
         _save(model, out)

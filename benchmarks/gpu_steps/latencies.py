@@ -21,6 +21,7 @@ from edgeprune.runtimes import Observed
 from edgeprune.runtimes.kernel_times import latency_ms
 from edgeprune.runtimes.simulated import operations_of_trunk
 from gpu_steps.kit import LATENCY, models_for, read_json, vit_of
+from gpu_steps.precisions import precisions
 from gpu_steps.run import EngineSpec, Parts, Run, Skipped
 
 PRECISION = "fp16"
@@ -139,6 +140,9 @@ def methods(run: Run) -> Parts:
         for batch in batches_of(folder):
             parts[f"{folder.name} b{batch} methods"] = lambda f=folder, b=batch: equal(run, f, b)  # type: ignore[misc]
             parts[f"{folder.name} b{batch} cuts"] = lambda f=folder, b=batch: cuts(run, f, b)  # type: ignore[misc]
+            parts[f"{folder.name} b{batch} precisions"] = (  # type: ignore[misc]
+                lambda f=folder, b=batch: precisions(run, f, b)
+            )
     return parts
 
 

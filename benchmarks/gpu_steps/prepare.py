@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnxruntime
@@ -21,15 +22,25 @@ from onnx import TensorProto
 from edgeprune.defaults import REDUCERS
 from edgeprune.images import load_images, load_pixels, normalise
 from edgeprune.io import load, replacing, save
+from edgeprune.latency.depth import LEAST_BLOCKS
 from edgeprune.latency.profiling import cut_pairs
 from edgeprune.onnx_graph.calibration import calibrated
+from edgeprune.onnx_graph.chain import chained
 from edgeprune.onnx_graph.graph import ALIGNED_BYTES, OUTSIDE_BYTES, linear_layers
 from edgeprune.pipeline.export import metadata_of
 from edgeprune.records import Int8Ranges, Schedule, Vit
 from edgeprune.scheduling.goals import single_cut
-from edgeprune.vit.export import onnx_from_module, onnx_of_schedule, trunk_from_module
+from edgeprune.vit.export import (
+    graph_of_block,
+    onnx_from_module,
+    onnx_of_schedule,
+    save_trunk,
+    trunk_from_module,
+    weights_of,
+)
 from edgeprune.vit.fidelity import logits_of_schedule
 from edgeprune.vit.models import Model
+from edgeprune.vit.profiling_models import alike
 from edgeprune.vit.pruned import CutBlock, Trunk
 from edgeprune.vit.reducers import reducer_named
 from edgeprune.vit.rotary import rotation_of
@@ -81,11 +92,21 @@ def prepare_latency(
     batches: Sequence[int] = (1, 8, 32),
     percents: Sequence[int] = PERCENTS,
 ) -> None:
-    """One block with a symbolic token axis, the unpruned model, cuts, and models with one cut; without weights."""
+    """One block with a symbolic token axis, the unpruned model, cuts, and models with one cut; without weights.
+
+    At the first batch also the trunk and two of its blocks, where its blocks are alike.
+    """
     folder, vit, family = kit / model.vit.name, model.vit, model.family
     store = _store(folder, model, LATENCY, random=True)
     blocks: Any = model.module.blocks
     middle, rotation = blocks[vit.depth // 2], rotation_of(model)
+    if vit.depth >= LEAST_BLOCKS and alike(blocks):
+        first = torch.zeros(batches[0], vit.tokens, vit.width)
+        block = graph_of_block(middle, family, first, rotation)
+        for name, part in (("trunk", blocks), ("pair", blocks[vit.depth // 2 - 1 : vit.depth // 2 + 1])):
+            if block is not None:
+                chain = partial(chained, block, [weights_of(each) for each in part])
+                _export(folder, f"{name}-b{batches[0]}", store, lambda p, c=chain: save_trunk(c(), p))
     for batch in batches:
         stream = torch.zeros(batch, vit.tokens, vit.width)
         _export(
@@ -202,15 +223,19 @@ def _pictures(folder: Path, model: Model, images: Path | None, count: int) -> An
 
 
 def _ranges(folder: Path, name: str, first: str, model: Model, pixels: Any) -> None:
-    """INT8 ranges of a graph: those of the same graph at another batch where all names are known there."""
+    """INT8 ranges of a graph: those of the same graph at its first batch, whose linear layers have the same order."""
     out, other = folder / f"{name}.int8.json", folder / f"{first}.int8.json"
     if out.exists():
         return
     graph = onnx.load(folder / f"{name}.onnx")
     if other.exists():
-        known, layers = load(other, Int8Ranges), linear_layers(graph)
-        if {n.input[0] for n in layers} <= {*known.ranges} and {*known.kept} <= {n.name for n in layers}:
-            save(known, out)
+        known, before = load(other, Int8Ranges), onnx.load(folder / f"{first}.onnx")
+        pairs = list(zip(linear_layers(before), linear_layers(graph), strict=True))
+        held = [{t.name: t.raw_data for t in each.graph.initializer} for each in (before, graph)]
+        if all(held[0][a.input[1]] == held[1][b.input[1]] for a, b in pairs):
+            ranges = {b.input[0]: known.ranges[a.input[0]] for a, b in pairs}
+            kept = tuple(b.name for a, b in pairs if a.name in known.kept)
+            save(msgspec.structs.replace(known, ranges=ranges, kept=kept), out)
             return
     size = graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     pictures = normalise(pixels[: min(CALIBRATION, len(pixels))], model.preprocessing)

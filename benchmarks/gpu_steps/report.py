@@ -100,7 +100,32 @@ def _simulation(name: str, part: Row) -> list[str]:
     ]
 
 
+def _precisions(name: str, part: Row) -> list[str]:
+    rows = [
+        [row["graph"], row["precision"], _number(row["ms"]["median"], 4), _number(row["over_fp16"]),
+         "–".join(_number(x) for x in row["interval"])]
+        for row in part["precisions"]
+    ]  # fmt: skip
+    missing = [f"- {kind}: {reason}" for what in ("lacking", "errors") for kind, reason in part[what].items()]
+    table = _table("graph | precision | median, ms | over fp16 | 95 %", rows)
+    return [name, "", *table, *(["", *missing] if missing else [])]
+
+
+def _depth(name: str, part: Row) -> list[str]:
+    rows = [
+        [str(row["tokens"]), *(_number(row[key], 4) for key in ("trunk_ms", "predicted_ms")),
+         f"{100 * row['error']:+.1f} %"]
+        for row in part["rows"]
+    ]  # fmt: skip
+    seconds = ", ".join(f"{each} {_number(value, 1)} s" for each, value in part["build_s"].items())
+    said = f"the check is {100 * part['check_off']:.1f} % off, {100 * part['allowed']:.0f} % are allowed"
+    head = "tokens | trunk, ms | from two blocks, ms | error"
+    return [f"{name}, {part['precision']}; {said}; compiling: {seconds}", "", *_table(head, rows)]
+
+
 def _methods(name: str, part: Row) -> list[str]:
+    if "precisions" in part:
+        return _precisions(name, part)
     if "unpruned" not in part:
         rows = [
             [row["method"], f"{row['entering']} to {row['leaving']}", _number(row["added_us"], 2),
@@ -121,5 +146,5 @@ def _methods(name: str, part: Row) -> list[str]:
 
 
 TABLES: dict[int, Callable[[str, Row], list[str]]] = {
-    2: _parity, 3: _kernels, 4: _timings, 5: _staircase, 6: _simulation, 7: _methods,
+    2: _parity, 3: _kernels, 4: _timings, 5: _staircase, 6: _simulation, 7: _methods, 9: _depth,
 }  # fmt: skip

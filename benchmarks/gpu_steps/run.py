@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from edgeprune.errors import EdgepruneError, MissingError
+from edgeprune.errors import DeviceError, EdgepruneError, MissingError
 from edgeprune.runtimes import Session
 from edgeprune.runtimes.target import Target, target_for
 from gpu_steps import green_context
@@ -33,13 +33,17 @@ class OutOfTime(Exception):
 
 
 class EngineSpec(NamedTuple):
-    """An engine: a graph of a model in the kit, in a precision; `tokens` fixes the token axis of a block."""
+    """An engine: a graph of a model in the kit, in a precision; `tokens` fixes the token axis of a block.
+
+    `form` is a form of ONNX files (kit.FORMS) other than the one that edgeprune exports for the precision.
+    """
 
     folder: Path
     name: str
     precision: str
     batch: int
     tokens: int | None = None
+    form: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,9 +71,16 @@ class Run:
         if self.target("fp32", 1).setup.runtime != "trt":
             raise Skipped(f"needs TensorRT, and {self.device} runs on ONNX Runtime")
 
+    def need(self, precision: str) -> None:
+        """Raise Skipped where the runtime or the GPU has no such precision."""
+        try:
+            self.target(precision, 1)
+        except DeviceError as error:
+            raise Skipped(str(error)) from None
+
     def onnx(self, spec: EngineSpec) -> Path:
         """The ONNX file of an engine."""
-        kind = self.target(spec.precision, spec.batch).onnx_precision
+        kind = spec.form or self.target(spec.precision, spec.batch).onnx_precision
         if spec.tokens is None:
             return onnx_in(spec.folder, spec.name, kind, self.work)
         return static_onnx(spec.folder, spec.name, kind, spec.tokens, self.work)

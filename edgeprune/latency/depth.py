@@ -8,7 +8,7 @@ token counts and checked at two others. As a function of latency alone it keeps 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,14 +67,23 @@ def measured(
 ) -> DepthCheck:
     """Time trunk and pair in the same rounds at five token counts: three are fitted, two check the function."""
 
-    def at(shares: Sequence[float]) -> list[int]:
-        return [counts[round(share * (len(counts) - 1))] for share in shares]
-
-    fitted, checked = at(FITTED), at(CHECKED)
+    fitted, checked = counts_at(counts, FITTED), counts_at(counts, CHECKED)
     openers = {(name, n): opens(n) for n in fitted + checked for name, opens in (("trunk", trunk), ("pair", pair))}
     what = "timing the trunk and two blocks, round"
     samples = interleave(openers, rounds, progress=target.progress, room=room, what=what)
     whole, part = ({n: float(np.median(samples[name, n])) for n in fitted + checked} for name in ("trunk", "pair"))
+    return fit(whole, part, fitted, checked)
+
+
+def counts_at(counts: Sequence[int], shares: Sequence[float]) -> list[int]:
+    """The counts at these shares of their range."""
+    return [counts[round(share * (len(counts) - 1))] for share in shares]
+
+
+def fit(
+    whole: Mapping[int, float], part: Mapping[int, float], fitted: Sequence[int], checked: Sequence[int]
+) -> DepthCheck:
+    """The linear function from the latency of two blocks to that of the trunk (ms by token count)."""
     slope, offset_ms = np.polyfit([part[n] for n in fitted], [whole[n] for n in fitted], 1)
     if slope <= 0:  # latencies that do not rise with the tokens
         return DepthCheck(slope=1.0, offset_ms=0.0, off=1.0)

@@ -112,12 +112,6 @@ def treads(staircase: Staircase) -> tuple[int, ...]:
     return tuple(p.tokens for p in reversed(ends))
 
 
-def snap(staircase: Staircase, tokens: int) -> int:
-    """The highest tread end at or below `tokens`; the lowest tread end if there is none."""
-    ends = treads(staircase)
-    return max((n for n in ends if n <= tokens), default=ends[0])
-
-
 def trunk_ms(staircase: Staircase, tokens: float) -> float:
     """Median latency of the whole trunk at `tokens`, ms, interpolated linearly between measured counts."""
     counts = [p.tokens for p in staircase.points]

@@ -18,7 +18,6 @@ from edgeprune.latency.staircase import (
     block,
     exceeds,
     predict_ms,
-    snap,
     staircase_from_samples,
     treads,
     trunk,
@@ -169,15 +168,3 @@ def test_costs_come_from_differences_per_round(make_vit: MakeVit) -> None:
 def test_between_two_points_on_the_straight_line(make_staircase: MakeStaircase) -> None:
     curve = make_staircase({100: 10.0, 150: 20.0, 197: 20.0})
     assert [trunk_ms(curve, n) for n in (90, 100, 125, 150, 180)] == [10, 10, 15, 20, 20]
-
-
-def test_snap(make_staircase: MakeStaircase) -> None:
-    points = make_staircase({n: steps(n) for n in range(20, 198)})
-    assert {n: snap(points, n) for n in (197, 196, 150, 149, 93, 50)} == {
-        197: 197,
-        196: 150,
-        150: 150,
-        149: 93,
-        93: 93,
-        50: 93,
-    }

@@ -8,17 +8,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import onnx
 import pytest
+from gpu_steps.kit import int8_with_fp16_scales
 from onnx import TensorProto
 from support.trt_files import PRECISIONS, controls, converted, every, topk
 
 from edgeprune.errors import ExportError
-from edgeprune.onnx_graph.graph import MOST_SORTED, fix_tokens, save_apart, sorts_or_raise
-from edgeprune.onnx_graph.precision import QUANTISED
+from edgeprune.latency.depth import LEAST_BLOCKS
+from edgeprune.onnx_graph.graph import MOST_SORTED, fix_tokens, onnx_precision_of, sorts_or_raise
+from edgeprune.onnx_graph.precision import CONVERSIONS, QUANTISED
 
 pytest.importorskip("tensorrt_rtx_bindings", reason="TensorRT-RTX has no wheel for this Python or machine")
 
@@ -68,32 +71,58 @@ def test_every_file_is_built(
 
 
 @pytest.fixture(scope="module")
-def profiled(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Trunk and last block in fp32, with a symbolic token axis, as `export --trunk` writes them."""
-    import torch
+def profiled(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """profiled(kind, precision) is a folder as `export --trunk` writes it; a graph is traced once for all of them."""
+    from edgeprune.vit.profiling_models import export_profiling_models
 
-    from edgeprune.vit import export
-    from edgeprune.vit.pruned import LastBlock, Trunk
+    @cache
+    def made(kind: str, precision: str) -> Path:
+        folder = tmp_path_factory.mktemp("profiled")
+        export_profiling_models(tiny(kind, LEAST_BLOCKS), ("fold",), 2, folder, precision, tensorrt=True)
+        return folder
 
-    model, folder, stream = tiny("cls"), tmp_path_factory.mktemp("profiled"), torch.zeros(4, 17, 48)
-    trunk = Trunk(list(model.module.blocks[:2]), model.family)
-    export.trunk_from_module(trunk, stream, folder / "trunk.onnx")
-    export.trunk_from_module(LastBlock(model.module.blocks[2], model.family, 1), stream, folder / "last.onnx")
-    return folder
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("cls", "fp16"), ("cls", "int8-fp16"), ("cls", "fp8"), ("eva02", "int8-fp16")]
+)
+def test_profiling_models_are_built(
+    kind: str, precision: str, profiled: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    """Those with a symbolic token axis at 6 tokens: every count is the same file with one dimension changed."""
+    files = {path.stem: path for path in profiled(kind, precision).glob("*.onnx")}
+    assert {*files} >= {"trunk", "pair", "block", "fixed", "dense", *({"last"} if kind == "cls" else ())}
+    assert sum(name.startswith("cut-fold-") for name in files) == 2
+    for name, path in files.items():
+        count = 6 if name in ("trunk", "pair", "block", "last") else None
+        if count is not None:
+            fix_tokens(path, count, path := path.with_name(f"{name}-{count}.onnx"))
+        found = judge(path)
+        assert found["parsed"] and found["built"], (name, found["errors"], found["log"])
+        entering = (2, 3, 16, 16) if name in ("fixed", "dense") else (2, count or int(name.split("-")[2]), 48)
+        assert found["inputs"][0][1:] == ("FLOAT", entering)
+        ends = {"fixed": (2, 7), "dense": (2, 7), "last": (2, 1, 48)}
+        leaving = (2, count or int(name.split("-")[-1]), 48) if name not in ends else ends[name]
+        assert found["outputs"][0][1:] == ("FLOAT", leaving)
+
+
+def test_the_other_form_of_int8_is_built(network: Callable[..., onnx.ModelProto], tmp_path: Path) -> None:
+    """What step 7 of benchmarks/gpu_run.py compares with ours."""
+    found = accepted(int8_with_fp16_scales(network("fold", True, 1, "fp32")), tmp_path / "model.onnx")
+    assert {out[0][1] for _, kind, out in found["layers"] if kind == "DEQUANTIZE"} == {"HALF"}
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", ["trunk", "last"])
-def test_profiling_models_are_built(name: str, precision: str, profiled: Path, tmp_path: Path) -> None:
-    """At every count they are one file with one dimension changed: at all tokens, and at an odd number of them."""
-    model = converted(onnx.load(profiled / f"{name}.onnx"), precision)
-    save_apart(model, tmp_path / "model.onnx", tmp_path / "model.weights")
-    for count in (17, 6):
-        fix_tokens(tmp_path / "model.onnx", count, tmp_path / f"model-{count}.onnx")
-        found = judge(tmp_path / f"model-{count}.onnx")
-        assert found["parsed"] and found["built"], (found["errors"], found["log"])
-        assert found["inputs"][0][1:] == ("FLOAT", (4, count, 48))
-        assert found["outputs"][0][1:] == ("FLOAT", (4, 1 if name == "last" else count, 48))
+def test_what_export_writes_is_built(precision: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    """The file of onnx_of_schedule itself, as `export` and `build` call it."""
+    from edgeprune.vit import export
+
+    convert = CONVERSIONS.get(precision)
+    export.onnx_of_schedule(tiny("cls"), "fold", (13, 9, 9), True, 1, tmp_path / "m.onnx", convert, tensorrt=True)
+    found = judge(tmp_path / "m.onnx")
+    assert found["parsed"] and found["built"], (found["errors"], found["log"])
+    assert onnx_precision_of(onnx.load(tmp_path / "m.onnx")) == precision
 
 
 @pytest.mark.parametrize("control", controls())
@@ -114,7 +143,7 @@ def test_the_limit_of_topk_is_ours(tmp_path: Path) -> None:
         sorts_or_raise(topk(MOST_SORTED + 1))
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_dense_features_are_built(precision: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
     """Several outputs, restored to the grid after one cut and after two."""
     from edgeprune.vit import export

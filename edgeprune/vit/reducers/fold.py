@@ -1,4 +1,4 @@
-"""fold: keep tokens that are attended to and unlike any attended to more; fold each other into the nearest kept one."""
+"""fold: keep tokens that are attended to and not redundant, and fold every other into the most similar kept one."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def worth(similar: Tensor, attended: Attended, prefix: int) -> Tensor:
 
     A token is worth keeping if it matters and no token that matters more can stand for it. Density peaks (Rodriguez
     and Laio, Science 344, 2014) choose the centres of clusters in the same way, by the product of a density and the
-    distance to the nearest point of higher density. The distance is 1 - cosine, at most 1; `similar` (B, N, N) has the
-    cosines. Prefix tokens are worth more than all others, in their order, and stand for none.
+    distance to the nearest point of higher density. The distance is 1 - cosine, at most 1; `similar` (B, N, N) has
+    the cosines. Prefix tokens are worth more than all others, in their order, and stand for none.
     """
     count = similar.shape[1]
     received = attention_received(attended, prefix)
