@@ -13,7 +13,9 @@ unexport PYTHONDONTWRITEBYTECODE
 demo: $(VENV)/run.stamp
 	$(BIN)/edgeprune build --device cpu
 
-test: lint $(VENV)/debian.stamp $(VENV)/aarch64.stamp
+# pip, apt and the network wait for one another no more than they must.
+test:
+	$(MAKE) --jobs=2 lint $(VENV)/debian.stamp $(VENV)/aarch64.stamp
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/dev.stamp

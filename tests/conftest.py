@@ -15,6 +15,7 @@ from support.builds import ONE_THREAD, Shallow, copied, shallow_model, shared_bu
 from support.loopback import server
 from support.models import EVA_KINDS, KINDS, shake
 from support.paths import TESTS
+from support.processes import measure_few
 from support.records import NOISELESS, SETUP
 
 from edgeprune.records import Latency, Point, Staircase, Vit
@@ -23,12 +24,13 @@ assert "torch" not in sys.modules, "OpenMP reads the environment when torch is i
 os.environ.update(ONE_THREAD)
 
 # The files that take longest, in this order, begin first, so that two test processes end at about the same time. The
-# first makes the shared build, the second needs it last.
+# first makes the shared build, the second does not need it.
 LONGEST = (
     "pipeline/test_build.py",
+    "distributed/test_ray.py",
     "test_docs.py",
     "pipeline/test_resume.py",
-    "distributed/test_ray.py",
+    "aarch64/test_aarch64.py",
     "deploy/test_ansible.py",
     "bundles/test_ship.py",
     "bundles/test_canary.py",
@@ -46,6 +48,12 @@ LONGEST = (
     "runtimes/test_trt.py",
     "pipeline/test_onnx_files.py",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_rounds() -> None:
+    """Staircases are measured in a third of the rounds that users get, as in the processes that tests fork."""
+    measure_few()
 
 
 @pytest.fixture(scope="session", autouse=True)

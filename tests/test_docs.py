@@ -7,6 +7,7 @@ import runpy
 import shutil
 import subprocess
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -22,6 +23,7 @@ from edgeprune import zoo
 from edgeprune.bundles.bundle import Bundle
 from edgeprune.cli import app
 from edgeprune.scheduling.goals import Goal
+from edgeprune.vit import recovery
 
 GROUP: Any = typer.main.get_command(app)
 BUNDLE = "engines/orin-nano/vit_digits/fold-fp16-b32-simulated"  # that of the tutorial
@@ -125,8 +127,11 @@ def test_tutorial(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if any(c.words[0] == "edgeprune" for c in commands(page))])
-def test_commands_run(page: str, folder: Path, shallow: Shallow, capsys: pytest.CaptureFixture[str]) -> None:
+def test_commands_run(
+    page: str, folder: Path, shallow: Shallow, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All commands of a page in order, each with exit code 0; where hardware is needed, they only parse."""
+    monkeypatch.setattr(recovery, "Recipe", partial(recovery.Recipe, epochs=1, least_steps=0))
     for command in commands(page):
         if command.words[0] == "edgeprune" and reason_not_run(command) is None:
             code, _, err = call(capsys, *adapted(command.words, shallow))

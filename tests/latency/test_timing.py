@@ -196,7 +196,7 @@ def test_rounds_on_another_machine_share_a_request() -> None:
     samples = interleave({n: partial(Far, clock, n) for n in NAMES}, 20, warmup_ms=0.0)
     here, expected = measured(20)
     assert samples == expected and clock.calls == here.calls
-    assert clock.requests[-2:] == [AT_ONCE, 4 * 20 - AT_ONCE]
+    assert clock.requests == [WARMUP * len(NAMES), AT_ONCE, 4 * 20 - AT_ONCE], "all warm up together"
 
 
 def test_progress_reaches_its_end() -> None:

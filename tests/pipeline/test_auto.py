@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from support.builds import few_digits, row_of
+from support.builds import Shallow, few_digits, row_of
 
 from edgeprune.errors import DeviceError, HostError, ScheduleError
 from edgeprune.pipeline import auto
@@ -89,13 +89,16 @@ def test_what_keeps_a_precision_from_being_built_is_its_reason(
             auto.build_fastest(options)
 
 
-def test_simulated_build(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_simulated_build(
+    shallow: Shallow, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a device with FP8 every precision is built; the row is of the fastest, and says what the others were."""
     monkeypatch.chdir(tmp_path)
     images = few_digits(tmp_path / "digits", 8)
     row = row_of(
         capsys, "build", "--device", "h100", "--simulate", "--precision", "auto", "--method", "topk", "--batch", 8,
         "--policy", "paper", "--images", images, "--search-images", 4, "--neighbours", 0, "--work", tmp_path / "work",
+        "--model", shallow.model, "--block", 1,
     )  # fmt: skip
     tried = {entry["precision"]: entry for entry in row["precisions"]}
     assert tuple(tried) == PRECISIONS

@@ -228,8 +228,8 @@ def test_recovery_lowers_the_distance_of_embeddings(headless: Headless) -> None:
     assert model.task == "embed"
     pruned = pruned_module(model, "topk", (40, 10, 5))
     paths = sorted((headless.digits.parent / "images").iterdir())[:48]
-    found = recovered(pruned, load_pixels(paths, model.preprocessing), model.preprocessing, Recipe(epochs=3),
-                      task=model.task)  # fmt: skip
+    found = recovered(pruned, load_pixels(paths, model.preprocessing), model.preprocessing,
+                      Recipe(epochs=12, least_steps=0, rate=4e-4, warmup=4), task=model.task)  # fmt: skip
     record = found.record
     assert record.epochs and record.curve[record.epochs] < record.curve[0] < 2
     assert (record.task, record.kl_before, record.kl_after) == ("embed", None, None)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+from edgeprune.latency.probing import FEW
 from edgeprune.pipeline.context import Options
 
 FORKS = multiprocessing.get_context("forkserver")  # from a process that has loaded all that a build imports
@@ -113,11 +114,12 @@ def die_at(event: int) -> None:
     os.fsync = synced
 
 
-def measure_few(rounds: int) -> None:
-    """Fewer rounds for a staircase than users get."""
-    from edgeprune.latency import profiling
+def measure_few(rounds: int = FEW) -> None:
+    """Fewer rounds for a staircase than users get, by default the fewest that can show a step, and a short warm-up."""
+    from edgeprune.latency import probing, profiling, timing
 
-    profiling.ROUNDS = rounds
+    profiling.ROUNDS, probing.WARMUP_MS = rounds, 0.0
+    timing.WARMUP_S = 1.0  # latencies of test processes that share two cores are not stable after ten, either
 
 
 def die_after_saves(rounds: int, saves: int) -> None:
