@@ -231,10 +231,10 @@ def recover(
     """`prune`, with weights fine-tuned to match `model` on pictures; labels are never used.
 
     A quarter of the pictures is never trained on, and the state with the lowest KL on it is returned: the weights of
-    `model` if none is better. `task` is classify or embed, by default that of the module. `model` is not changed.
-    Trains on a GPU if torch finds one; the result is on the CPU. With `checkpoint`, a file, an interrupted run
-    continues after its last whole epoch. Raises InputError for a schedule with dense features, and otherwise
-    ModelError, ImageError, OutputError.
+    `model` if none is better. `task` is classify or embed, by default that of the module; it is dense for a schedule
+    with layers. `model` is not changed. Trains on a GPU if torch finds one; the result is on the CPU. With
+    `checkpoint`, a file, an interrupted run continues after its last whole epoch. Raises InputError, ModelError,
+    ImageError, OutputError.
     """
     from edgeprune.errors import InputError
     from edgeprune.images import load_pixels
@@ -246,13 +246,14 @@ def recover(
     loaded = load_model(model, task=task)
     check_outputs(loaded)
     pruned: Any = prune(loaded.module, schedule)
-    if pruned.vit.layers or task == "dense":
-        raise InputError("recovery tunes answers, not dense features: make the schedule without layers")
+    if task is not None and (task == "dense") != bool(pruned.vit.layers):
+        raise InputError(f"task {task} does not fit the outputs of this schedule: leave it out")
     how = loaded.preprocessing
     found = recovery_set(Options(recover=Path(images)), None)
     assert found is not None
     pixels = load_pixels(found.paths, how, progress)
-    return recovered(pruned, pixels, how, Recipe(seed=seed), _path(checkpoint), progress, loaded.task).module
+    task = "dense" if pruned.vit.layers else loaded.task
+    return recovered(pruned, pixels, how, Recipe(seed=seed), _path(checkpoint), progress, task).module
 
 
 def compare(

@@ -504,21 +504,26 @@ class Unrecovered(Record, frozen=True, kw_only=True):
     """Figures of the same schedule with the original weights, on the same pictures as those of the report.
 
     Each error is the standard error of the mean change by recovery, paired by picture, in the unit of its figure.
-    KL is None for embeddings, cosine for classes.
+    KL is of classes, cosine of embeddings, error of dense features, for which `dense` has all figures.
     """
 
-    agreement: float
+    agreement: float | None = None
     kl: float | None = None
     cosine: float | None = None
     top1: float | None = None
-    agreement_error: float
+    error: float | None = None
+    agreement_error: float | None = None
     kl_error: float | None = None
     cosine_error: float | None = None
     top1_error: float | None = None
+    error_error: float | None = None
+    dense: DenseFidelity | None = None
 
     def __post_init__(self) -> None:
-        check_figures([self.agreement, self.kl, self.cosine, self.top1], -1.0)
-        check_figures([self.agreement_error, self.kl_error, self.cosine_error, self.top1_error], 0.0)
+        check_figures([self.agreement, self.kl, self.cosine, self.top1, self.error], -1.0)
+        check_figures(
+            [self.agreement_error, self.kl_error, self.cosine_error, self.top1_error, self.error_error], 0.0
+        )
 
 
 class Report(Record, frozen=True, kw_only=True):
@@ -553,14 +558,14 @@ class Report(Record, frozen=True, kw_only=True):
 class Recovery(Record, frozen=True, kw_only=True):
     """How the weights of a pruned model were tuned to the unpruned one (vit/recovery.py).
 
-    The loss is the KL in nats, or 1 - cosine of embeddings.
+    The loss is the KL in nats, 1 - cosine of embeddings, or the squared relative error of dense features.
     """
 
     task: str = "classify"
     images: int  # pictures that were used, those held out to choose the best state included
     validation_images: int  # of these, never trained on: all losses here are on them
     epochs: int  # of the state that was kept; 0: none was better, the weights are the original ones
-    kl_before: float | None = None  # None for embeddings
+    kl_before: float | None = None  # of classes alone
     kl_after: float | None = None
     curve: tuple[float, ...]  # loss before the first epoch and after each
     rate: float  # largest learning rate

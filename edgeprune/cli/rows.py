@@ -50,7 +50,7 @@ def row_of(
         "fusable_attention": report.fusable_attention,
         "fused_attention": report.fused_attention,
         "recovery": msgspec.structs.asdict(recovery) if recovery else None,
-        "unrecovered": msgspec.structs.asdict(report.unrecovered) if report.unrecovered else None,
+        "unrecovered": msgspec.to_builtins(report.unrecovered) if report.unrecovered else None,
     }
     if setup.simulated:
         row["simulated"] = True

@@ -247,8 +247,10 @@ def _fidelity_of(row: dict[str, Any]) -> dict[str, Any]:
 
 def _both(row: dict[str, Any], figure: str, digits: int = 2) -> str:
     """A figure of a comparison, after the one without recovery if weights were recovered."""
-    before = number(row["unrecovered"][figure], digits) + " → " if row["unrecovered"] else ""
-    return before + number(row[figure], digits)
+    before = row["unrecovered"]
+    if before and before["dense"]:
+        before = before["dense"]
+    return (number(before.get(figure), digits) + " → " if before else "") + number(row[figure], digits)
 
 
 def sweep_table(rows: list[dict[str, Any]]) -> Table:

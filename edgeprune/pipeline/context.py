@@ -215,8 +215,6 @@ def check_goal(options: Options, model: Model) -> None:
         raise InputError("--max-drop does not apply to dense features: pass --max-error")
     if dense and options.policy == "paper":
         raise InputError("--policy paper does not apply to dense features: pass --policy search")
-    if dense and options.recover is not False:
-        raise InputError("--recover does not support dense features: leave it out")
 
 
 def check_size(vit: Vit, images: int) -> None:

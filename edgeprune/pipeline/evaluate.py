@@ -20,7 +20,7 @@ from edgeprune.pipeline.measure import Measured, measured_engines, report_of
 from edgeprune.pipeline.onnx_files import dense_onnx, nominal_onnx, precise_onnx, pruned_onnx
 from edgeprune.pipeline.pictures import Pictures
 from edgeprune.pipeline.recovery import Recovered
-from edgeprune.records import Report, Schedule, Staircase, Unrecovered
+from edgeprune.records import DenseFidelity, Report, Schedule, Staircase, Unrecovered
 from edgeprune.runtimes.inference import logits_of
 from edgeprune.scheduling.goals import Goal
 from edgeprune.tasks import Answers, Task, points_lost
@@ -135,9 +135,9 @@ def with_unrecovered(
     labels: Sequence[int] | None,
     task: Task,
 ) -> Report:
-    """The report with the figures without recovery; outputs (images, classes) of the same pictures."""
-
-    assert isinstance(task, Answers)
+    """The report with the figures without recovery; outputs (images, values) of the same pictures."""
+    if not isinstance(task, Answers):
+        return msgspec.structs.replace(report, unrecovered=_unrecovered_features(task, dense, before, after))
 
     def error(hits: Callable[[NDArray[np.float32]], NDArray[np.bool_]]) -> float:
         return 100 * stats.standard_error(hits(after).astype(float) - hits(before))
@@ -156,6 +156,16 @@ def with_unrecovered(
         top1_error=error(lambda outputs: task.right(outputs, labels)) if labels else None,
     )
     return msgspec.structs.replace(report, unrecovered=unrecovered)
+
+
+def _unrecovered_features(
+    task: Task, dense: NDArray[np.float32], before: NDArray[np.float32], after: NDArray[np.float32]
+) -> Unrecovered:
+    """Figures of dense features; the error is the root of a mean, so its standard error is taken to first order."""
+    found, losses = task.fidelity(dense, before, None), [task.losses(dense, each) for each in (before, after)]
+    assert isinstance(found, DenseFidelity)
+    slopes = [each / (2 * max(float(each.mean()), 1e-12) ** 0.5) for each in losses]
+    return Unrecovered(error=found.error, error_error=stats.standard_error(slopes[1] - slopes[0]), dense=found)
 
 
 def check_parity(

@@ -10,27 +10,37 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 
 from edgeprune.vit.pruned import PrunedViT
+from edgeprune.vit.restore import features
 from edgeprune.vit.rotary import rows_of
 from edgeprune.vit.tokens import Stream
 
 
 def traced(pruned: PrunedViT, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """As `pruned.forward`, logits (B, classes); and the prefix tokens (B, prefix, C) after every block.
+    """As `pruned.forward`, outputs (B, values), several of them flattened; and the prefix tokens after every block.
 
-    The list is empty where there is no prefix.
+    These are (B, prefix, C); the list is empty where there is no prefix.
     """
     blocks: Any = pruned.model.blocks
-    vit, family, passed = pruned.vit, pruned.family, []
+    vit, family, passed, found = pruned.vit, pruned.family, [], []
     table, last = family.rotary(pruned.model), vit.depth - pruned.prefix_last
     stream = Stream(family.embed(pruned.model, images))
     for block in range(last):
         stream = pruned.blocks(stream, block, block + 1, table)
         passed.append(stream.x[:, : vit.prefix])
+        if block + 1 in vit.layers:
+            found.append(features(family, pruned.model, vit, stream))
     x = stream.x
     if pruned.prefix_last:
         x = family.prefix_only(blocks[last], x, stream.sizes, vit.prefix, rows_of(table, last, stream.places))
         passed.append(x)
-    return family.classify(pruned.model, x, stream.sizes), passed if vit.prefix else []
+    outputs = flattened([*found, family.classify(pruned.model, x, stream.sizes)])
+    return outputs, passed if vit.prefix else []
+
+
+def flattened(outputs: Tensor | Sequence[Tensor]) -> Tensor:
+    """The output of a module, or its several outputs side by side, (B, values)."""
+    several = [outputs] if isinstance(outputs, Tensor) else outputs
+    return torch.cat([each.flatten(1) for each in several], dim=1)
 
 
 def relative_error(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
@@ -53,4 +63,10 @@ def cosine_distance(wanted: Tensor, answers: Tensor, temperature: float = 1.0) -
     return (1 - cosine_similarity(wanted.float(), answers.float(), dim=1)).mean()
 
 
-LOSSES = {"classify": divergence, "embed": cosine_distance}  # by task
+def squared_error(wanted: Tensor, answers: Tensor, temperature: float = 1.0) -> Tensor:
+    """Squared length of the difference of dense features (B, values), as a share of that of the wanted ones."""
+    wanted, answers = wanted.float(), answers.float()
+    return (answers - wanted).square().sum() / wanted.square().sum().clamp(min=1e-6)
+
+
+LOSSES = {"classify": divergence, "embed": cosine_distance, "dense": squared_error}  # by task

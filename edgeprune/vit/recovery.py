@@ -21,7 +21,7 @@ from edgeprune.onnx_graph.int8 import Int8Layer
 from edgeprune.records import Preprocessing, Progress, Recovery, silent
 from edgeprune.tasks import BY_NAME
 from edgeprune.vit.augmentation import Augmentation, augmented
-from edgeprune.vit.distillation import LOSSES, relative_error, traced
+from edgeprune.vit.distillation import LOSSES, flattened, relative_error, traced
 from edgeprune.vit.fake_int8 import FakeInt8
 from edgeprune.vit.models import weights_sha256
 from edgeprune.vit.pruned import PrunedViT
@@ -85,12 +85,13 @@ def recovered(
     """Self-distillation: `pruned` with weights with which it answers most like the unpruned model.
 
     pixels: (images, P, P, 3). The loss is the KL divergence from the unpruned model's class probabilities for the
-    same augmented picture (Hinton et al., arXiv 1503.02531; Beyer et al., arXiv 2106.05237), and 1 - cosine where
-    `task` is embed. A seeded share of the pictures is never trained on; the state with the lowest loss on it is
-    returned, the original weights (epochs = 0)
-    where none is lower. `pruned` itself is not changed. With `checkpoint`, an interrupted run continues after its
-    last whole epoch, with the same result. With `int8`, the layers that will be INT8, the pruned model is trained
-    and judged with their rounding. Raises InputError for a checkpoint of another run, OutputError, ExportError.
+    same augmented picture (Hinton et al., arXiv 1503.02531; Beyer et al., arXiv 2106.05237); where `task` is embed it
+    is 1 - cosine, where it is dense the squared relative error of all features and the embedding. A seeded share of
+    the pictures is never trained on; the state with the lowest loss on it is returned, the original weights
+    (epochs = 0) where none is lower. `pruned` itself is not changed. With `checkpoint`, an interrupted run continues
+    after its last whole epoch, with the same result. With `int8`, the layers that will be INT8, the pruned model is
+    trained and judged with their rounding. Raises InputError for a checkpoint of another run, OutputError,
+    ExportError.
     """
     run = _Run(pruned, pixels, how, recipe, progress, task, int8)
     state = run.state
@@ -123,6 +124,7 @@ class _Run:
         int8: Sequence[Int8Layer],
     ) -> None:
         self.task, self.loss = task, LOSSES[task]
+        self.features = 0.0 if task == "dense" else recipe.features  # the patches are what counts there
         self.rounding: AbstractContextManager[object] = FakeInt8(int8) if int8 else nullcontext()
         self.recipe, self.how, self.device, self.progress = recipe, how, device(), progress
         self.teacher = unpruned(pruned).to(self.device).eval().requires_grad_(False)
@@ -160,8 +162,8 @@ class _Run:
                 with self.rounding:
                     answers, own = traced(self.student, images)
             loss = self.loss(wanted, answers, recipe.temperature)
-            if recipe.features and own:
-                loss = loss + recipe.features * relative_error(passed, own)
+            if self.features and own:
+                loss = loss + self.features * relative_error(passed, own)
             state.optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
@@ -211,13 +213,13 @@ class _Run:
         return Recovered(self.student, record)
 
     def answers(self, module: nn.Module) -> Tensor:
-        """Logits (images, classes) on the held-out pictures."""
+        """Outputs (images, values) on the held-out pictures."""
         rows = []
         with torch.no_grad():
             for start in range(0, len(self.validation), CHUNK):
                 images = normalise(self.validation[start : start + CHUNK], self.how)
                 with self.rounding if module is self.student else nullcontext():
-                    rows.append(module(torch.from_numpy(images).to(self.device)))
+                    rows.append(flattened(module(torch.from_numpy(images).to(self.device))))
         return torch.cat(rows)
 
     def held_out_loss(self) -> float:

@@ -159,9 +159,8 @@ def test_a_module_is_recovered_in_pytorch(small: str, tmp_path: Path) -> None:
     assert found(torch.zeros(3, 3, 28, 28)).shape == (3, 10)
     with pytest.raises(InputError, match="at least 16 pictures, not 5"):
         edgeprune.recover(module, schedule, images=few_digits(tmp_path / "few", 5), task="embed")
-    dense = msgspec.structs.replace(vit, layers=(3,), prefix_pooled=False)
-    with pytest.raises(InputError, match="not dense features: make the schedule without layers"):
-        edgeprune.recover(module, msgspec.structs.replace(schedule, vit=dense), images=tmp_path)
+    with pytest.raises(InputError, match="task dense does not fit the outputs of this schedule"):
+        edgeprune.recover(module, schedule, images=tmp_path, task="dense")
     with pytest.raises(InputError, match="unknown task 'detect'"):
         edgeprune.recover(module, schedule, images=tmp_path, task="detect")
 

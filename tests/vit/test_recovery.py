@@ -27,8 +27,10 @@ from edgeprune.vit.distillation import divergence
 from edgeprune.vit.fake_int8 import FakeInt8
 from edgeprune.vit.fidelity import logits_of_schedule, pruned_module
 from edgeprune.vit.models import load_model, weights_sha256
+from edgeprune.vit.pruned import PrunedViT, with_layers
 from edgeprune.vit.recovery import Recipe, rate_at, recovered
 from edgeprune.vit.recovery_files import load_recovered, save_recovered
+from edgeprune.vit.reducers import reducer_named
 
 TOKENS = (20, 5)
 QUICK = Recipe(epochs=4, least_steps=0, rate=3e-4, batch=8, warmup=2, patience=1)
@@ -72,6 +74,20 @@ def test_a_pruned_model_comes_closer_to_the_unpruned_one() -> None:
     pruned = logits_of_schedule(model, "topk", TOKENS, held)
     assert record.kl_before == record.curve[0] == pytest.approx(stats.kl_divergence(dense, pruned), rel=1e-4)
     assert record.kl_after == min(record.curve) == pytest.approx(stats.kl_divergence(dense, after), rel=1e-4)
+
+
+def test_dense_features_come_closer() -> None:
+    """Features of two layers and the embedding, side by side; the loss is that of `distillation.squared_error`."""
+    model = digits_model()
+    vit = with_layers(model.vit, (1, 2))
+    pruned = PrunedViT(model.module, model.family, vit, TOKENS, reducer_named("fold")).eval()
+    found = recovered(pruned, pictures(), model.preprocessing, QUICK, task="dense")
+    record = found.record
+    assert record.epochs and min(record.curve) < 0.98 * record.curve[0] and record.kl_after is None
+    images = torch.from_numpy(normalise(pictures()[:3], model.preprocessing))
+    with torch.no_grad():
+        outputs, _ = distillation.traced(found.module, images)
+        torch.testing.assert_close(outputs, distillation.flattened(found.module(images)))
 
 
 def test_held_out_pictures_are_never_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
