@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +23,8 @@ from edgeprune.records import Latency, Point, Staircase, Vit
 
 assert "torch" not in sys.modules, "OpenMP reads the environment when torch is imported"
 os.environ.update(ONE_THREAD)
+# pytest gives its handler to loggers that do not propagate, and torch describes every step of an export to a handler.
+setattr(logging.getLogger("torch.__trace"), "addHandler", lambda handler: None)  # noqa: B010 a method
 
 # The files that take longest, in this order, begin first, so that two test processes end at about the same time. The
 # first makes the shared build, the second does not need it.

@@ -136,8 +136,10 @@ def checkout(folder: Path, shallow: Shallow) -> Path:
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(shallow.model.partition(":")[2], folder / "shallow")
     few_digits(folder / "digits")
-    shorter = (("profiling", "ROUNDS = 3 * FEW", "ROUNDS = FEW"), ("timing", "WARMUP_S = 10", "WARMUP_S = 1"))
-    for name, users, ours in shorter:
+    for name, users, ours in (
+        ("profiling", "ROUNDS = 3 * FEW", "ROUNDS = FEW"),
+        ("timing", "WARMUP_S = 10", "WARMUP_S = 1"),
+    ):
         path = folder / "edgeprune" / "latency" / f"{name}.py"
         assert users in path.read_text()
         path.write_text(path.read_text().replace(users, ours))

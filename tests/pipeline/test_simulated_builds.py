@@ -16,7 +16,7 @@ CASES = [json.loads(line) for line in (TESTS / "golden" / "simulated_builds.json
 @pytest.mark.parametrize(
     "case",
     [
-        pytest.param(case, id=case["args"], marks=() if "paper" in case["args"] else pytest.mark.slow)
+        pytest.param(case, id=case["args"], marks=() if "--search-images" in case["args"] else pytest.mark.slow)
         for case in CASES
     ],
 )

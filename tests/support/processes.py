@@ -115,7 +115,7 @@ def die_at(event: int) -> None:
 
 
 def measure_few(rounds: int = FEW) -> None:
-    """Fewer rounds for a staircase than users get, by default the fewest that can show a step; a short warm-up."""
+    """Fewer rounds for a staircase than users get, by default the fewest that show a step, and a short warm-up."""
     from edgeprune.latency import probing, profiling, timing
 
     profiling.ROUNDS, probing.WARMUP_MS = rounds, 0.0
