@@ -504,7 +504,7 @@ class Unrecovered(Record, frozen=True, kw_only=True):
     """Figures of the same schedule with the original weights, on the same pictures as those of the report.
 
     Each error is the standard error of the mean change by recovery, paired by picture, in the unit of its figure.
-    KL is of classes, cosine of embeddings, error of dense features, for which `dense` has all figures.
+    KL is of classes, cosine of embeddings, error of dense features, for which `features` has all figures.
     """
 
     agreement: float | None = None
@@ -517,7 +517,7 @@ class Unrecovered(Record, frozen=True, kw_only=True):
     cosine_error: float | None = None
     top1_error: float | None = None
     error_error: float | None = None
-    dense: DenseFidelity | None = None
+    features: DenseFidelity | None = None
 
     def __post_init__(self) -> None:
         check_figures([self.agreement, self.kl, self.cosine, self.top1, self.error], -1.0)

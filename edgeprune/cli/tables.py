@@ -248,8 +248,8 @@ def _fidelity_of(row: dict[str, Any]) -> dict[str, Any]:
 def _both(row: dict[str, Any], figure: str, digits: int = 2) -> str:
     """A figure of a comparison, after the one without recovery if weights were recovered."""
     before = row["unrecovered"]
-    if before and before["dense"]:
-        before = before["dense"]
+    if before and before["features"]:
+        before = before["features"]
     return (number(before.get(figure), digits) + " → " if before else "") + number(row[figure], digits)
 
 

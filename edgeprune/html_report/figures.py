@@ -60,8 +60,8 @@ def dense_rows(found: DenseFidelity) -> list[tuple[str, str, str]]:
 
 def unrecovered_figures(before: Unrecovered) -> dict[str, str]:
     """The figures without recovery by the name of their row in a table."""
-    if before.dense is not None:
-        return {name: value for name, _, value in dense_rows(before.dense)}
+    if before.features is not None:
+        return {name: value for name, _, value in dense_rows(before.features)}
     if before.cosine is not None:
         return {
             "cosine, mean": with_error(before.cosine, before.cosine_error, 4),

@@ -165,7 +165,7 @@ def _unrecovered_features(
     found, losses = task.fidelity(dense, before, None), [task.losses(dense, each) for each in (before, after)]
     assert isinstance(found, DenseFidelity)
     slopes = [each / (2 * max(float(each.mean()), 1e-12) ** 0.5) for each in losses]
-    return Unrecovered(error=found.error, error_error=stats.standard_error(slopes[1] - slopes[0]), dense=found)
+    return Unrecovered(error=found.error, error_error=stats.standard_error(slopes[1] - slopes[0]), features=found)
 
 
 def check_parity(
