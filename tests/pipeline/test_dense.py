@@ -290,9 +290,8 @@ def test_recovery_lowers_the_error_of_the_features(
     row = row_of(capsys, *command)
     before, after = row["unrecovered"], row["fidelity"]
     assert row["recovery"]["task"] == "dense" and row["recovery"]["epochs"]
-    assert (
-        after["error"] < before["error"] == before["features"]["error"] and 0 < before["error_error"] < before["error"]
-    )
+    assert after["error"] < before["error"] == before["features"]["error"]
+    assert 0 < before["error_error"] < before["error"]
     assert (before["kl"], before["agreement"], row["recovery"]["kl_after"]) == (None, None, None)
     page = (tmp_path / "bundle" / "report.html").read_text()
     assert "without recovery" in page and f"{before['dense']['layers'][0]['error']:.4f}" in page
