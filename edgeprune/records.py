@@ -298,7 +298,7 @@ class LastShare(Record, frozen=True, kw_only=True):
 
 
 class GpuState(Record, frozen=True, kw_only=True):
-    """What decides a GPU's speed at one moment; None where the machine does not report it."""
+    """What decides a GPU's speed at one moment; None where that is unknown."""
 
     clock_mhz: float | None = None
     temperature_c: float | None = None
@@ -363,7 +363,7 @@ class Staircase(Record, frozen=True, kw_only=True):
 
     @property
     def throttled(self) -> bool | None:
-        """Were the GPU's clocks lowered while it was measured? None where the machine does not report it."""
+        """Were the GPU's clocks lowered while it was measured? None where that is unknown."""
         return any(c.throttled for c in self.conditions) if self.conditions else None
 
 

@@ -47,7 +47,7 @@ def worth(similar: Tensor, attended: Attended, prefix: int) -> Tensor:
     rank = received - 4 * above  # prefix tokens below all others, so that they are near to none
     more = (rank[:, None, :] > rank[:, :, None]).to(similar.dtype)
     nearest = (similar * more).amax(dim=-1)
-    return received * (1 - nearest) + 4 * above
+    return received - received * nearest + 4 * above
 
 
 def attention_received(attended: Attended, prefix: int) -> Tensor:
