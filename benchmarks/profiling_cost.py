@@ -21,7 +21,7 @@ import numpy as np
 
 from edgeprune import devices
 from edgeprune.io import load
-from edgeprune.latency.probing import FEW, all_counts, confirmed_edges, on_confirmed_edges, probe
+from edgeprune.latency.probing import FEW, all_counts, confirmed_edges, on_edges, probe
 from edgeprune.latency.staircase import DENSE, FIXED, SampleKey, treads
 from edgeprune.latency.timing import WARMUP
 from edgeprune.records import Setup, Staircase, Vit
@@ -171,7 +171,7 @@ def outcomes(
         staircase, machine.spent_ms = probed, 0.0
         if missing := {*tokens} - {*confirmed_edges(probed)}:
             staircase, _ = probe(*how, samples={name: [*ms] for name, ms in samples.items()}, used=missing)
-        chosen = on_confirmed_edges(staircase, tokens)[-1]
+        chosen = on_edges(staircase, tokens)[-1]
         best = source.utility(alpha, accuracy, source.best(alpha, accuracy))
         found.append(
             Outcome(

@@ -270,15 +270,12 @@ def unconfirmed(staircase: Staircase, tokens: Iterable[int]) -> tuple[int, ...]:
     return tuple(sorted({edge(staircase, n) for n in tokens} - {*confirmed_edges(staircase)}))
 
 
-def on_confirmed_edges(staircase: Staircase, tokens: Sequence[int]) -> tuple[int, ...]:
-    """A schedule (tokens per block) with every count moved to the end of its tread.
+def on_edges(staircase: Staircase, tokens: Sequence[int]) -> tuple[int, ...]:
+    """A schedule (tokens per block) with every count moved to the end of its tread, as far as that is known.
 
-    Where that end is not confirmed, the next confirmed one below is taken, or the lowest one if there is none. The
-    result is never slower beyond noise.
+    Where the end is not confirmed, it is the largest count that was measured to be as fast.
     """
-    exact = confirmed_edges(staircase)
-    ends = (edge(staircase, n) for n in tokens)
-    return tuple(max((e for e in exact if e <= end), default=exact[0]) for end in ends)
+    return tuple(edge(staircase, n) for n in tokens)
 
 
 def split(low: int, high: int, batch: int) -> int:

@@ -14,7 +14,7 @@ from edgeprune.pipeline.onnx_files import dense_onnx, pruned_onnx
 from edgeprune.pipeline.profile import confirmed, measured_staircase
 from edgeprune.pipeline.recovery import recover
 from edgeprune.pipeline.scores import ScheduleScores
-from edgeprune.pipeline.solve import solve, with_confirmed_edges
+from edgeprune.pipeline.solve import solve, with_tread_ends
 from edgeprune.records import Progress, Recovery, Report, Schedule, Setup, Staircase, silent
 from edgeprune.scheduling.goals import Goal, finished
 from edgeprune.scheduling.published import published_schedule
@@ -132,7 +132,7 @@ class _Methods:
         for entry in entries:
             old = entry.schedule
             if entry.policy == "search":
-                schedule = with_confirmed_edges(staircase, old)
+                schedule = with_tread_ends(staircase, old)
             else:
                 schedule = finished(staircase, old.method, old.policy, old.tokens, old.prefix_last)
             moved.append(replace(entry, schedule=schedule))

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from edgeprune.errors import ScheduleError
-from edgeprune.latency.probing import confirmed_edges
+from edgeprune.latency.staircase import treads
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.measure import MeasuredSchedule, corrected_goal, measured_schedules, meets
 from edgeprune.pipeline.profile import confirmed
 from edgeprune.pipeline.scores import ScheduleScores
-from edgeprune.pipeline.solve import solve, with_confirmed_edges
+from edgeprune.pipeline.solve import solve, with_tread_ends
 from edgeprune.records import Candidate, Schedule, Staircase
 from edgeprune.scheduling.goals import Goal, finished
 from edgeprune.scheduling.search import Tokens
@@ -72,8 +72,8 @@ def refine(context: Context, staircase: Staircase, scores: ScheduleScores) -> Re
 
 
 def within_bound(staircase: Staircase, schedule: Schedule, scores: ScheduleScores, goal: Goal) -> Schedule:
-    """The schedule at confirmed ends of treads; as it was found where a bound on fidelity would be missed there."""
-    moved = with_confirmed_edges(staircase, schedule)
+    """The schedule at the ends of treads; as it was found where a bound on fidelity would be missed there."""
+    moved = with_tread_ends(staircase, schedule)
     if not goal.limits_fidelity or not is_searched(schedule):
         return moved
     if goal.kept_by(scores.candidate(staircase, moved.tokens)):
@@ -136,7 +136,7 @@ def most_promising(
     dense_ms = best.speedup * best.measured.latency.median_ms
     limit_ms = goal.limit_ms(dense_ms)
     ranked: list[tuple[float, Schedule]] = []
-    similar = [t for t in similar_schedules(schedule.tokens, confirmed_edges(staircase), last) if t not in known]
+    similar = [t for t in similar_schedules(schedule.tokens, treads(staircase), last) if t not in known]
     scores.ahead([(tokens, tokens) for tokens in similar])
     for tokens in similar:
         other = finished(staircase, schedule.method, schedule.policy, tokens, schedule.prefix_last)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import msgspec
 
 from edgeprune.io import encode, load, read_bytes, save, write_bytes
-from edgeprune.latency.probing import on_confirmed_edges
+from edgeprune.latency.probing import on_edges
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.scores import ScheduleScores
 from edgeprune.records import Candidate, Schedule, Staircase
@@ -64,7 +64,7 @@ def searched(
     return msgspec.json.decode(read_bytes(path), type=tuple[Candidate, ...])
 
 
-def with_confirmed_edges(staircase: Staircase, schedule: Schedule) -> Schedule:
-    """The schedule with every count at a confirmed right end of a tread."""
-    tokens = on_confirmed_edges(staircase, schedule.tokens)
+def with_tread_ends(staircase: Staircase, schedule: Schedule) -> Schedule:
+    """The schedule with every count at the right end of its tread."""
+    tokens = on_edges(staircase, schedule.tokens)
     return finished(staircase, schedule.method, schedule.policy, tokens, schedule.prefix_last)

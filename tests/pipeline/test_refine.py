@@ -174,7 +174,7 @@ def test_similar_schedules_compete_with_the_best(run: Refining) -> None:
     alone, among = (run(Goal(speedup=1.5), uneven, neighbours=n) for n in (0, 3))
     first, *others = among.machine.sessions[-1]
     assert first == alone.refined.schedule.tokens
-    similar = {*similar_schedules(first, confirmed_edges(among.refined.staircase), 10)}
+    similar = {*similar_schedules(first, treads(among.refined.staircase), 10)}
     assert len(others) == 3 and {*others} <= similar
     assert among.refined.schedule.tokens in others, "here one of them is better"
     assert kl(among.chosen) < kl(alone.chosen) and meets(Goal(speedup=1.5), among.chosen.measured)
@@ -225,7 +225,7 @@ def test_the_most_promising_fit_the_limit_as_measured(make_vit: MakeVit, tmp_pat
     for found, factor in ((best, 1.0), (slow, 1.05)):
         fits = [
             t
-            for t in similar_schedules(tokens, confirmed_edges(staircase), 10)
+            for t in similar_schedules(tokens, treads(staircase), 10)
             if scores.candidate(staircase, t).predicted_ms * factor <= staircase.dense.median_ms / 1.5
         ]
         fits.sort(key=lambda t: (scores.of(t, t).kl, t))

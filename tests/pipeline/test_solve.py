@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import pytest
@@ -14,7 +13,7 @@ from edgeprune.errors import InputError, ScheduleError
 from edgeprune.latency.staircase import predict_ms, treads
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.scores import SAVE_EVERY, ScheduleScores
-from edgeprune.pipeline.solve import searched, solve, with_confirmed_edges
+from edgeprune.pipeline.solve import searched, solve, with_tread_ends
 from edgeprune.records import Staircase, Vit
 from edgeprune.scheduling.goals import Goal, finished, pareto, single_cut
 
@@ -136,14 +135,12 @@ def test_without_pictures_nothing_is_searched(staircase: Staircase, context: Con
 
 
 @pytest.mark.parametrize("missing", [86, 122])
-def test_counts_move_to_confirmed_edges(missing: int, staircase: Staircase) -> None:
-    """Without the count after it an edge is not known to be one: the next edge below is taken."""
+def test_counts_move_to_the_ends_of_treads(missing: int, staircase: Staircase) -> None:
+    """Also where the count after it was not measured: nothing larger is known to be as fast."""
     points = tuple(p for p in staircase.points if p.tokens != missing)
     sparse = msgspec.structs.replace(staircase, points=points)
-    tokens = (197, 157, 150, 121, 121, 100, 85, 85, 60, 50, 50, 50)
-    schedule = finished(sparse, "fold", "search", tokens)
-    moved = with_confirmed_edges(sparse, schedule)
-    lower: dict[int, Any] = {86: {85: 50}, 122: {121: 85}}[missing]
+    schedule = finished(sparse, "fold", "search", (197, 157, 150, 121, 121, 100, 85, 85, 60, 50, 50, 50))
+    moved = with_tread_ends(sparse, schedule)
     ends = (197, 157, 157, 121, 121, 121, 85, 85, 85, 50, 50, 50)
-    assert moved == finished(sparse, "fold", "search", [lower.get(n, n) for n in ends])
-    assert with_confirmed_edges(sparse, moved) == moved
+    assert moved == finished(sparse, "fold", "search", ends)
+    assert with_tread_ends(sparse, moved) == moved
