@@ -35,7 +35,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """Rows by target speed-up, the lowest KL first."""
     lines = [
         "| target | method | shape | measured speed-up (95 %) | predicted | top-1, % | agreement, % | KL "
-        "| KL more than fold's | top-1 more than fold's | tokens |",
+        "| ΔKL to fold (± s.e.) | Δtop-1 to fold (± s.e.) | tokens |",
         "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
     for row in sorted(rows, key=lambda r: (r["target"], r["kl"])):

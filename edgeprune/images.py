@@ -87,8 +87,8 @@ def load_images(source: Path, option: str = "--images", anywhere: bool = False) 
     if loose:
         if any(map(_pictures, classes)):
             log.warning(
-                "%s has pictures beside its class folders (%s): only these are taken, without labels; "
-                "move them away to take the folders", source, loose[0].name,
+                "%s has pictures beside its class folders (%s): only these are used, without labels; "
+                "remove them to use the class folders", source, loose[0].name,
             )  # fmt: skip
         return ImageSet(loose, None, None)
     found = [(path, index) for index, folder in enumerate(classes) for path in _pictures(folder)]
@@ -114,6 +114,12 @@ def labelled_for(found: ImageSet, model: str, classes: int, names: Sequence[str]
         return found
     if folders is not None and names is not None and set(folders) <= set(names):
         return replace(found, labels=tuple(names.index(folders[label]) for label in labels))
+    if folders is not None and names is not None and (both := set(folders) & set(names)):
+        log.warning(
+            "class folders %s are not among the classes of %s, %s are: the pictures are taken without labels; "
+            "rename the folders for top-1", ", ".join(sorted(set(folders) - both)[:3]), model, sorted(both)[0],
+        )  # fmt: skip
+        return replace(found, labels=None)
     if folders is not None and len(folders) != classes:
         log.warning(
             "%d class folders for a model with %d classes: the pictures are taken without labels; "
@@ -170,7 +176,10 @@ def _in_eight_bits(image: Image.Image) -> Image.Image:
     """Grey values of 16 bits in 8, as PNG readers do it; Pillow's own conversion makes nearly all of them white."""
     if not image.mode.startswith("I"):
         return image
-    return Image.fromarray((np.asarray(image).clip(0, 0xFFFF) >> 8).astype(np.uint8))
+    values = np.asarray(image).clip(0, 0xFFFF)
+    if image.mode == "I" and values.max(initial=0) <= 0xFF:  # 8 bits stored in 32
+        return Image.fromarray(values.astype(np.uint8))
+    return Image.fromarray((values >> 8).astype(np.uint8))
 
 
 def read_image(path: Path, how: Preprocessing) -> NDArray[np.uint8]:

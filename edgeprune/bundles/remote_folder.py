@@ -98,7 +98,8 @@ class RemoteFolder:
 
         `before` is a command on the folder. Raises HostError where it fails.
         """
-        of_one = 'echo "$(wc -c < "$f") $(sha256sum < "$f") $f"'
+        # A file that cannot be read counts as damaged.
+        of_one = 'd=$(sha256sum 2>/dev/null < "$f") || d="unreadable -"; echo "$(stat -c %s -- "$f") $d $f"'
         script = f'for f in *; do if [ -f "$f" ] && [ ! -L "$f" ]; then {of_one}; fi; done'
         lines = self.run(f"{before} {folder}; cd {folder}; {script}").splitlines()
         rows = (line.split(None, 3) for line in lines)  # sha256sum writes "hash  -"
@@ -125,7 +126,11 @@ class RemoteFolder:
     def replace_files(self, folder: str, names: Iterable[str]) -> None:
         """Move files from `incoming` into a folder, each in one step, and remove `incoming`."""
         place = self.quoted(folder)
-        moves = (f"mv -fT {self.incoming}/{shlex.quote(n)} {place}/{shlex.quote(n)}; " for n in names)
+        moves = (
+            f"if [ -d {place}/{shlex.quote(n)} ]; then rm -rf {place}/{shlex.quote(n)}; fi; "
+            f"mv -fT {self.incoming}/{shlex.quote(n)} {place}/{shlex.quote(n)}; "
+            for n in names
+        )
         self.run(f"{''.join(moves)}sync; rm -rf {self.incoming}")
 
     def link(self, name: str) -> str:

@@ -116,8 +116,8 @@ def ship(bundle: Path, to: Destination, progress: Progress = silent) -> Shipped:
 
     DIR/previous points at the version before; older ones are removed. Interrupted copies are resumed, and damaged
     files of a version that is there already are replaced. The host needs a POSIX shell, coreutils, flock and
-    edgeprune. Raises HostError, in which case DIR/current is unchanged, and InputError for a damaged or simulated
-    bundle.
+    edgeprune. Raises HostError, in which case the link DIR/current is unchanged, and InputError for a damaged or
+    simulated bundle.
     """
     manifest = load_bundle(bundle)
     name = version_name(bundle, manifest)
@@ -127,7 +127,7 @@ def ship(bundle: Path, to: Destination, progress: Progress = silent) -> Shipped:
         sent, mended, there = 0, False, remote.has(name)
         if there:
             sent, mended = _mended(remote, bundle, name, files, progress)
-            remote.verify(name)
+            remote.verify(name, f", its {'damaged files were replaced' if mended else 'files are unchanged'}")
         else:
             sent = remote.fill(bundle, files, progress)
             remote.verify(f".{name}.part")
@@ -143,7 +143,7 @@ def _mended(
 ) -> tuple[int, bool]:
     """Replace the damaged and missing files of a version there; bytes sent, and whether there were such files.
 
-    Each file is replaced in one step, so whoever uses the version never finds less than before. Raises HostError.
+    Each file is replaced in one step, so a reader never sees part of one. Raises HostError.
     """
     found = remote.files(remote.quoted(name))
     damaged = {file: digest for file, digest in files.items() if found.get(file, (0, ""))[1] != digest}

@@ -6,6 +6,7 @@ from edgeprune.records import DenseFidelity, EmbedFidelity, Latency, Recovery, R
 from edgeprune.tasks import BY_NAME
 
 UNKNOWN = "–"
+ERROR = "relative error"  # of dense features: of the head's output, without a head of all layers
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -48,9 +49,8 @@ def fidelity_rows(report: Report) -> list[tuple[str, str, str]]:
 
 def dense_rows(found: DenseFidelity) -> list[tuple[str, str, str]]:
     """The figures of dense features: of the head, of every layer, of the embedding."""
-    rows = []
+    rows = [(ERROR, "0", number(found.error, 4))]
     if found.head_error is not None:
-        rows.append(("relative error of the head's output", "0", number(found.head_error, 4)))
         rows.append(("mean absolute difference of the head's output", "0", number(found.head_difference, 5)))
     for each in found.layers:
         rows.append((f"features of layer {each.layer}, relative error", "0", number(each.error, 4)))
@@ -61,7 +61,8 @@ def dense_rows(found: DenseFidelity) -> list[tuple[str, str, str]]:
 def unrecovered_figures(before: Unrecovered) -> dict[str, str]:
     """The figures without recovery by the name of their row in a table."""
     if before.features is not None:
-        return {name: value for name, _, value in dense_rows(before.features)}
+        rows = {name: value for name, _, value in dense_rows(before.features)}
+        return rows | {ERROR: with_error(before.error, before.error_error, 4)}
     if before.cosine is not None:
         return {
             "cosine, mean": with_error(before.cosine, before.cosine_error, 4),

@@ -123,7 +123,11 @@ def islands(model: onnx.ModelProto) -> set[str]:
     layers = {node.name for node in linear_layers(model)}
 
     def before(node: onnx.NodeProto) -> Nodes:
-        return [made[name] for name in node.input if name in made]
+        """What makes the inputs of a node; nothing for the length of tokens, which would lead into the stream."""
+        names = [] if node.op_type == "ReduceL2" else node.input
+        if node.op_type == "Div" and made[node.input[1]].op_type == "ReduceL2":
+            names = node.input[1:]
+        return [made[name] for name in names if name in made]
 
     def after(node: onnx.NodeProto) -> Nodes:
         return [other for name in node.output for other in used.get(name, [])]

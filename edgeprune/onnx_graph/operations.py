@@ -184,8 +184,9 @@ class _Walk:
     def _elementwise(self, stage: _Stage) -> Iterable[Operation]:
         """The elementwise kernel of a stage; none where it has no such work, or where it only follows one matmul."""
         if stage.reads and not self._is_part_of_matmul(stage):
-            largest = max((*stage.writes, *stage.reads), key=self._values)
-            rows = max(prod(_static(largest, self.shapes)[:-1]), 1)
+            sizes = {**stage.reads, **stage.writes}
+            largest = max(sizes, key=lambda name: sizes[name])
+            rows = max(sizes[largest] // max(_static(largest, self.shapes)[-1:], default=1), 1)
             yield Elementwise(rows, ceil((sum(stage.reads.values()) + sum(stage.writes.values())) / rows))
 
     def _is_part_of_matmul(self, stage: _Stage) -> bool:

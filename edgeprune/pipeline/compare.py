@@ -109,6 +109,7 @@ class _Methods:
                         continue
                     if schedule is not None:
                         entries.append(Entry(method, policy, target, schedule, goal))
+            self.scores[method].release()
         staircase, entries = self.corrected(*self.confirmed(staircase, entries))
         reported = self.reported(staircase, entries)
         return Comparison(tuple(reported), tuple(missing), context.target.setup, staircase)

@@ -162,6 +162,8 @@ def context_for(options: Options, progress: Progress = silent) -> Context:
     pictures = Pictures(found, model.preprocessing, target, options.search_images, training) if found else None
     if pictures and 0 < len(pictures.untuned) < len(pictures.files):
         check_count(BY_NAME[model.task], len(pictures.untuned))
+    if training:
+        check_size(model.vit, len(training))
     recovery = Pictures(training, model.preprocessing, target, 0) if training else None
     task = task_of(model.task, model.vit, texts, head)
     return Context(options, target, model, pictures, task, progress, recovery, head)

@@ -37,7 +37,7 @@ def recover(context: Context, schedule: Schedule, int8: Sequence[Int8Layer] = ()
 
     assert context.recovery is not None
     if not schedule.cuts:
-        log.warning("this schedule removes no tokens, so nothing is recovered: ask for more speed to use --recover")
+        log.warning("this schedule removes no tokens, so nothing is recovered: choose a faster goal to use --recover")
         return None
     model, pictures, recipe = context.model, context.recovery, Recipe()
     parts = (

@@ -54,6 +54,10 @@ class ScheduleScores:
         pixels, labels = pictures.pixels[pictures.search], pictures.labels(pictures.search)
         return Evaluator(context.model, context.method, pixels, labels, context.prefix_last, context.task)
 
+    def release(self) -> None:
+        """Free the activations that `evaluator` keeps; it is created again where it is needed."""
+        self.__dict__.pop("evaluator", None)
+
     @cached_property
     def spread(self) -> SpreadEvaluator:
         """As `evaluator`, for a cluster. Raises InputError without pictures, HostError."""

@@ -70,6 +70,19 @@ def test_a_cut_is_an_island(method: str, model: Callable[[str], onnx.ModelProto]
     assert not islands(full) & {node.name for node in linear_layers(full)}
 
 
+def test_fold_compares_in_fp32_and_leaves_the_stream_in_fp16(model: Callable[[str], onnx.ModelProto]) -> None:
+    """Similarities of all pairs of tokens and which is attended to more are fp32; the residual stream is not."""
+    half = fp16(model("fold"))
+    kind, made = types(half), {output: node for node in half.graph.node for output in node.output}
+    compared = [node for node in half.graph.node if node.op_type == "Greater"]
+    assert compared and all(kind[name] == FP32 for node in compared for name in node.input)
+    lengths = [node for node in half.graph.node if node.op_type == "ReduceL2"]
+    assert lengths and all(made[node.input[0]].op_type == "Cast" for node in lengths), "the stream itself is fp16"
+    for node in half.graph.node:
+        if node.op_type == "Div" and made.get(node.input[1]) in lengths:
+            assert kind[node.output[0]] == FP32
+
+
 def test_constants_too_small_for_fp16_stay_fp32(model: Callable[[str], onnx.ModelProto]) -> None:
     """EViT's clamp of 1e-7 would be subnormal, which TensorRT warns of."""
     half = fp16(model("evit"))

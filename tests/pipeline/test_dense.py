@@ -294,7 +294,7 @@ def test_recovery_lowers_the_error_of_the_features(
     assert 0 < before["error_error"] < before["error"]
     assert (before["kl"], before["agreement"], row["recovery"]["kl_after"]) == (None, None, None)
     page = (tmp_path / "bundle" / "report.html").read_text()
-    assert "without recovery" in page and f"{before['dense']['layers'][0]['error']:.4f}" in page
+    assert "without recovery" in page and f"{before['features']['layers'][0]['error']:.4f}" in page
 
 
 def test_profile_schedule_and_export_one_by_one(

@@ -254,7 +254,7 @@ def test_a_board_in_use_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with busy.machine():
         [answer] = spoken(tmp_path, prepare())
     assert isinstance(answer, protocol.Failed) and answer.kind == "HostError"
-    assert "the board is busy" in answer.text and "wait for it" in answer.text and "\n" not in answer.text
+    assert "is using this board" in answer.text and "wait until it ends" in answer.text and "\n" not in answer.text
     for _ in range(2):  # free again, and again after a session
         assert isinstance(spoken(tmp_path, prepare())[0], protocol.Ready)
 

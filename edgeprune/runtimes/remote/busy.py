@@ -18,7 +18,10 @@ POLL_S = 0.1
 
 @contextmanager
 def machine() -> Iterator[None]:
-    """Keep other workers off this machine, those of other users too. Raises HostError where one uses it."""
+    """Keep other workers off this machine, those of other users too where they share a folder for temporary files.
+
+    Raises HostError where one uses it.
+    """
     path = Path(tempfile.gettempdir(), "edgeprune-worker.lock")
     handle = _opened(path)
     try:
@@ -29,8 +32,8 @@ def machine() -> Iterator[None]:
                 break
             if time.monotonic() > until:
                 raise HostError(
-                    "the board is busy, another edgeprune --host uses it, and two at once would distort each other's "
-                    f"latencies: wait for it, or see who it is with `fuser -v {path}` there"
+                    "another edgeprune --host is using this board: wait until it ends, or run "
+                    f"`sudo fuser -v {path}` on the board to see the process"
                 )
             time.sleep(POLL_S)
         yield
@@ -43,6 +46,9 @@ def _opened(path: Path) -> int:
     with suppress(FileNotFoundError):
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     try:
-        return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        handle = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        with suppress(PermissionError):  # another user made it in the meantime
+            os.fchmod(handle, 0o644)  # whatever the umask
+        return handle
     except PermissionError:  # another user made it in the meantime
         return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)

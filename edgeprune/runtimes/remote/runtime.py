@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import weakref
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=protocol.Message)
+_CHANNELS: weakref.WeakValueDictionary[Host, Channel] = weakref.WeakValueDictionary()  # a device has one worker
 
 
 class RemoteRuntime:
@@ -39,8 +39,10 @@ class RemoteRuntime:
 
     def __init__(self, device: Device, host: Host, lock_clocks: bool = False) -> None:
         self.device, self.lock_clocks = device, lock_clocks
-        gc.collect()  # ends connections that nothing uses any more: a device has one worker at a time
-        self.channel = Channel(host, f"{host.program} worker")
+        before = _CHANNELS.get(host)
+        if before is not None:  # of an earlier command, kept alive by a traceback, for example
+            before.leave()
+        _CHANNELS[host] = self.channel = Channel(host, f"{host.program} worker")
         weakref.finalize(self, self.channel.leave)
         self.suffix, self.parity = "", 0.0  # set by setup()
         self._free: int | None = None

@@ -6,7 +6,7 @@
 #
 # What follows DIR goes to `edgeprune unpack`. EDGEPRUNE is the path of edgeprune, where it is not in PATH. Prints
 # "switched VERSION", "current VERSION" where that was current already, or "mended VERSION" where files of it were
-# damaged and have been replaced. If anything fails, DIR/current is unchanged, and a second run begins anew. Needs a
+# damaged and have been replaced. If anything fails, the link DIR/current is unchanged, and a second run begins anew. Needs a
 # POSIX shell, coreutils, flock and the OpenSSH client.
 set -eu
 [ $# -ge 3 ] || { echo "usage: install.sh ARCHIVE DIR --allowed-signers FILE | --unsigned" >&2; exit 2; }
@@ -25,7 +25,7 @@ version=$(printf '%s\n' "$said" | sed -n 's/.*"version": "\([^"/]*\)".*/\1/p')
 old=$(readlink "$dir/current" || true)
 if [ "$old" = "$version" ] && [ -d "$dir/$version" ]; then
   state=current
-  for new in "$dir"/.incoming/*; do # each file in one step: who uses the version never finds less than before
+  for new in "$dir"/.incoming/*; do # each file is replaced in one step: a reader never sees part of one
     file=$dir/$version/${new##*/}
     if [ -L "$file" ] || [ ! -f "$file" ] || [ "$(sha256sum <"$file")" != "$(sha256sum <"$new")" ]; then
       mv -fT -- "$new" "$file"
