@@ -238,7 +238,7 @@ def recover(
     """
     from edgeprune.errors import InputError
     from edgeprune.images import load_pixels
-    from edgeprune.pipeline.context import Options, check_outputs, check_task, recovery_set
+    from edgeprune.pipeline.context import Options, check_outputs, check_size, check_task, recovery_set
     from edgeprune.vit.models import load_model
     from edgeprune.vit.recovery import Recipe, recovered
 
@@ -251,6 +251,7 @@ def recover(
     how = loaded.preprocessing
     found = recovery_set(Options(recover=Path(images)), None)
     assert found is not None
+    check_size(pruned.vit, len(found))
     pixels = load_pixels(found.paths, how, progress)
     task = "dense" if pruned.vit.layers else loaded.task
     return recovered(pruned, pixels, how, Recipe(seed=seed), _path(checkpoint), progress, task).module
