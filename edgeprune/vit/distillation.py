@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, kl_div, log_softmax
 
-from edgeprune.vit.pruned import PrunedViT
+from edgeprune.vit.pruned import PrunedViT, flattened
 from edgeprune.vit.restore import features
 from edgeprune.vit.rotary import rows_of
 from edgeprune.vit.tokens import Stream
@@ -35,12 +35,6 @@ def traced(pruned: PrunedViT, images: Tensor) -> tuple[Tensor, list[Tensor]]:
         passed.append(x)
     outputs = flattened([*found, family.classify(pruned.model, x, stream.sizes)])
     return outputs, passed if vit.prefix else []
-
-
-def flattened(outputs: Tensor | Sequence[Tensor]) -> Tensor:
-    """The output of a module, or its several outputs side by side, (B, values)."""
-    several = [outputs] if isinstance(outputs, Tensor) else outputs
-    return torch.cat([each.flatten(1) for each in several], dim=1)
 
 
 def relative_error(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:

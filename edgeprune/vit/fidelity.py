@@ -14,7 +14,7 @@ from edgeprune.images import normalise
 from edgeprune.records import Fidelity, Progress, check_tokens, silent
 from edgeprune.tasks import Task, task_of
 from edgeprune.vit.models import Model
-from edgeprune.vit.pruned import PrunedViT, random_kept, step
+from edgeprune.vit.pruned import PrunedViT, flattened, random_kept, step
 from edgeprune.vit.reducers import reducer_named
 from edgeprune.vit.restore import features
 from edgeprune.vit.rotary import rows_of
@@ -82,8 +82,7 @@ def logits_of_schedule(
 
 def packed_outputs(outputs: torch.Tensor | Sequence[torch.Tensor]) -> NDArray[np.float32]:
     """The output of a module, or its several outputs in their order, as one array (images, values)."""
-    several = [outputs] if isinstance(outputs, torch.Tensor) else outputs
-    found: NDArray[np.float32] = torch.cat([each.flatten(1) for each in several], dim=1).numpy()
+    found: NDArray[np.float32] = flattened(outputs).numpy()
     return found
 
 

@@ -198,6 +198,12 @@ def random_kept(x: Tensor, keep: int, prefix: int, generator: torch.Generator) -
     return Stream(torch.cat([x[:, :prefix], body], dim=1), None, places)
 
 
+def flattened(outputs: Tensor | Sequence[Tensor]) -> Tensor:
+    """The output of a module, or its several outputs side by side, (B, values)."""
+    several = [outputs] if isinstance(outputs, Tensor) else outputs
+    return torch.cat([each.flatten(1) for each in several], dim=1)
+
+
 def with_layers(vit: Vit, layers: Sequence[int]) -> Vit:
     """The record of a model with patch features of `layers` as outputs. Raises InputError for one out of range."""
     if not layers:

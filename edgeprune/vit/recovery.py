@@ -21,10 +21,10 @@ from edgeprune.onnx_graph.int8 import Int8Layer
 from edgeprune.records import Preprocessing, Progress, Recovery, silent
 from edgeprune.tasks import BY_NAME
 from edgeprune.vit.augmentation import Augmentation, augmented
-from edgeprune.vit.distillation import LOSSES, flattened, relative_error, traced
+from edgeprune.vit.distillation import LOSSES, relative_error, traced
 from edgeprune.vit.fake_int8 import FakeInt8
 from edgeprune.vit.models import weights_sha256
-from edgeprune.vit.pruned import PrunedViT
+from edgeprune.vit.pruned import PrunedViT, flattened
 from edgeprune.vit.recovery_files import State, weights_of
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from edgeprune.vit.distillation import divergence
 from edgeprune.vit.fake_int8 import FakeInt8
 from edgeprune.vit.fidelity import logits_of_schedule, pruned_module
 from edgeprune.vit.models import load_model, weights_sha256
-from edgeprune.vit.pruned import PrunedViT, with_layers
+from edgeprune.vit.pruned import PrunedViT, flattened, with_layers
 from edgeprune.vit.recovery import Recipe, rate_at, recovered
 from edgeprune.vit.recovery_files import load_recovered, save_recovered
 from edgeprune.vit.reducers import reducer_named
@@ -87,7 +87,7 @@ def test_dense_features_come_closer() -> None:
     images = torch.from_numpy(normalise(pictures()[:3], model.preprocessing))
     with torch.no_grad():
         outputs, _ = distillation.traced(found.module, images)
-        torch.testing.assert_close(outputs, distillation.flattened(found.module(images)))
+        torch.testing.assert_close(outputs, flattened(found.module(images)))
 
 
 def test_held_out_pictures_are_never_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,12 +42,13 @@ def worth(similar: Tensor, attended: Attended, prefix: int) -> Tensor:
     """
     count = similar.shape[1]
     received = attention_received(attended, prefix)
-    first = [prefix - i if i < prefix else 0 for i in range(count)]
-    above = torch.tensor(first, dtype=received.dtype, device=received.device)
-    rank = received - 4 * above  # prefix tokens below all others, so that they are near to none
+    above = torch.tensor(
+        [4.0 * max(prefix - i, 0) for i in range(count)], dtype=received.dtype, device=received.device
+    )
+    rank = received - above  # prefix tokens below all others, so that they are near to none
     more = (rank[:, None, :] > rank[:, :, None]).to(similar.dtype)
     nearest = (similar * more).amax(dim=-1)
-    return received - received * nearest + 4 * above
+    return received - received * nearest + above
 
 
 def attention_received(attended: Attended, prefix: int) -> Tensor:
