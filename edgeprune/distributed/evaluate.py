@@ -11,7 +11,7 @@ import numpy as np
 from edgeprune.distributed.cluster import ray_module, received
 from edgeprune.distributed.quiet import evaluating
 from edgeprune.io import key_of
-from edgeprune.records import Fidelity, Progress, silent
+from edgeprune.records import Fidelity, Preprocessing, Progress, silent
 from edgeprune.tasks import Task, task_of
 
 if TYPE_CHECKING:
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from edgeprune.vit.fidelity import Evaluator
     from edgeprune.vit.models import Model
+    from edgeprune.vit.pruned import PrunedViT
 
 BLOCK = 32  # pictures of a task; a multiple of vit.fidelity.CHUNK, so that chunks are those of one process
 GROUP = 8  # schedules of a task: they share the activations of their base
@@ -113,3 +114,36 @@ def evaluate(
             evaluator.base(base)
             rows.append(evaluator.logits(tokens))
         return np.stack(rows)
+
+
+class SpreadOutputs:
+    """Outputs of pruned models with ever other weights, as vit.fidelity.outputs_of; needs a connection to Ray."""
+
+    def __init__(self) -> None:
+        self.ray = ray_module()
+        self._pixels: NDArray[np.uint8] | None = None
+        self._blocks: list[Any] = []  # of these pixels, in the object store
+        self._remote = self.ray.remote(num_cpus=1, max_retries=-1)(outputs)
+
+    def __call__(self, pruned: PrunedViT, pixels: NDArray[np.uint8], how: Preprocessing) -> NDArray[np.float32]:
+        """Outputs (images, values) for pixels (images, P, P, 3). Raises HostError, EdgepruneError."""
+        from edgeprune.vit.packing import packed
+
+        if pixels is not self._pixels:
+            self._pixels = pixels
+            self._blocks = [self.ray.put(pixels[start : start + BLOCK]) for start in range(0, len(pixels), BLOCK)]
+        model = self.ray.put(packed(pruned, self.ray.cloudpickle.Pickler))
+        return np.concatenate(received([self._remote.remote([model], block, how) for block in self._blocks]))
+
+
+def outputs(model: Sequence[Any], pixels: NDArray[np.uint8], how: Preprocessing) -> NDArray[np.float32]:
+    """Outputs (images, values) of a block of pictures (images, P, P, 3), with one thread.
+
+    `model` holds a reference to the vit.packing.Packed of a PrunedViT in the object store.
+    """
+    from edgeprune.vit.fidelity import one_thread, outputs_of
+    from edgeprune.vit.packing import unpacked
+
+    one_thread()
+    with evaluating():
+        return outputs_of(unpacked(ray_module().get(model[0])), pixels, how)

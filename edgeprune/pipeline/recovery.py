@@ -31,7 +31,8 @@ def recover(context: Context, schedule: Schedule, int8: Sequence[Int8Layer] = ()
     The same model, schedule and pictures are tuned once for all precisions but INT8, which has `int8` (fake
     quantisation). None, with a warning, for a schedule without a cut. Raises OutputError, ExportError.
     """
-    from edgeprune.vit.fidelity import pruned_module
+    from edgeprune.distributed.evaluate import SpreadOutputs
+    from edgeprune.vit.fidelity import outputs_of, pruned_module
     from edgeprune.vit.recovery import Recipe, recovered
     from edgeprune.vit.recovery_files import load_recovered, save_recovered
 
@@ -47,9 +48,10 @@ def recover(context: Context, schedule: Schedule, int8: Sequence[Int8Layer] = ()
 
     def make(path: Path) -> None:
         checkpoint = path.with_suffix(".checkpoint")
+        outputs = outputs_of if context.options.cluster is None else SpreadOutputs()
         pruned = pruned_module(model, schedule.method, schedule.tokens, schedule.prefix_last)
         found = recovered(
-            pruned, pictures.pixels, pictures.how, recipe, checkpoint, context.progress, model.task, int8
+            pruned, pictures.pixels, pictures.how, recipe, checkpoint, context.progress, model.task, int8, outputs
         )
         save_recovered(found.module.model, found.record, path)
         checkpoint.unlink(missing_ok=True)

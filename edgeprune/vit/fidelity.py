@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from edgeprune.images import normalise
-from edgeprune.records import Fidelity, Progress, check_tokens, silent
+from edgeprune.records import Fidelity, Preprocessing, Progress, check_tokens, silent
 from edgeprune.tasks import Task, task_of
 from edgeprune.vit.models import Model
 from edgeprune.vit.pruned import PrunedViT, flattened, random_kept, step
@@ -66,14 +66,21 @@ def logits_of_schedule(
     progress: Progress = silent,
 ) -> NDArray[np.float32]:
     """PyTorch outputs (images, values) of a schedule for pixels (images, P, P, 3), a few images at a time."""
-    module = pruned_module(model, method, tokens, prefix_last)
+    return outputs_of(pruned_module(model, method, tokens, prefix_last), pixels, model.preprocessing, progress)
+
+
+def outputs_of(
+    pruned: PrunedViT, pixels: NDArray[np.uint8], how: Preprocessing, progress: Progress = silent
+) -> NDArray[np.float32]:
+    """Outputs (images, values) of a pruned model for pixels (images, P, P, 3), a few images at a time."""
     what, starts = "evaluating images in PyTorch", range(0, len(pixels), CHUNK)
+    device = next(pruned.parameters()).device
 
     def outputs(start: int) -> NDArray[np.float32]:
         progress(what, start, len(pixels))
-        images = normalise(pixels[start : start + CHUNK], model.preprocessing)
+        images = torch.from_numpy(normalise(pixels[start : start + CHUNK], how))
         with torch.inference_mode():
-            return packed_outputs(module(torch.from_numpy(images)))
+            return packed_outputs(pruned(images.to(device)))
 
     rows = each_chunk(outputs, starts)
     progress(what, len(pixels), len(pixels))
@@ -82,7 +89,7 @@ def logits_of_schedule(
 
 def packed_outputs(outputs: torch.Tensor | Sequence[torch.Tensor]) -> NDArray[np.float32]:
     """The output of a module, or its several outputs in their order, as one array (images, values)."""
-    found: NDArray[np.float32] = flattened(outputs).numpy()
+    found: NDArray[np.float32] = flattened(outputs).cpu().numpy()
     return found
 
 

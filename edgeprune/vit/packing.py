@@ -10,10 +10,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from edgeprune.records import Preprocessing, Vit
-from edgeprune.vit.families import family_of
-from edgeprune.vit.models import Model
-
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
@@ -23,9 +19,6 @@ class Packed(NamedTuple):
 
     skeleton: bytes
     arrays: list[NDArray[Any]]
-    vit: Vit
-    preprocessing: Preprocessing
-    task: str
 
 
 class _Unpickler(pickle.Unpickler):
@@ -48,11 +41,11 @@ class _Unpickler(pickle.Unpickler):
         return self.tensors[number]
 
 
-def packed(model: Model, pickler: type[pickle.Pickler] = pickle.Pickler) -> Packed:
-    """A model for `unpacked`, which has to run the same versions of timm and PyTorch.
+def packed(model: Any, pickler: type[pickle.Pickler]) -> Packed:
+    """A Model or PrunedViT for `unpacked`, which has to run the same versions of timm and PyTorch.
 
-    `pickler` may be that of cloudpickle, which takes classes of `__main__` along. Tensors are left out; those that
-    are one object stay one.
+    `pickler` is that of cloudpickle, which takes classes of `__main__` along. Tensors are left out; those that are
+    one object stay one.
     """
     arrays: list[NDArray[Any]] = []
     places: dict[int, tuple[int, bool]] = {}
@@ -67,11 +60,10 @@ def packed(model: Model, pickler: type[pickle.Pickler] = pickle.Pickler) -> Pack
             return places[id(thing)]
 
     file = io.BytesIO()
-    WithoutTensors(file).dump(model.module)
-    return Packed(file.getvalue(), arrays, model.vit, model.preprocessing, model.task)
+    WithoutTensors(file).dump(model)
+    return Packed(file.getvalue(), arrays)
 
 
-def unpacked(packed: Packed) -> Model:
+def unpacked(packed: Packed) -> Any:
     """The model; its weights are the memory of `packed.arrays`."""
-    module: nn.Module = _Unpickler(packed).load()
-    return Model(module.eval(), family_of(module)[1], packed.vit, packed.preprocessing, packed.task)
+    return _Unpickler(packed).load()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from math import ceil, cos, pi
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from edgeprune.tasks import BY_NAME
 from edgeprune.vit.augmentation import Augmentation, augmented
 from edgeprune.vit.distillation import LOSSES, relative_error, traced
 from edgeprune.vit.fake_int8 import FakeInt8
+from edgeprune.vit.fidelity import CHUNK, outputs_of
 from edgeprune.vit.models import weights_sha256
 from edgeprune.vit.pruned import PrunedViT, flattened
 from edgeprune.vit.recovery_files import State, weights_of
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
+Outputs: TypeAlias = "Callable[[PrunedViT, NDArray[np.uint8], Preprocessing], NDArray[np.float32]]"
 
-CHUNK = 26  # pictures at a time where nothing is trained
 FAR = 0.4  # nats: a pruned classifier that is closer to the unpruned one is tuned at a lower rate
 DIVERGED = 100.0  # nats: a larger loss, or one that is no number, counts as this
 
@@ -81,6 +82,7 @@ def recovered(
     progress: Progress = silent,
     task: str = "classify",
     int8: Sequence[Int8Layer] = (),
+    outputs: Outputs = outputs_of,
 ) -> Recovered:
     """Self-distillation: `pruned` with weights with which it answers most like the unpruned model.
 
@@ -90,10 +92,11 @@ def recovered(
     the pictures is never trained on; the state with the lowest loss on it is returned, the original weights
     (epochs = 0) where none is lower. `pruned` itself is not changed. With `checkpoint`, an interrupted run continues
     after its last whole epoch, with the same result. With `int8`, the layers that will be INT8, the pruned model is
-    trained and judged with their rounding. Raises InputError for a checkpoint of another run, OutputError,
+    trained and judged with their rounding. `outputs` computes those of the held-out pictures where nothing is rounded,
+    with the same bits as vit.fidelity.outputs_of. Raises InputError for a checkpoint of another run, OutputError,
     ExportError.
     """
-    run = _Run(pruned, pixels, how, recipe, progress, task, int8)
+    run = _Run(pruned, pixels, how, recipe, progress, task, int8, outputs)
     state = run.state
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint)
@@ -122,7 +125,9 @@ class _Run:
         progress: Progress,
         task: str,
         int8: Sequence[Int8Layer],
+        outputs: Outputs,
     ) -> None:
+        self.outputs = outputs
         self.task, self.loss = task, LOSSES[task]
         self.features = 0.0 if task == "dense" else recipe.features  # the patches are what counts there
         self.rounding: AbstractContextManager[object] = FakeInt8(int8) if int8 else nullcontext()
@@ -212,14 +217,15 @@ class _Run:
         )
         return Recovered(self.student, record)
 
-    def answers(self, module: nn.Module) -> Tensor:
+    def answers(self, module: PrunedViT) -> Tensor:
         """Outputs (images, values) on the held-out pictures."""
-        rows = []
-        with torch.no_grad():
-            for start in range(0, len(self.validation), CHUNK):
-                images = normalise(self.validation[start : start + CHUNK], self.how)
-                with self.rounding if module is self.student else nullcontext():
-                    rows.append(flattened(module(torch.from_numpy(images).to(self.device))))
+        if module is self.teacher or not isinstance(self.rounding, FakeInt8):
+            return torch.from_numpy(self.outputs(module, self.validation, self.how)).to(self.device)
+        rows = []  # one pass at a time, in this thread, is what the rounding is for
+        for start in range(0, len(self.validation), CHUNK):
+            images = normalise(self.validation[start : start + CHUNK], self.how)
+            with torch.no_grad(), self.rounding:
+                rows.append(flattened(module(torch.from_numpy(images).to(self.device))))
         return torch.cat(rows)
 
     def held_out_loss(self) -> float:

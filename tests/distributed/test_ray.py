@@ -243,6 +243,19 @@ def test_bits_are_those_of_one_process(joined: Any, evaluation: Any, alone: Any)
     np.testing.assert_array_equal(logits, evaluator.logits(WHOLE[0][0]))
 
 
+def test_recovery_is_that_of_one_process(joined: Any, evaluation: Any) -> None:
+    from edgeprune.distributed.evaluate import SpreadOutputs
+    from edgeprune.vit.fidelity import pruned_module
+    from edgeprune.vit.recovery import Recipe, recovered
+
+    model, pixels, _ = evaluation
+    pruned = pruned_module(model, "fold", (197,) * 6 + (60,) * 5 + (20,))
+    recipe = Recipe(epochs=1, least_steps=1, validation=0.9)  # 36 pictures are held out: two tasks
+    given = (pruned, pixels, model.preprocessing, recipe)
+    wanted, found = recovered(*given), recovered(*given, outputs=SpreadOutputs())
+    assert found.record == wanted.record and len(set(found.record.curve)) == 2
+
+
 def test_outputs_of_an_engine_are_those_of_one_process(joined: Any, undisturbed: Any, evaluation: Any) -> None:
     model, pixels, _ = evaluation
     pixels = np.concatenate([pixels, pixels[::-1]])  # two tasks
