@@ -42,7 +42,7 @@ Accuracy = Callable[[int], float]
 
 
 def curve(t: float, s: float) -> Accuracy:
-    """A(n) / A_max = 1 - exp(-(n / t)^s), fitted to what `Evaluator.random_drop` measured (percent)."""
+    """A(n) / A_max = 1 - exp(-(n / t)^s), fitted to what `Evaluator.fidelity_of_random` measured (percent)."""
     return lambda n: float(-np.expm1(-((n / t) ** s)))
 
 

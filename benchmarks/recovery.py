@@ -34,6 +34,7 @@ from edgeprune.records import Int8Ranges
 from edgeprune.runtimes.inference import logits_of
 from edgeprune.runtimes.target import target_for
 from edgeprune.scheduling.published import published_shapes
+from edgeprune.tasks import CLASSIFY, percent
 from edgeprune.vit.augmentation import Augmentation
 from edgeprune.vit.export import onnx_of_schedule
 from edgeprune.vit.fidelity import logits_of_schedule, pruned_module
@@ -118,10 +119,8 @@ class Pictures:
 
 def figures(dense: Any, pruned: Any, labels: Any) -> dict[str, Any]:
     """KL, agreement and top-1 of logits (images, classes)."""
-    return {
-        "kl": stats.kl_divergence(dense, pruned), "agreement": stats.agreement(dense, pruned),
-        "top1": stats.top1(pruned, labels),
-    }  # fmt: skip
+    found = CLASSIFY.fidelity(dense, pruned, list(labels))
+    return {"kl": found.kl, "agreement": found.agreement, "top1": found.top1}
 
 
 def cached(out: Path, key: str, make: Callable[[], Any]) -> Any:
@@ -160,7 +159,8 @@ class Precision:
             onnx_of_schedule(model, method, tokens, method != "none", self.batch, file)
             full = onnx.load(file)
         pixels = self.calibration[calibration_indices(len(self.calibration))]
-        return full, calibrated(full, [images for images, _ in batches(pixels, model.preprocessing, self.batch)])
+        images = [images for images, _ in batches(pixels, model.preprocessing, self.batch)]
+        return full, calibrated(full, images, CLASSIFY)
 
     def layers(self, model: Model, method: str, tokens: Any) -> tuple[Int8Layer, ...]:
         """What to round in training."""
@@ -196,7 +196,7 @@ def run(name: str, recipe: Recipe, assets: Path, out: Path, loaded: dict[str, An
     after = precision.logits(replace(model, module=trained.module.model), method, tokens, pixels)
     return {
         "run": name, "tokens": tokens, "judged": len(labels), "seconds": seconds, "recipe": asdict(recipe),
-        "dense_top1": stats.top1(whole, labels), "before": figures(dense, before, labels),
+        "dense_top1": percent(CLASSIFY.right(whole, labels)), "before": figures(dense, before, labels),
         "after": figures(dense, after, labels), "standard_error": errors_of(dense, before, after, labels),
         "curve": trained.record.curve, "epochs": trained.record.epochs, "images": trained.record.images,
         "weights": file.name,

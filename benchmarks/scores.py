@@ -23,6 +23,7 @@ from edgeprune import stats
 from edgeprune.images import drawn, load_images, load_pixels
 from edgeprune.latency.timing import interleave
 from edgeprune.runtimes.target import target_for
+from edgeprune.tasks import CLASSIFY
 from edgeprune.vit.export import onnx_of_schedule
 from edgeprune.vit.fidelity import logits_of_schedule
 from edgeprune.vit.models import load_model
@@ -112,7 +113,8 @@ def rows_of(name: str, assets: Path, count: int) -> list[dict[str, Any]]:
         with scored(score):
             for speedup, tokens in SCHEDULES.items():
                 logits = logits_of_schedule(model, "fold", tokens, pixels, prefix_last=True)
-                row[speedup] = {"kl": stats.kl_divergence(dense, logits), "agreement": stats.agreement(dense, logits)}
+                figures = CLASSIFY.fidelity(dense, logits, None)
+                row[speedup] = {"kl": figures.kl, "agreement": figures.agreement}
         rows.append(row)
         print(line(row), flush=True)
     return rows

@@ -22,7 +22,7 @@ from edgeprune.pipeline.context import Options, context_for
 from edgeprune.pipeline.profile import measured_staircase
 from edgeprune.records import Candidate
 from edgeprune.scheduling.search import Search, Tokens
-from edgeprune.stats import agreement, kl_divergence
+from edgeprune.tasks import CLASSIFY
 from edgeprune.vit.fidelity import Evaluator, logits_of_schedule
 
 STRIDES = (1, 2)  # treads that one move may go down
@@ -144,9 +144,10 @@ def main() -> None:
                 search = Search(staircase, args.method, fidelity, context.prefix_last)
                 found = WAYS[name](search, dense_ms / target)
                 logits = logits_of_schedule(model, args.method, found.tokens, others, context.prefix_last)
+                figures = CLASSIFY.fidelity(unpruned, logits, None)
                 row = {
                     "target": target, "way": name, "evaluations": len(search.found), "kl_seen": found.kl,
-                    "kl": kl_divergence(unpruned, logits), "agreement": agreement(unpruned, logits),
+                    "kl": figures.kl, "agreement": figures.agreement,
                     "predicted": dense_ms / found.predicted_ms, "tokens": found.tokens,
                 }  # fmt: skip
                 print(LINE.format(**row), flush=True)

@@ -76,26 +76,11 @@ def differences(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> NDAr
     return most
 
 
-def kl_divergence(dense: NDArray[np.float32], pruned: NDArray[np.float32]) -> float:
-    """Mean over images of KL(unpruned || pruned) of the class distributions, nats."""
-    return float(kl_per_image(dense, pruned).mean())
-
-
 def kl_per_image(dense: NDArray[np.float32], pruned: NDArray[np.float32]) -> NDArray[np.float64]:
     """KL(unpruned || pruned) of the class distributions for each image, nats."""
     p, q = log_softmax(dense), log_softmax(pruned)
     each: NDArray[np.float64] = (np.exp(p) * (p - q)).sum(axis=1)
     return each
-
-
-def agreement(dense: NDArray[np.float32], pruned: NDArray[np.float32]) -> float:
-    """Share of images for which both predict the same class, percent."""
-    return float((dense.argmax(1) == pruned.argmax(1)).mean() * 100)
-
-
-def top1(logits: NDArray[np.float32], labels: Sequence[int]) -> float:
-    """Share of images for which the label is predicted, percent."""
-    return float((logits.argmax(1) == np.asarray(labels)).mean() * 100)
 
 
 def standard_error(differences: NDArray[np.float64]) -> float:

@@ -211,6 +211,13 @@ def points_lost(
     return 100 - percent(task.agrees(dense, outputs)), task.agreement_name
 
 
+def points_from(dense_top1: float | None, top1: float | None, agreement: float | None) -> float | None:
+    """points_lost from figures, percent, that are known already; None where too few are."""
+    if dense_top1 is not None and top1 is not None:
+        return dense_top1 - top1
+    return None if agreement is None else 100 - agreement
+
+
 def typically_off(task: Task, found: NDArray[np.float32], wanted: NDArray[np.float32]) -> float:
     """Median over images of how far the outputs of two runtimes are apart; NaN if any output is NaN.
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -192,11 +193,33 @@ def test_build_of_a_module(
     assert again == bundle
     pictures = sorted((zoo.images_dir() / "images").iterdir())[:3]
     found = again.predict(pictures, top=2)
+    assert found.latency is None and again.predict(pictures[0], timed=True).latency is not None
     assert [row.image for row in found.rows] == pictures
     assert {row.top[0].index for row in found.rows} == {3} and found.rows[0].top[0].percent > 99
     assert again.predict(str(pictures[0])).rows[0].top[0].index == 3
     assert {check.status for check in again.verify()} <= {"ok", "warning"}
     assert capsys.readouterr().out == ""
+
+
+def test_int8_ranges_are_kept_in_a_work_folder_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Path] = []
+
+    def build(options: Any, progress: Any) -> Any:
+        given.append(options.calib)
+        return SimpleNamespace(path=options.work, manifest=None, precisions=())
+
+    monkeypatch.setattr("edgeprune.pipeline.build.build", build)
+    for place in ({}, {"work": tmp_path / "work"}, {"work": str(tmp_path)}):
+        edgeprune.build(**place)
+    assert given == [Path("calib"), tmp_path / "work", tmp_path]
+
+
+def test_the_staircase_has_what_was_asked_for(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    """Of a simulation the cost of cuts, too; a trunk has the outputs it was exported with."""
+    made = edgeprune.profile(tiny("cls").module, method="topk", work=tmp_path / "work", **SIMULATED)
+    assert made.cuts["topk"] and made.setup.simulated
+    with pytest.raises(InputError, match=r"trunk\.onnx has its outputs already: pass --layers to edgeprune export"):
+        edgeprune.profile(trunk=tmp_path / "trunk.onnx", layers=(1,), work=tmp_path / "work")
 
 
 def test_a_module_takes_no_other_weights(digits: Any, work: Path) -> None:

@@ -29,6 +29,7 @@ from edgeprune.onnx_graph.attention_fusion import expected
 from edgeprune.onnx_graph.graph import metadata_in, save_graph
 from edgeprune.records import Latency, Preprocessing
 from edgeprune.runtimes.target import PRECISIONS
+from edgeprune.tasks import CLASSIFY, percent
 from gpu_steps.kit import (
     PARITY,
     chosen,
@@ -142,10 +143,10 @@ def compared(run: Run, folder: Path, names: list[str], precision: str, batch: in
         wanted = known[spec.name.rpartition("-b")[0] + "-b0"]
         apart = stats.differences(found, wanted)
         row |= {"finite": bool(np.isfinite(found).all()), "median_difference": float(np.median(apart))}
-        row |= {"largest_difference": float(apart.max()), "agreement": stats.agreement(wanted, found)}
-        row |= {"kl": stats.kl_divergence(wanted, found)}
-        row["agreement_unpruned"] = stats.agreement(known[variant("none", False, 0)], found)
-        row["top1"] = None if labels is None else stats.top1(found, labels.tolist())
+        figures = CLASSIFY.fidelity(wanted, found, None if labels is None else labels.tolist())
+        row |= {"largest_difference": float(apart.max()), "agreement": figures.agreement, "kl": figures.kl}
+        row["agreement_unpruned"] = percent(CLASSIFY.agrees(known[variant("none", False, 0)], found))
+        row["top1"] = figures.top1
     return {"images": len(images), "rows": rows}
 
 

@@ -30,6 +30,7 @@ from edgeprune.onnx_graph.graph import ALIGNED_BYTES, OUTSIDE_BYTES, linear_laye
 from edgeprune.pipeline.export import metadata_of
 from edgeprune.records import Int8Ranges, Schedule, Vit
 from edgeprune.scheduling.goals import single_cut
+from edgeprune.tasks import CLASSIFY
 from edgeprune.vit.export import (
     graph_of_block,
     onnx_from_module,
@@ -239,7 +240,7 @@ def _ranges(folder: Path, name: str, first: str, model: Model, pixels: Any) -> N
             return
     size = graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value
     pictures = normalise(pixels[: min(CALIBRATION, len(pixels))], model.preprocessing)
-    save(calibrated(graph, np.split(pictures, len(pictures) // size)), out)
+    save(calibrated(graph, np.split(pictures, len(pictures) // size), CLASSIFY), out)
 
 
 def _ranking(folder: Path, name: str, images: Any) -> Any:

@@ -74,17 +74,20 @@ class Bundle:
         top: int = 5,
         progress: Progress = silent,
         out: str | Path | None = None,
+        timed: bool = False,
     ) -> Predictions:
         """The `top` likeliest classes of pictures (files, folders, or CSVs of them), their embeddings or features.
 
         With `out`, a folder, all outputs of each picture are saved there as PICTURE.npz, and dense features are not
-        kept in memory. Raises InputError, ImageError, EngineError, OutputError, and DeviceError where the engine was
-        built for another machine.
+        kept in memory. With `timed`, the latency is measured as well (20 inferences after a warm-up). Raises
+        InputError, ImageError, EngineError, OutputError, and DeviceError where the engine was built for another
+        machine.
         """
         from edgeprune.bundles.predict import predict
 
         sources = [images] if isinstance(images, str | Path) else images
-        return predict(self.path, [Path(source) for source in sources], top, progress, Path(out) if out else None)
+        paths = [Path(source) for source in sources]
+        return predict(self.path, paths, top, progress, Path(out) if out else None, timed)
 
     def pack(self, out: str | Path, *, sign: str | Path | None = None) -> Path:
         """Write the bundle as one .tar.zst, the same bytes for the same bundle; its path.

@@ -56,23 +56,29 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of one bundle on this machine; `latency` is of one batch, without preprocessing."""
+    """Predictions of one bundle on this machine; `latency`, if timed, is of one batch, without preprocessing."""
 
     bundle: Path
     model: str
     setup: Setup
     rows: tuple[Prediction, ...]
-    latency: Latency
+    latency: Latency | None = None
     task: str = "classify"
 
 
 def predict(
-    bundle: Path, sources: Sequence[Path], top: int = 5, progress: Progress = silent, out: Path | None = None
+    bundle: Path,
+    sources: Sequence[Path],
+    top: int = 5,
+    progress: Progress = silent,
+    out: Path | None = None,
+    timed: bool = False,
 ) -> Predictions:
     """The `top` likeliest classes of pictures, their embeddings or dense features, as the bundle's task is.
 
     Sources are pictures, folders, or CSVs, read one batch at a time. With `out` all outputs of each picture are saved
-    to a file of its name in that folder, `out`/PICTURE.npz, and dense features are not kept in memory.
+    to a file of its name in that folder, `out`/PICTURE.npz, and dense features are not kept in memory. With `timed`
+    the latency is measured as well.
     Raises ImageError, InputError, DeviceError, EngineError, OutputError.
     """
     opened = open_bundle(bundle)
@@ -90,11 +96,11 @@ def predict(
             part = paths[start : start + batch]
             progress("running pictures", start, len(paths))
             pixels = np.stack([read_image(path, how) for path in part])
-            for images, real in batches(pixels, how, batch):
-                outputs = session.infer(images)[:real]
-                if outputs.shape[1] != manifest.vit.values:
-                    sizes = f"{outputs.shape[1]} outputs for {manifest.vit.values} classes"
-                    raise EngineError(f"{bundle}: the engine has {sizes}: build it again")
+            [(images, real)] = batches(pixels, how, batch)
+            outputs = session.infer(images)[:real]
+            if outputs.shape[1] != manifest.vit.values:
+                sizes = f"{outputs.shape[1]} outputs for {manifest.vit.values} classes"
+                raise EngineError(f"{bundle}: the engine has {sizes}: build it again")
             found = (
                 _dense(part, outputs, manifest.vit)
                 if manifest.vit.outputs
@@ -104,7 +110,7 @@ def predict(
             for row, output, file in zip(found, outputs, files[start : start + batch], strict=True):
                 rows.append(row if file is None else _saved(row, output, named[-1], file))
         progress("running pictures", len(paths), len(paths))
-        latency = latency_of(session, TIMED)
+        latency = latency_of(session, TIMED) if timed else None
     return Predictions(bundle, manifest.vit.name, opened.setup, tuple(rows), latency, manifest.task)
 
 

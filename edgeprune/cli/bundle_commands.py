@@ -70,7 +70,7 @@ def run(
     from edgeprune.cli.tables import run_table
 
     with output.progress() as progress:
-        found = predict(bundle, images, top, progress, out)
+        found = predict(bundle, images, top, progress, out, timed=True)
     output.show(run_table(found), as_json)
     if as_json:
         output.json_line(predictions_row(found))

@@ -228,6 +228,6 @@ def predictions_row(found: Predictions) -> dict[str, Any]:
         "batch": found.setup.batch,
         "task": found.task,
         "rows": [{"image": str(row.image), **_prediction(row)} for row in found.rows],
-        "latency_ms": found.latency.summary(),
+        "latency_ms": found.latency.summary() if found.latency else None,
     }
     return row | ({"simulated": True} if found.setup.simulated else {})

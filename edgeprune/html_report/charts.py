@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from edgeprune.latency.staircase import treads, trunk_ms
 from edgeprune.records import Candidate, Latency, Recovery, Schedule, Staircase, Trial
-from edgeprune.tasks import BY_NAME, CLASSIFY, Task
+from edgeprune.tasks import BY_NAME, Task
 
 WIDTH, HEIGHT = 440, 280  # user units; text of size 12 is readable on a phone and not too large on a desktop
 LEFT, RIGHT, TOP, BOTTOM = 40, 18, 30, 40
@@ -177,7 +177,7 @@ def front_chart(
     others: Sequence[Candidate],
     schedule: Schedule,
     dense_ms: float,
-    task: Task = CLASSIFY,
+    task: Task,
 ) -> Chart:
     """Loss (KL) over predicted latency: the Pareto front (fastest first), dominated schedules, and the one chosen."""
     seen = (*others, *front)

@@ -86,7 +86,6 @@ def probe(
     save: Callable[[Samples], None] = lambda _: None,
     progress: Progress = silent,
     room: Room = UNLIMITED,
-    prior: UtilityPrior | None = None,
     used: Collection[int] = (),
     conditions: list[Conditions] | None = None,
     gpu_state: Callable[[], GpuState | None] = lambda: None,
@@ -97,16 +96,15 @@ def probe(
     `open_trunk(n)` gives the trunk at n tokens. `others` holds FIXED and DENSE, and the blocks, last blocks and cuts
     from which the cost of cuts is computed; all are timed in the same rounds. Each stage times a few counts, always
     with the unpruned one, for FEW rounds (`probe_requests` selects them), until no request is left or the probe
-    budget is used. `prior` is the utility for which a schedule will be chosen, if it is known. With `used`, only the
-    ends of the treads that contain these counts are located. A count is timed again until it has `rounds` samples,
-    or together with a new neighbour; one round is enough where `setup` is noiseless. `samples` of an interrupted run
-    are continued, and `save` gets all samples after each round. `conditions` gets what `gpu_state` says before and
-    after each stage, where it says anything. Where `open_trunk` opens only a part of the trunk, `trunk_ms` gives the
-    latency of the trunk from that of the part. Returns the staircase and all samples (ms) as measured. Raises
-    EngineError, OutputError.
+    budget is used. With `used`, only the ends of the treads that contain these counts are located. A count is timed
+    again until it has `rounds` samples, or together with a new neighbour; one round is enough where `setup` is
+    noiseless. `samples` of an interrupted run are continued, and `save` gets all samples after each round.
+    `conditions` gets what `gpu_state` says before and after each stage, where it says anything. Where `open_trunk`
+    opens only a part of the trunk, `trunk_ms` gives the latency of the trunk from that of the part. Returns the
+    staircase and all samples (ms) as measured. Raises EngineError, OutputError.
     """
     samples, conditions = {} if samples is None else samples, [] if conditions is None else conditions
-    prior = prior or any_utility(vit)
+    prior = any_utility(vit)
     everything = all_counts(vit)
     limit = int((1 if exhaustive else SHARE_CONFIRMED if used else SHARE) * rounds * len(everything))
     few = rounds if exhaustive else min(FEW, rounds)

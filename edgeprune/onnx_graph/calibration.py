@@ -19,7 +19,7 @@ from edgeprune.features import packed
 from edgeprune.onnx_graph.graph import linear_layers, save_graph
 from edgeprune.onnx_graph.int8 import int8
 from edgeprune.records import Int8Ranges, Progress, silent
-from edgeprune.tasks import CLASSIFY, Task
+from edgeprune.tasks import Task
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -31,8 +31,8 @@ PERCENTILE, BINS = 99.999, {"percentile": 2048, "entropy": 128}
 def calibrated(
     model: onnx.ModelProto,
     batches: Sequence[NDArray[np.float32]],
+    task: Task,
     progress: Progress = silent,
-    task: Task = CLASSIFY,
 ) -> Int8Ranges:
     """INT8 ranges from calibration pictures, by the method with the lowest loss (KL) against the fp32 model.
 

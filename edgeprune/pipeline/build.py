@@ -98,7 +98,7 @@ def written(context: Context, refined: Refined, evaluated: Evaluated) -> Built:
         example = noise_batch(metadata.vit, batch)
     manifest = bundle_from_onnx(
         context.target, context.out, evaluated.onnx, metadata, evaluated.report, example, refined.staircase,
-        trace=lambda: build_trace(context, metadata, refined, recovered),
+        trace=lambda: build_trace(context, metadata, refined, recovered), asked=str(context.options.goal),
     )  # fmt: skip
     return Built(context.out, manifest, refined.staircase)
 
@@ -121,5 +121,4 @@ def build_trace(
         Trial(tokens=m.schedule.tokens, predicted_ms=m.predicted_ms, latency=m.measured.latency)
         for m in refined.measured
     )
-    goal = str(context.options.goal)
-    return BuildTrace(asked=goal, candidates=refined.candidates, trials=tuple(trials), samples=samples)
+    return BuildTrace(candidates=refined.candidates, trials=tuple(trials), samples=samples)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from edgeprune.errors import InputError, ScheduleError
 from edgeprune.pipeline.context import Context, Options, context_for
 from edgeprune.pipeline.evaluate import logits_on, with_fidelity, with_unrecovered
-from edgeprune.pipeline.measure import MISS, MeasuredSchedule, corrected_goal, measured_schedules, report_of
+from edgeprune.pipeline.measure import FINAL, MISS, MeasuredSchedule, corrected_goal, measured_schedules, report_of
 from edgeprune.pipeline.onnx_files import dense_onnx, pruned_onnx
 from edgeprune.pipeline.profile import confirmed, measured_staircase
 from edgeprune.pipeline.recovery import recover
@@ -172,7 +172,7 @@ class _Methods:
     def reported(self, staircase: Staircase, entries: Sequence[Entry]) -> list[Entry]:
         """Entries measured in one session, with reports on the pictures that were not used to choose a schedule."""
         context, pictures = self.context, self.context.needed_pictures()
-        measured = measured_schedules(context, staircase, [e.schedule for e in entries])
+        measured = measured_schedules(context, staircase, [e.schedule for e in entries], FINAL)
         method = next((m for m in self.methods if m != "none"), "none")
         kept, held_out = pictures.held_out(method, context.target.onnx_precision)
         labels = pictures.labels(kept)

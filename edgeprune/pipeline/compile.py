@@ -19,7 +19,7 @@ from edgeprune.pipeline.context import ROUNDS, check_count, check_size
 from edgeprune.pipeline.evaluate import with_fidelity
 from edgeprune.pipeline.measure import measured_engines, report_of
 from edgeprune.pipeline.write import bundle_from_onnx, noise_batch
-from edgeprune.records import Manifest, ModelMetadata, Report, Staircase
+from edgeprune.records import Manifest, ModelMetadata, Report, Staircase, Vit
 from edgeprune.runtimes.inference import logits_of
 from edgeprune.runtimes.target import Target
 from edgeprune.tasks import BY_NAME, task_of
@@ -55,10 +55,8 @@ def _compiled(target: Target, given: Inputs) -> tuple[Path, Manifest]:
     setup, vit, schedule = target.setup, metadata.vit, metadata.schedule
     out = given.out or default_folder(setup, vit, schedule.method)
     check_out(out)
-    if given.dense is not None and input_shape(load_graph(given.dense)) != input_shape(load_graph(given.onnx)):
-        raise InputError(
-            f"{given.dense} has another input shape than {given.onnx}: export both with the same --batch"
-        )
+    if given.dense is not None:
+        check_dense(given.dense, given.onnx, vit)
     staircase = load(given.staircase, Staircase) if given.staircase else None
     if staircase is not None and (staircase.setup != setup or staircase.vit != vit):
         raise InputError(f"{given.staircase} belongs to another model or setup: profile this model on this device")
@@ -79,6 +77,20 @@ def _compiled(target: Target, given: Inputs) -> tuple[Path, Manifest]:
     if bundle is not None:
         example, expected = (load_array(given.onnx.parent / name) for name in GOLDEN)
     return out, bundle_from_onnx(target, out, given.onnx, metadata, report, example, staircase, expected)
+
+
+def check_dense(dense: Path, onnx: Path, vit: Vit) -> None:
+    """Raise InputError for an unpruned ONNX file of another batch, precision or model than the pruned one."""
+    whole, pruned, known = load_graph(dense), load_graph(onnx), metadata_in(dense)
+    if input_shape(whole) != input_shape(pruned):
+        raise InputError(f"{dense} has another input shape than {onnx}: export both with the same --batch")
+    held, wanted = onnx_precision_of(whole), onnx_precision_of(pruned)
+    if held != wanted:
+        raise InputError(f"{dense} holds {held}, {onnx} {wanted}: export both with the same --precision")
+    if known is not None and known.vit != vit:
+        raise InputError(
+            f"{dense} is of {known.vit.name}, not of this {vit.name} with these weights: export it for the same model"
+        )
 
 
 def check_for_tensorrt(target: Target, given: Inputs) -> None:

@@ -131,14 +131,14 @@ class Context:
         return self.pictures
 
 
-def context_for(options: Options, progress: Progress = silent) -> Context:
-    """Open the target, load the model, find the pictures. Raises any EdgepruneError."""
+def context_for(options: Options, progress: Progress = silent, target: Target | None = None) -> Context:
+    """Open the target if none is given, load the model, find the pictures. Raises any EdgepruneError."""
     check_method(options.method)
     check_policy(options.policy)
     check_task(options.task)
     options.goal.check()
     check_counts(options.search_images, options.rounds, options.neighbours)
-    target = target_for(
+    target = target or target_for(
         options.device, options.precision, options.batch, options.simulate, options.work, progress,
         options.host, options.lock_clocks,
     )  # fmt: skip

@@ -16,7 +16,7 @@ from edgeprune.errors import REPORT, ExportError
 from edgeprune.io import save_array, sha256_file
 from edgeprune.onnx_graph import attention_fusion
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.measure import Measured, measured_engines, report_of
+from edgeprune.pipeline.measure import FINAL, Measured, measured_engines, report_of
 from edgeprune.pipeline.onnx_files import dense_onnx, nominal_onnx, precise_onnx, pruned_onnx
 from edgeprune.pipeline.pictures import Pictures
 from edgeprune.pipeline.recovery import Recovered
@@ -75,7 +75,8 @@ def evaluate(
         wider = ("fp32",) if lowered else ()
     others = [(other, precise_onnx(other, whole_file)) for other in map(context.at, wider)]
     rivals = [(other.target, each) for other, each in others]
-    own, *slower = measured_engines(target, [file], nominal_onnx(context, reference), options.rounds, rivals)
+    unpruned = nominal_onnx(context, reference)
+    own, *slower = measured_engines(target, [file], unpruned, options.rounds, rivals, FINAL)
     report = report_of(own, schedule, staircase)
     report = msgspec.structs.replace(report, fusable_attention=fusable)
     pictures = context.pictures

@@ -74,7 +74,7 @@ def export_model(
         assert pictures is not None
         pixels = load_pixels([pictures.paths[i] for i in calibration_indices(len(pictures))], how)
         task = task_of(model.task, model.vit)
-        ranges = calibrated(graph, [images for images, _ in batches(pixels, how, batch)], progress, task)
+        ranges = calibrated(graph, [images for images, _ in batches(pixels, how, batch)], task, progress)
         return QUANTISED[kind](graph, ranges.ranges, ranges.kept)
 
     convert = quantised if kind in QUANTISED else CONVERSIONS.get(kind)

@@ -19,11 +19,14 @@ from edgeprune.pipeline.onnx_files import dense_onnx, nominal_onnx, pruned_onnx
 from edgeprune.records import Candidate, DenseFidelity, Latency, Report, Schedule, Staircase
 from edgeprune.runtimes.target import Target
 from edgeprune.scheduling.goals import Goal
+from edgeprune.tasks import points_from
 
 log = logging.getLogger(__name__)
 
+FINAL = "final"  # the session whose figures are reported; no schedule is chosen by it
 MISS = 0.02  # relative error beyond which a goal counts as missed whatever the noise
 OFF = 0.05  # relative error of the prediction beyond which a warning is logged
+ROUNDING = 1e-9  # of a difference of two percentages
 
 
 class Measured(NamedTuple):
@@ -50,10 +53,11 @@ class MeasuredSchedule(NamedTuple):
         return self.measured.speedup
 
 
-def interleaved(engines: Sequence[tuple[Target, Path]], rounds: int) -> list[Latency]:
+def interleaved(engines: Sequence[tuple[Target, Path]], rounds: int, session: str = "") -> list[Latency]:
     """Latencies of the engines of ONNX files, each on its target (they differ in precision alone), in one session.
 
-    The result is kept in the work folder under the hashes of the files. Raises EngineError, OutputError.
+    The result is kept in the work folder under the hashes of the files and the name of the session: the engines of a
+    session of another name are timed again. Raises EngineError, OutputError.
     """
     target = engines[0][0]
     rounds = 1 if target.setup.noiseless else rounds
@@ -66,7 +70,7 @@ def interleaved(engines: Sequence[tuple[Target, Path]], rounds: int) -> list[Lat
             samples = interleave(openers, rounds, progress=target.progress, what=what, warmup_ms=warmup_ms)
         write_bytes(path, msgspec.json.encode([samples[i] for i in range(len(engines))]))
 
-    parts = ([(sha256_file(file), own.setup) for own, file in engines], rounds)
+    parts = ([(sha256_file(file), own.setup) for own, file in engines], rounds, session)
     path = target.work.step("latency", ".json", parts, make)
     return [
         Latency(samples_ms=tuple(ms), warmup=WARMUP)
@@ -80,13 +84,14 @@ def measured_engines(
     dense: Path | None,
     rounds: int,
     rivals: Sequence[tuple[Target, Path]] = (),
+    session: str = "",
 ) -> list[Measured]:
     """Engines of ONNX files, then `rivals` in other precisions, timed together with the unpruned model `dense`.
 
-    Raises EngineError, OutputError.
+    `session` is as in `interleaved`. Raises EngineError, OutputError.
     """
     ends = [(target, dense)] if dense else []
-    latencies = interleaved([*((target, file) for file in files), *rivals, *ends], rounds)
+    latencies = interleaved([*((target, file) for file in files), *rivals, *ends], rounds, session)
     if dense is None:
         return [Measured(latency) for latency in latencies]
     unpruned = latencies.pop()
@@ -98,19 +103,18 @@ def measured_engines(
 
 
 def measured_schedules(
-    context: Context, staircase: Staircase, schedules: Sequence[Schedule]
+    context: Context, staircase: Staircase, schedules: Sequence[Schedule], session: str = ""
 ) -> list[MeasuredSchedule]:
     """Export and compile schedules and time them with the unpruned model; predictions are scaled by its drift.
 
-    Raises ExportError, EngineError, OutputError.
+    `session` is as in `interleaved`. Raises ExportError, EngineError, OutputError.
     """
     files = [nominal_onnx(context, pruned_onnx(context.with_method(s.method), s)) for s in schedules]
     dense = nominal_onnx(context, dense_onnx(context))
+    timed = measured_engines(context.target, files, dense, context.options.rounds, session=session)
     found = [
         MeasuredSchedule(schedule, predicted_ms(staircase, schedule, measured), measured)
-        for schedule, measured in zip(
-            schedules, measured_engines(context.target, files, dense, context.options.rounds), strict=True
-        )
+        for schedule, measured in zip(schedules, timed, strict=True)
     ]
     off = float(np.median([m.measured.latency.median_ms / m.predicted_ms for m in found])) - 1
     if abs(off) > OFF:
@@ -172,10 +176,13 @@ def warn_if_missed(goal: Goal, report: Report) -> None:
     """Log a warning if the final measurement misses the goal, or a bound on the loss on the final pictures."""
     cosine = report.fidelity.cosine if report.fidelity else None
     error = report.fidelity.error if isinstance(report.fidelity, DenseFidelity) else None
+    lost = points_from(report.dense_top1, report.top1, report.agreement)
     if goal.max_error is not None and error is not None and error > goal.max_error:
         missed, advice = error, "higher"
     elif goal.min_cosine is not None and cosine is not None and cosine < goal.min_cosine:
         missed, advice = cosine, "lower"
+    elif goal.max_drop is not None and lost is not None and lost > goal.max_drop + ROUNDING:
+        missed, advice = lost, "higher"
     else:
         missed, advice = None, ""
     if missed is not None:

@@ -90,7 +90,7 @@ def int8_ranges(context: Context, file: Path) -> Int8Ranges:
         log.info("INT8 ranges: reusing %s", path)
         return load(path, Int8Ranges)
     normalised = [piece for piece, _ in batches(pictures.pixels[images], how, context.options.batch)]
-    found = calibrated(onnx.load(file), normalised, context.progress, context.task)
+    found = calibrated(onnx.load(file), normalised, context.task, context.progress)
     save(found, path)
     return found
 

@@ -67,7 +67,9 @@ def profile(
     check_method(method)
     if trunk is not None and image_size is not None:
         raise InputError(f"{trunk} has one size of pictures: pass --image-size to edgeprune export --trunk instead")
-    if trunk is None and target.setup.simulated and not layers:
+    if trunk is not None and layers:
+        raise InputError(f"{trunk} has its outputs already: pass --layers to edgeprune export --trunk instead")
+    if trunk is None and target.setup.simulated and not layers and method == "none":
         vit = vit_of(model, image_size)
         check_sorting(target, vit, (method,))
         return profiling.simulated_staircase(target, vit, exhaustive)

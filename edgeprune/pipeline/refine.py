@@ -76,7 +76,7 @@ def within_bound(staircase: Staircase, schedule: Schedule, scores: ScheduleScore
     moved = with_tread_ends(staircase, schedule)
     if not goal.limits_fidelity or not is_searched(schedule):
         return moved
-    if goal.kept_by(scores.candidate(staircase, moved.tokens)):
+    if is_kept(goal, scores, scores.candidate(staircase, moved.tokens)):
         return moved
     return finished(staircase, schedule.method, schedule.policy, schedule.tokens, schedule.prefix_last)
 
@@ -96,16 +96,18 @@ def is_searched(schedule: Schedule) -> bool:
     return schedule.policy == "search" and schedule.method != "none"
 
 
+def is_kept(goal: Goal, scores: ScheduleScores, found: Candidate | None) -> bool:
+    """Is a candidate within the bound of the goal on fidelity? True for goals without one."""
+    if goal.max_drop is not None and found is not None:
+        return scores.drop(found.tokens) <= goal.max_drop
+    return goal.kept_by(found)
+
+
 def pick(goal: Goal, measured: Sequence[MeasuredSchedule], scores: ScheduleScores) -> MeasuredSchedule:
     """The best measured schedule for the goal among those that meet it; the fastest if none does."""
     if goal.limits_fidelity:
-        good = [m for m in measured if goal.kept_by(m.fidelity)]
+        good = [m for m in measured if is_kept(goal, scores, m.fidelity)]
         return min(good or measured[:1], key=lambda m: m.measured.latency.median_ms)
-    if goal.max_drop is not None:
-        first = measured[0].measured.latency.median_ms
-        faster = [m for m in measured[1:] if m.measured.latency.median_ms < first]
-        faster.sort(key=lambda m: m.measured.latency.median_ms)
-        return next((m for m in faster if scores.drop(m.schedule.tokens) <= goal.max_drop), measured[0])
     if not goal.limits_latency:
         return max(measured, key=lambda m: goal.utility(1 / m.speedup, accuracy_of(m) / 100))
     good = [m for m in measured if meets(goal, m.measured)]
@@ -143,7 +145,7 @@ def most_promising(
         score = scores.candidate(staircase, tokens)
         ms = score.predicted_ms * scale
         if goal.limits_fidelity:
-            if goal.kept_by(score):
+            if is_kept(goal, scores, score):
                 ranked.append((ms, other))
         elif limit_ms is None:
             ranked.append((-goal.utility(ms / dense_ms, score.accuracy / 100), other))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import msgspec
 
+from edgeprune.devices import load_device
 from edgeprune.errors import InputError
 from edgeprune.io import load
 from edgeprune.latency.probing import unconfirmed
@@ -16,6 +17,9 @@ from edgeprune.pipeline.context import Options, context_for
 from edgeprune.pipeline.scores import ScheduleScores
 from edgeprune.pipeline.solve import solve
 from edgeprune.records import Progress, Schedule, Staircase, silent
+from edgeprune.runtimes import runtime_for
+from edgeprune.runtimes.steps import WorkFolder
+from edgeprune.runtimes.target import Target
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +33,9 @@ def schedule_from_staircase(
     confirm, and a warning says where the staircase has no costs of cuts. Raises InputError where the staircase is of
     another model, ScheduleError where the goal is out of reach.
     """
-    options = replace(options, device="cpu", precision="fp32", batch=staircase.setup.batch)
-    context = context_for(options, progress)
+    device = load_device("cpu")  # nothing is compiled or run: its runtime need not be installed
+    target = Target(device, runtime_for(device), staircase.setup, WorkFolder(options.work), progress)
+    context = context_for(replace(options, batch=staircase.setup.batch), progress, target)
     vit = context.model.vit
     if staircase.vit.layers != vit.layers:
         raise InputError(

@@ -12,7 +12,7 @@ from edgeprune.io import read_bytes, write_bytes
 from edgeprune.pipeline.context import Context
 from edgeprune.records import Candidate, Fidelity, Staircase
 from edgeprune.scheduling.goals import candidate_of
-from edgeprune.tasks import points_lost
+from edgeprune.tasks import points_from
 
 if TYPE_CHECKING:
     from edgeprune.distributed.evaluate import SpreadEvaluator
@@ -111,24 +111,20 @@ class ScheduleScores:
             write_bytes(self.path, msgspec.json.encode(self.known))
             self._unsaved = 0
 
-    def random_drop(self, tokens: int) -> float:
+    def accuracy_of_random(self, tokens: int) -> float:
         """A(n), percent: top-1 with n random tokens, agreement without labels (arXiv 2407.05941, sec. 3)."""
-        score = self.evaluator.random_drop(tokens)
+        score = self.evaluator.fidelity_of_random(tokens)
         accuracy = score.agreement if score.top1 is None else score.top1
         assert accuracy is not None
         return accuracy
 
-    def drop(self, tokens: Sequence[int]) -> float:
+    def drop(self, tokens: tuple[int, ...]) -> float:
         """Points of top-1 that a schedule loses on the search pictures; points of agreement without labels."""
-        from edgeprune.vit.fidelity import logits_of_schedule
-
-        context, pictures = self.context, self.context.needed_pictures()
-        pixels, labels = pictures.pixels[pictures.search], pictures.labels(pictures.search)
-        dense, pruned = (
-            logits_of_schedule(context.model, context.method, t, pixels, False, context.progress)
-            for t in (context.dense_tokens, tokens)
-        )
-        return points_lost(context.task, dense, pruned, labels)[0]
+        dense = self.context.dense_tokens
+        whole, found = self.of(dense, dense), self.of(tokens, tokens)
+        lost = points_from(whole.top1, found.top1, found.agreement)
+        assert lost is not None  # dense features, which have neither, are refused with this goal
+        return lost
 
 
 def _key(tokens: Sequence[int]) -> str:

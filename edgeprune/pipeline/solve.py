@@ -36,8 +36,9 @@ def solve(context: Context, staircase: Staircase, scores: ScheduleScores, goal: 
     def make(path: Path) -> None:
         if options.policy == "paper":
             found = paper_schedule(
-                staircase, context.method, goal, scores.random_drop, options.block, prefix_last, context.progress
-            )
+                staircase, context.method, goal, scores.accuracy_of_random, options.block, prefix_last,
+                context.progress,
+            )  # fmt: skip
         else:
             best = choose(pareto(candidates), staircase, context.method, goal, scores.drop)
             found = finished(staircase, context.method, "search", best.tokens, prefix_last)

@@ -24,13 +24,13 @@ from edgeprune.bundles.format import (
 from edgeprune.errors import REPORT, EdgepruneError, EngineError
 from edgeprune.html_report.files import staircase_svg
 from edgeprune.html_report.page import page_html
-from edgeprune.io import code_key, encode, sha256_file
+from edgeprune.io import code_key, encode, load, sha256_file
 from edgeprune.onnx_graph import attention_fusion
 from edgeprune.onnx_graph.graph import weights_of
 from edgeprune.records import BuildTrace, Engine, Manifest, ModelMetadata, Report, Staircase, Vit
 from edgeprune.runtimes import Inspected
 from edgeprune.runtimes.target import Target
-from edgeprune.tasks import CLASSIFY, Task, task_of, typically_off
+from edgeprune.tasks import Task, task_of, typically_off
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -53,11 +53,13 @@ def bundle_from_onnx(
     staircase: Staircase | None,
     expected: NDArray[np.float32] | None = None,
     trace: Callable[[], BuildTrace] = BuildTrace,
+    asked: str = "",
 ) -> Manifest:
     """Compile, run `example` (one normalised batch) as the golden input, and write the bundle; its manifest.
 
-    An identical bundle that already exists is kept; `trace` is called only where one is written. Raises EngineError
-    where the outputs are not finite, or in fp32 differ from `expected` on most images of the batch, and OutputError.
+    An identical bundle for the same goal, `asked`, that already exists is kept; `trace` is called only where one is
+    written. Raises EngineError where the outputs are not finite, or in fp32 differ from `expected` on most images of
+    the batch, and OutputError.
     """
     engine_file, weights = target.engine(onnx), {file.name: file for file in weights_of(onnx)}
     parts = (engine_file, *(weights.values() if engine_file == onnx else ()))
@@ -74,12 +76,13 @@ def bundle_from_onnx(
     check_golden(golden, expected, onnx, target, task_of(metadata.task, metadata.vit))
     attention_fusion.warn_if_lost(fused, report.fusable_attention, target.setup.precision)
     report = msgspec.structs.replace(report, fused_attention=fused)
-    old = _bundle_in(out)
-    same = (code_key(), engine, metadata.task, metadata.schedule, report, metadata.recovery)
-    if old and (old.code, old.engine, old.task, old.schedule, old.report, old.recovery) == same:
+    old = _bundle_in(out, asked)
+    names = ("task", "schedule", "recovery", "preprocessing", "labels")
+    same = (code_key(), engine, report, *(getattr(metadata, name) for name in names))
+    if old and (old.code, old.engine, old.report, *(getattr(old, name) for name in names)) == same:
         log.info("bundle: reused %s", out)
         return old
-    traced = trace()
+    traced = msgspec.structs.replace(trace(), asked=asked)
     page = page_html(
         engine, metadata.schedule, report, metadata.preprocessing, staircase, traced, metadata.recovery, metadata.task
     )
@@ -108,7 +111,7 @@ def check_golden(
     expected: NDArray[np.float32] | None,
     onnx: Path,
     target: Target,
-    task: Task = CLASSIFY,
+    task: Task,
 ) -> None:
     """Raise EngineError if outputs (batch, values) are not finite, or in fp32 typically differ from `expected`."""
     if not np.isfinite(golden).all():
@@ -121,9 +124,10 @@ def check_golden(
         raise EngineError(f"{onnx}: outputs differ by {off:.2g} from those of its bundle, above {most}: {REPORT}")
 
 
-def _bundle_in(out: Path) -> Manifest | None:
-    """The manifest of an existing bundle; None if there is none or it is damaged."""
+def _bundle_in(out: Path, asked: str) -> Manifest | None:
+    """The manifest of an existing bundle for this goal; None if there is none or it is damaged."""
     try:
-        return load_bundle(out)
+        manifest = load_bundle(out)
+        return manifest if load(out / TRACE, BuildTrace).asked == asked else None
     except EdgepruneError:
         return None

@@ -68,11 +68,11 @@ class Goal(NamedTuple):
 
     @property
     def limits_fidelity(self) -> bool:
-        """Is it a bound on the cosine of embeddings or on the error of dense features?"""
-        return self.min_cosine is not None or self.max_error is not None
+        """Is it a bound on the points lost, on the cosine of embeddings or on the error of dense features?"""
+        return self.max_drop is not None or self.min_cosine is not None or self.max_error is not None
 
     def kept_by(self, found: Candidate | None) -> bool:
-        """Is a candidate within a bound on fidelity? True for goals without one."""
+        """Is a candidate within a bound on the cosine or the error? True for goals without one."""
         if self.min_cosine is not None:
             return found is not None and found.cosine is not None and found.cosine >= self.min_cosine
         if self.max_error is not None:
@@ -133,13 +133,13 @@ def choose(
     staircase: Staircase,
     method: str,
     goal: Goal,
-    drop: Callable[[Sequence[int]], float],
+    drop: Callable[[tuple[int, ...]], float],
 ) -> Candidate:
     """The candidate of a front (fastest first) that meets a goal best.
 
     Latency goals: the lowest loss within the limit. alpha: the highest utility, with agreement for A. max_drop: the
-    fastest whose `drop` (points of top-1, or of agreement without labels) is within the limit, by bisection.
-    min_cosine and max_error: the fastest within the bound.
+    fastest whose `drop` (points of top-1, or of agreement without labels) is within the limit. min_cosine and
+    max_error: the fastest within the bound.
     Raises ScheduleError, which says what is possible, where no candidate meets the goal.
     """
     limit = goal.limit_ms(staircase.dense.median_ms)
@@ -148,6 +148,11 @@ def choose(
         if not fits:
             raise impossible(limit, staircase, min(c.predicted_ms for c in front), method)
         return min(fits, key=lambda c: c.loss)
+    if goal.max_drop is not None:
+        for candidate in front:
+            if drop(candidate.tokens) <= goal.max_drop:
+                return candidate
+        raise ScheduleError(f"every schedule of {method} loses more than {goal.max_drop} points: raise --max-drop")
     if goal.limits_fidelity:
         near = [c for c in front if goal.kept_by(c)]
         if not near and goal.max_error is not None:
@@ -160,19 +165,6 @@ def choose(
                 f"{1 - front[-1].loss:.4f}: lower --min-cosine"
             )
         return near[0]
-    if goal.max_drop is not None:
-        low, high = 0, len(front) - 1  # front[-1] has the lowest loss to the unpruned model
-        if drop(front[high].tokens) > goal.max_drop:
-            raise ScheduleError(
-                f"every schedule of {method} loses more than {goal.max_drop} points: raise --max-drop"
-            )
-        while low < high:
-            middle = (low + high) // 2
-            if drop(front[middle].tokens) <= goal.max_drop:
-                high = middle
-            else:
-                low = middle + 1
-        return front[high]
     most = max(c.accuracy for c in front)
     dense = staircase.dense.median_ms
     return max(front, key=lambda c: goal.utility(c.predicted_ms / dense, c.accuracy / max(most, 1e-9)))

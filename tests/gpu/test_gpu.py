@@ -245,7 +245,9 @@ def test_engine(
     if precision == "fp32":
         assert typically_off(CLASSIFY, found, wanted) < target.runtime.parity
     agreement, kl = LOST.get(precision, (98, 0.001))
-    assert stats.agreement(wanted, found) >= agreement and stats.kl_divergence(wanted, found) < kl
+    figures = CLASSIFY.fidelity(wanted, found, None)
+    assert figures.agreement is not None and figures.agreement >= agreement
+    assert figures.kl is not None and figures.kl < kl
     assert memory > found[:batch].nbytes
     if fused is not None and not STAND_IN:
         assert 0 <= fused <= metadata.schedule.vit.depth

@@ -11,6 +11,7 @@ import pytest
 from edgeprune.html_report.charts import Axis, across, front_chart, staircase_chart, tokens_chart, trials_chart
 from edgeprune.html_report.gallery import colours
 from edgeprune.records import Candidate, Latency, Schedule, Staircase, Trial, Vit
+from edgeprune.tasks import CLASSIFY
 
 
 @pytest.mark.parametrize(
@@ -67,7 +68,7 @@ def test_treads_are_steps(make_staircase: Callable[..., Staircase], make_vit: Ca
 def test_one_value_of_each_still_gives_charts(make_vit: Callable[..., Vit]) -> None:
     schedule = schedule_of(make_vit(depth=1, tokens=20), (20,))
     only = Candidate((20,), 2.0, 0.0, 100.0, None)
-    drawn = str(front_chart([only], [], schedule, 2.0))
+    drawn = str(front_chart([only], [], schedule, 2.0, CLASSIFY))
     assert "chosen: 2.000 ms (1.00×), KL 0.0000, tokens 20" in drawn and "nan" not in drawn
     trial = Trial(tokens=(20,), predicted_ms=2.0, latency=Latency(samples_ms=(2.0,)))
     assert "1, chosen: predicted 2, measured 2 ms (+0.0 %)" in str(trials_chart([trial], schedule))

@@ -19,7 +19,6 @@ from edgeprune.latency.probing import (
     SHARE,
     SHARE_CONFIRMED,
     all_counts,
-    any_utility,
     coarse_counts,
     confirmed_edges,
     edge,
@@ -143,24 +142,6 @@ def test_a_line_is_not_probed_beyond_the_share(make_vit: MakeVit) -> None:
     machine = Machine(float)
     found, _ = probe(make_vit(), NOISELESS, machine.trunk, machine.others(), 1)
     assert found.probes <= SHARE * len(all_counts(make_vit()))
-
-
-def test_a_known_utility_takes_fewer_probes(make_vit: MakeVit) -> None:
-    vit = make_vit()
-    source = cost.simulated("orin-nano", vit, "fp32", 8)
-    probes = {}
-    for name, prior in {
-        "any": any_utility(vit),
-        "one": utility_prior(vit, [0.5], [cost.ACCURACIES["vit_tiny"]]),
-    }.items():
-        machine = cost.Machine()
-        trunks = {n: machine.opener(ms) for n, ms in source.trunk.items()}
-        others = {n: machine.opener(ms) for n, ms in source.others.items()}
-        found, _ = probe(vit, source.setup, trunks.__getitem__, others, 1, prior=prior)
-        probes[name] = found.probes
-        if name == "one":
-            assert not probe_requests(found, prior, 1)
-    assert probes["one"] < probes["any"] - 3
 
 
 def test_what_cannot_win_is_not_asked(make_vit: MakeVit, make_staircase: MakeStaircase) -> None:

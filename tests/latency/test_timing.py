@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from edgeprune.latency.timing import AT_ONCE, WARMUP, WINDOW, Room, interleave, warm_up
 from edgeprune.records import Preprocessing
 from edgeprune.runtimes.inference import logits_of
-from edgeprune.stats import agreement, kl_divergence, log_softmax, ratio, top1
+from edgeprune.stats import log_softmax, ratio
+from edgeprune.tasks import CLASSIFY
 
 Samples = dict[str, list[float]]
 HOW = Preprocessing(
@@ -249,17 +251,21 @@ DENSE = np.array([[math.log(0.5), math.log(0.3), math.log(0.2)], [0.0, 0.0, 0.0]
 PRUNED = np.array([[math.log(0.4), math.log(0.4), math.log(0.2)], [0.0, 0.0, 0.0]], np.float32)
 
 
+def kl(dense: NDArray[np.float32], pruned: NDArray[np.float32]) -> float | None:
+    return CLASSIFY.fidelity(dense, pruned, None).kl
+
+
 def test_kl_by_hand() -> None:
     first = 0.5 * math.log(0.5 / 0.4) + 0.3 * math.log(0.3 / 0.4)
-    assert kl_divergence(DENSE, PRUNED) == pytest.approx(first / 2, abs=1e-7)
+    assert kl(DENSE, PRUNED) == pytest.approx(first / 2, abs=1e-7)
     back = 0.4 * math.log(0.4 / 0.5) + 0.4 * math.log(0.4 / 0.3)
-    assert kl_divergence(PRUNED, DENSE) == pytest.approx(back / 2, abs=1e-7)
-    assert kl_divergence(DENSE, DENSE) == 0
+    assert kl(PRUNED, DENSE) == pytest.approx(back / 2, abs=1e-7)
+    assert kl(DENSE, DENSE) == 0
 
 
 def test_kl_is_of_distributions_not_of_logits() -> None:
     shift = np.array([[5.0], [-300.0]], np.float32)
-    assert kl_divergence(DENSE + shift, PRUNED) == pytest.approx(kl_divergence(DENSE, PRUNED), abs=1e-5)
+    assert kl(DENSE + shift, PRUNED) == pytest.approx(kl(DENSE, PRUNED), abs=1e-5)
 
 
 def test_log_softmax_survives_huge_logits() -> None:
@@ -270,14 +276,14 @@ def test_log_softmax_survives_huge_logits() -> None:
 def test_agreement_by_hand() -> None:
     dense = np.array([[3, 1], [0, 2], [5, 4], [1, 2]], np.float32)
     pruned = np.array([[9, 8], [1, 0], [0, 7], [0, 1]], np.float32)  # the second and third disagree
-    assert agreement(dense, pruned) == 50
-    assert agreement(dense, dense) == 100
+    assert CLASSIFY.fidelity(dense, pruned, None).agreement == 50
+    assert CLASSIFY.fidelity(dense, dense, None).agreement == 100
 
 
 def test_top1_by_hand() -> None:
     logits = np.array([[3, 1, 0], [0, 2, 1], [5, 4, 9], [1, 2, 0]], np.float32)  # 0, 1, 2, 1
-    assert top1(logits, [0, 1, 2, 2]) == 75
-    assert top1(logits, [1, 0, 0, 0]) == 0
+    assert CLASSIFY.fidelity(None, logits, [0, 1, 2, 2]).top1 == 75
+    assert CLASSIFY.fidelity(None, logits, [1, 0, 0, 0]).top1 == 0
 
 
 class Summing:

@@ -20,7 +20,7 @@ from edgeprune.onnx_graph.attention_fusion import attention_forms
 from edgeprune.onnx_graph.graph import fix_tokens, linear_layers, onnx_precision_of, precision_of, static_or_raise
 from edgeprune.onnx_graph.int8 import int8, int8_on_fp16
 from edgeprune.onnx_graph.precision import CONVERSIONS, QUANTISED, onnx_precision
-from edgeprune.tasks import Classify
+from edgeprune.tasks import CLASSIFY, Classify
 from edgeprune.vit import export
 from edgeprune.vit.pruned import Trunk
 
@@ -69,7 +69,7 @@ def test_profiling_models_have_their_precision(tiny: Callable[..., Any], tmp_pat
 def test_int8_quantises_linear_layers_alone(kind: str, model: Callable[[str], onnx.ModelProto]) -> None:
     full = model("fold")
     layers = linear_layers(full)
-    found = calibration.calibrated(full, [images(seed=seed) for seed in range(4)])
+    found = calibration.calibrated(full, [images(seed=seed) for seed in range(4)], CLASSIFY)
     assert found.way in calibration.WAYS and set(found.ranges) == {node.input[0] for node in layers}
     low = QUANTISED[kind](full, found.ranges, found.kept)
     onnx.checker.check_model(low, full_check=True)
@@ -138,7 +138,7 @@ def test_sensitive_layers_stay_in_floating_point(
     after.CopyFrom(numpy_helper.from_array(rows, after.name))
     monkeypatch.setattr(Classify, "sensitive", 1e-3)
     batches = [images(seed=seed) for seed in range(4)]
-    found = calibration.calibrated(full, batches)
+    found = calibration.calibrated(full, batches, CLASSIFY)
     assert layer.name in found.kept
     everything = int8(full, found.ranges)
     spread = [np.abs(run(m, batches[0]) - run(full, batches[0])).max()
@@ -155,7 +155,7 @@ def test_what_never_fits_into_one_file_is_converted_alike(
     def converted(full: onnx.ModelProto) -> onnx.ModelProto:
         if kind not in QUANTISED:
             return CONVERSIONS[kind](full)
-        found = calibration.calibrated(full, [images()])
+        found = calibration.calibrated(full, [images()], CLASSIFY)
         return QUANTISED[kind](full, found.ranges, found.kept)
 
     wanted = converted(model("topk"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -118,6 +120,23 @@ def test_the_narrowest_that_meets_the_target_is_kept(make_vit: MakeVit) -> None:
     assert narrowest(list(zip((1.4, 1.9, 1.6), entries, strict=True))) == entries[2]
     assert narrowest(list(zip((1.4, 1.2, 1.45), entries, strict=True))) == entries[2]
     assert narrowest([(1.4, entries[0])]) == entries[0]
+
+
+def test_figures_are_of_a_session_of_their_own(
+    make_vit: MakeVit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not of the last one that corrected the schedules."""
+
+    def measured(context: Any, staircase: Any, schedules: Any, session: str = "") -> None:
+        raise InputError(f"session {session!r}")
+
+    monkeypatch.setattr(comparing, "measured_schedules", measured)
+    pictures: Any = SimpleNamespace(key="")
+    compared = _Methods.of(replace(context_of(make_vit(), tmp_path), pictures=pictures), ("fold",))
+    staircase = Machine(make_vit()).truth
+    for step, session in ((compared.corrected, "''"), (compared.reported, "'final'")):
+        with pytest.raises(InputError, match=f"^session {session}$"):
+            step(staircase, [])
 
 
 @pytest.mark.parametrize(

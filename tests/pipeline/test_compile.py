@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -13,6 +16,7 @@ import pytest
 from support.builds import CONTRACT, Shallow, Shared, call, few_digits, row_of, without_torch
 
 from edgeprune.bundles.format import load_bundle
+from edgeprune.errors import InputError
 from edgeprune.io import load
 from edgeprune.onnx_graph.graph import attach, metadata_in
 from edgeprune.records import Schedule, Staircase
@@ -92,6 +96,27 @@ def test_an_onnx_that_says_nothing_is_refused(
     (tmp_path / "junk.onnx").write_bytes(b"junk")
     code, _, err = call(capsys, "compile", tmp_path / "junk.onnx", "--work", tmp_path)
     assert code == 1 and "not an ONNX file" in err
+
+
+def test_an_unpruned_file_that_does_not_belong_is_refused(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    """In another precision or of another model its speed-up would mean nothing; without metadata it is taken."""
+    from edgeprune.pipeline.compile import check_dense
+    from edgeprune.pipeline.export import export_model
+
+    model = tiny("cls", 1)
+    other = replace(model, vit=msgspec.structs.replace(model.vit, weights_sha256="1" * 64))
+    single, half, another = (tmp_path / f"{name}.onnx" for name in ("single", "half", "another"))
+    for source, path, precision in ((model, single, "fp32"), (model, half, "fp16"), (other, another, "fp32")):
+        export_model(source, None, 1, path, precision)
+    check_dense(single, single, model.vit)
+    with pytest.raises(InputError, match=r"half\.onnx holds fp16, .*single\.onnx fp32: export both with the same"):
+        check_dense(half, single, model.vit)
+    with pytest.raises(InputError, match=r"another\.onnx is of cls, not of this cls with these weights: export"):
+        check_dense(another, single, model.vit)
+    bare = onnx.load(another)
+    del bare.metadata_props[:]
+    onnx.save(bare, another)
+    check_dense(another, single, model.vit)
 
 
 def test_another_setups_staircase_is_refused(

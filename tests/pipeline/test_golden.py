@@ -19,7 +19,7 @@ from edgeprune.cli.tables import build_table
 from edgeprune.errors import EngineError
 from edgeprune.io import load_array, sha256_file
 from edgeprune.pipeline.compile import bundle_from_onnx
-from edgeprune.records import Latency, ModelMetadata, Preprocessing, Report, Schedule, Vit
+from edgeprune.records import BuildTrace, Latency, ModelMetadata, Preprocessing, Report, Schedule, Vit
 from edgeprune.runtimes.target import Target, target_for
 
 BATCH = 3
@@ -67,6 +67,24 @@ def target(tmp_path: Path) -> Target:
 def made(target: Target, onnx: Path, out: Path, expected: NDArray[np.float32] | None = None) -> Any:
     report = Report(latency=Latency(samples_ms=(1.0,)))
     return bundle_from_onnx(target, out, onnx, metadata(), report, IMAGES, None, expected)
+
+
+def test_a_bundle_is_kept_where_nothing_differs(target: Target, flatten: Path, tmp_path: Path) -> None:
+    """Class folders may be renamed, the preprocessing changed, or another goal lead to the same schedule."""
+    out, first = tmp_path / "bundle", metadata()
+    how = msgspec.structs.replace(first.preprocessing, mean=(0.4,) * 3)
+    renamed = msgspec.structs.replace(first, labels=tuple("ABCDEFGHIJKL"))
+    other = msgspec.structs.replace(renamed, preprocessing=how)
+    report, written = Report(latency=Latency(samples_ms=(1.0,))), list[str]()
+    for given, asked in ((first, "1 ms"), (renamed, "1 ms"), (other, "1 ms"), (other, "2 ms")):
+        for _ in range(2):
+            manifest = bundle_from_onnx(
+                target, out, flatten, given, report, IMAGES, None, asked=asked,
+                trace=lambda a=asked: written.append(a) or BuildTrace(),  # type: ignore[misc, func-returns-value]
+            )  # fmt: skip
+            assert (manifest.labels, manifest.preprocessing) == (given.labels, given.preprocessing)
+            assert json.loads((out / "story.json").read_text())["asked"] == asked
+    assert written == ["1 ms", "1 ms", "1 ms", "2 ms"], "each is written once, then kept"
 
 
 @pytest.mark.parametrize(("figures", "unpruned"), [({}, "–"), ({"agreement": 98.0, "kl": 0.5}, "100 0")])

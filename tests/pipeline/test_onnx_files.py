@@ -40,7 +40,7 @@ def test_build_and_export_calibrate_on_the_same_pictures(
     model, files = tiny("cls"), load_images(tmp_path / "pictures")
     seen: list[NDArray[np.float32]] = []
 
-    def calibrated(graph: onnx.ModelProto, batches: Any, progress: Any, task: Any) -> Int8Ranges:
+    def calibrated(graph: onnx.ModelProto, batches: Any, task: Any, progress: Any) -> Int8Ranges:
         seen.append(np.concatenate(list(batches)))
         return Int8Ranges(way="entropy", ranges={}, kept=(), kl=0.0)
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from support.builds import few_digits
 
 from edgeprune.errors import InputError
 from edgeprune.images import calibration_indices
 from edgeprune.pipeline.context import Context, Options, context_for
 from edgeprune.pipeline.scores import ScheduleScores
+from edgeprune.tasks import points_lost
 
 
 def context_on(images: Path, tmp_path: Path, **options: Any) -> Context:
@@ -54,26 +54,23 @@ def test_figures_are_of_pictures_that_chose_nothing(
     assert pictures.held_out("none", precision)[1] is True
 
 
-def test_max_drop_is_judged_on_the_search_pictures(
-    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Else no picture would be left for the figures. The second schedule is wrong on one of ten pictures."""
-    context = context_on(digits, tmp_path, search_images=10)
-    pictures = context.needed_pictures()
-    labels = pictures.labels(pictures.search)
-    assert labels is not None
-    right = np.eye(10, dtype=np.float32)[labels]
-    dense, seen = context.dense_tokens, []
+@pytest.mark.parametrize("labelled", [True, False])
+def test_max_drop_is_judged_on_the_search_pictures(labelled: bool, digits: Path, tmp_path: Path) -> None:
+    """Else no picture would be left for the figures. What the search has evaluated is not evaluated again."""
+    from edgeprune.vit.fidelity import logits_of_schedule
 
-    def logits(model: Any, method: str, tokens: Any, pixels: NDArray[np.uint8], *_: Any) -> NDArray[np.float32]:
-        seen.append(pixels)
-        return right if tokens == dense else np.concatenate([np.roll(right[:1], 1), right[1:]])
-
-    monkeypatch.setattr("edgeprune.vit.fidelity.logits_of_schedule", logits)
-    assert ScheduleScores(context).drop((*dense[:-1], 20)) == pytest.approx(10)
-    assert len(seen) == 2
-    for pixels in seen:
-        np.testing.assert_array_equal(pixels, pictures.pixels[pictures.search])
+    context = context_on(digits if labelled else digits.parent / "images", tmp_path, search_images=40)
+    pictures, dense, scores = context.needed_pictures(), context.dense_tokens, ScheduleScores(context)
+    pixels, labels = pictures.pixels[pictures.search], pictures.labels(pictures.search)
+    found = []
+    for tokens in ((20,) * 12, (*dense[:6], *(20,) * 6)):
+        outputs = [logits_of_schedule(context.model, "fold", t, pixels, context.prefix_last) for t in (dense, tokens)]
+        found.append(scores.drop(tokens))
+        assert found[-1] == points_lost(context.task, *outputs, labels)[0]
+    assert len(set(found)) == 2 and max(found) > 0
+    scores.save()
+    known = ScheduleScores(context)
+    assert known.drop((20,) * 12) == found[0] and "evaluator" not in vars(known)
 
 
 def test_pictures_that_were_tuned_on_give_no_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,11 +12,11 @@ from support.computed import ComputedScores, Machine, context_of, stairs
 
 from edgeprune.errors import ScheduleError
 from edgeprune.latency.probing import confirmed_edges, unconfirmed
-from edgeprune.latency.staircase import treads
+from edgeprune.latency.staircase import predict_ms, treads
 from edgeprune.pipeline import refine as refining
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.measure import MeasuredSchedule, corrected_goal, meets
-from edgeprune.pipeline.refine import Refined, most_promising, refine, similar_schedules
+from edgeprune.pipeline.refine import Refined, most_promising, refine, similar_schedules, within_bound
 from edgeprune.records import Staircase, Vit, check_tokens
 from edgeprune.scheduling.goals import Goal, finished
 from edgeprune.scheduling.search import Tokens
@@ -124,7 +124,7 @@ def test_where_every_engine_misses_the_goal_the_fastest_is_kept(run: Refining) -
 # --- what is built ---
 
 
-@pytest.mark.parametrize("goal", [Goal(speedup=1.5), Goal(alpha=0.4), Goal(max_drop=0.6)], ids=str)
+@pytest.mark.parametrize("goal", [Goal(speedup=1.5), Goal(alpha=0.4), Goal(max_drop=6.0)], ids=str)
 def test_edges_are_confirmed_before_anything_is_built(goal: Goal, run: Refining) -> None:
     found = run(goal, uneven)
     assert unconfirmed(found.first, treads(found.first)), "probing alone leaves an edge open"
@@ -139,7 +139,7 @@ def test_edges_are_confirmed_before_anything_is_built(goal: Goal, run: Refining)
     )
 
 
-@pytest.mark.parametrize("goal", [Goal(speedup=1.5), Goal(speedup=1.3), Goal(alpha=0.4), Goal(max_drop=0.6)], ids=str)
+@pytest.mark.parametrize("goal", [Goal(speedup=1.5), Goal(speedup=1.3), Goal(alpha=0.4), Goal(max_drop=6.0)], ids=str)
 def test_no_schedule_is_built_twice(goal: Goal, run: Refining) -> None:
     """The best alone is timed again, in the same rounds as those similar to it."""
     found = run(goal, uneven)
@@ -193,13 +193,33 @@ def test_alpha_keeps_the_highest_utility_of_those_measured(run: Refining) -> Non
 
 
 def test_max_drop_keeps_the_fastest_within_the_drop(run: Refining) -> None:
-    goal = Goal(max_drop=0.6)
+    goal = Goal(max_drop=6.0)
     found = run(goal, uneven)
     first, *others = found.refined.measured
     assert goal.max_drop is not None and found.scores.drop(first.schedule.tokens) <= goal.max_drop
     kept = [m for m in others if found.scores.drop(m.schedule.tokens) <= goal.max_drop]
     fastest = min([first, *kept], key=lambda m: m.measured.latency.median_ms)
     assert found.chosen == fastest and len(found.machine.sessions) == 2
+
+
+def test_max_drop_builds_the_fastest_similar_schedules_within_the_drop(run: Refining) -> None:
+    found = run(Goal(max_drop=6.0), uneven)
+    staircase, (first, *others) = found.refined.staircase, found.machine.sessions[-1]
+    similar = {*similar_schedules(first, treads(staircase), 10)}
+    within = [t for t in similar if found.scores.drop(t) <= 6.0]
+    assert others == sorted(within, key=lambda t: predict_ms(staircase, t, "fold", True))[:3] != []
+    assert len(within) < len(similar)
+
+
+def test_max_drop_keeps_a_schedule_off_the_ends_of_treads_that_would_lose_more(
+    make_vit: MakeVit, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staircase = Machine(make_vit()).truth
+    scores = ComputedScores(context_of(staircase.vit, tmp_path))
+    found = finished(staircase, "fold", "search", (150,) * 12, True)
+    for more, tokens in ((0.5, 157), (1.5, 150)):
+        monkeypatch.setattr(scores, "drop", lambda t, more=more: more if t[0] == 157 else 1.0)
+        assert within_bound(staircase, found, scores, Goal(max_drop=1.0)).tokens == (tokens,) * 12
 
 
 def test_the_papers_policy_builds_its_schedule_alone(run: Refining) -> None:

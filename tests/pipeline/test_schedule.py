@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 import msgspec
@@ -73,6 +74,12 @@ def test_from_a_file_with_the_unpruned_latency(machine: Machine, tmp_path: Path)
     assert dense_ms == staircase.dense.median_ms == 11
     assert schedule == schedule_from_staircase(staircase, options(tmp_path, 1.2))
     assert schedule.predicted_ms is not None and schedule.predicted_ms <= 11 / 1.2
+
+
+def test_no_runtime_is_needed(machine: Machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is measured, and the embedded pictures and PyTorch are all that evaluating takes."""
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert schedule_from_staircase(machine.truth, options(tmp_path, 1.2)).cuts
 
 
 def test_other_weights_of_the_same_shape_are_taken(machine: Machine, tmp_path: Path) -> None:

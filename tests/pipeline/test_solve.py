@@ -18,7 +18,7 @@ from edgeprune.records import Staircase, Vit
 from edgeprune.scheduling.goals import Goal, finished, pareto, single_cut
 
 MakeVit = Callable[..., Vit]
-GOALS = [Goal(speedup=1.4), Goal(budget_ms=7.5), Goal(alpha=0.6), Goal(max_drop=0.8)]
+GOALS = [Goal(speedup=1.4), Goal(budget_ms=7.5), Goal(alpha=0.6), Goal(max_drop=8.0)]
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ class ComputedEvaluator:
         kl = kl_of(tokens, self.whole)
         return ClassFidelity(kl=kl, agreement=max(100 - 40 * kl, 0.0))
 
-    def random_drop(self, tokens: int) -> ClassFidelity:
+    def fidelity_of_random(self, tokens: int) -> ClassFidelity:
         return ClassFidelity(kl=0.0, agreement=100 * (tokens / self.whole) ** 0.25)
 
 
@@ -78,10 +78,6 @@ class ComputedScores(ScheduleScores):
     @cached_property
     def evaluator(self) -> Any:
         return ComputedEvaluator(self.context.model.vit.tokens)
-
-    def drop(self, tokens: Sequence[int]) -> float:
-        """Points lost: a tenth of those of the agreement."""
-        return 4 * kl_of(tuple(tokens), self.context.model.vit.tokens)
 
 
 class Machine:
@@ -120,7 +116,7 @@ class Machine:
         return self.probed(self.samples, used=missing) if missing else staircase
 
     def measured_schedules(
-        self, context: Context, staircase: Staircase, schedules: Sequence[Schedule]
+        self, context: Context, staircase: Staircase, schedules: Sequence[Schedule], session: str = ""
     ) -> list[MeasuredSchedule]:
         """In the place of pipeline.measure.measured_schedules."""
         self.sessions.append([s.tokens for s in schedules])

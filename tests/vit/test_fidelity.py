@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from edgeprune import stats
 from edgeprune.images import normalise
 from edgeprune.records import ClassFidelity
+from edgeprune.tasks import CLASSIFY
 from edgeprune.vit import fidelity
 from edgeprune.vit.fidelity import Evaluator, logits_of_schedule, pruned_module
 
@@ -107,23 +107,23 @@ def test_figures_follow_from_the_logits(model: Any, pixels: NDArray[np.uint8]) -
 def test_measures_by_hand() -> None:
     dense = np.log(np.array([[0.5, 0.25, 0.25], [0.25, 0.5, 0.25]], np.float32))
     pruned = np.log(np.array([[0.25, 0.5, 0.25], [0.25, 0.5, 0.25]], np.float32)) + 7
-    assert stats.kl_divergence(dense, pruned) == pytest.approx((0.25 * np.log(2)) / 2, rel=1e-5)
-    assert stats.kl_divergence(dense, dense) == 0
-    assert stats.agreement(dense, pruned) == 50
-    assert stats.top1(dense, [0, 0]) == 50
+    found = CLASSIFY.fidelity(dense, pruned, [0, 0])
+    assert found.kl == pytest.approx((0.25 * np.log(2)) / 2, rel=1e-5)
+    assert (found.agreement, found.top1) == (50, 0)
+    assert CLASSIFY.fidelity(dense, dense, [0, 0]) == ClassFidelity(kl=0, agreement=100, top1=50)
     huge = np.array([[1e4, 0, 0]], np.float32)
-    assert stats.kl_divergence(huge, huge) == 0
+    assert CLASSIFY.fidelity(huge, huge, None).kl == 0
 
 
 def test_random_choice_of_all_tokens_is_the_unpruned_model(model: Any, pixels: NDArray[np.uint8]) -> None:
     evaluator = Evaluator(model, "pomt", pixels, [0] * len(pixels))
-    found = evaluator.random_drop(17)
+    found = evaluator.fidelity_of_random(17)
     assert found.kl == pytest.approx(0, abs=1e-6)
     assert found.agreement == 100
     assert found.top1 == evaluator.fidelity(DENSE).top1
-    few = evaluator.random_drop(5)
+    few = evaluator.fidelity_of_random(5)
     assert few.kl > 0.001
-    assert few == evaluator.random_drop(5) != evaluator.random_drop(5, seed=1)
+    assert few == evaluator.fidelity_of_random(5), "seeded"
 
 
 def test_pruned_module_is_in_eval_mode(model: Any) -> None:
