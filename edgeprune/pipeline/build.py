@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from edgeprune.pipeline.export import metadata_of
 from edgeprune.pipeline.measure import warn_if_missed
 from edgeprune.pipeline.onnx_files import layers_in_int8
 from edgeprune.pipeline.profile import measured_staircase
-from edgeprune.pipeline.recovery import Recovered, recover
+from edgeprune.pipeline.recovery import Recovered, recover_best
 from edgeprune.pipeline.refine import Refined, refine
 from edgeprune.pipeline.scores import ScheduleScores
 from edgeprune.pipeline.write import bundle_from_onnx, noise_batch
@@ -76,7 +77,10 @@ def evaluated_schedule(context: Context, wider: Sequence[str] | None = None) -> 
     recovered = None
     if context.recovery is not None:
         log.info("step 3 of %d: recovering accuracy on %d pictures", steps, len(context.recovery.files))
-        recovered = recover(context, refined.schedule, layers_in_int8(context, refined.schedule))
+        schedule, recovered = recover_best(
+            context, [refined.schedule, *refined.rivals], partial(layers_in_int8, context)
+        )
+        refined = refined._replace(schedule=schedule)
     log.info(
         "step %d of %d: measuring and evaluating the chosen schedule against the unpruned model", steps - 1, steps
     )

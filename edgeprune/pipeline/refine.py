@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from edgeprune.errors import ScheduleError
@@ -20,6 +20,7 @@ from edgeprune.scheduling.search import Tokens
 log = logging.getLogger(__name__)
 
 CORRECTIONS = 2  # times that solving is repeated for a schedule whose measured latency misses the goal
+RIVALS = 6  # schedules, the best one included, that recovery may choose from
 
 
 class Refined(NamedTuple):
@@ -29,6 +30,7 @@ class Refined(NamedTuple):
     staircase: Staircase
     measured: tuple[MeasuredSchedule, ...]
     candidates: tuple[Candidate, ...]
+    rivals: tuple[Schedule, ...] = ()  # others that were timed and meet the goal, for recovery to choose from
 
 
 def refine(context: Context, staircase: Staircase, scores: ScheduleScores) -> Refined:
@@ -59,16 +61,45 @@ def refine(context: Context, staircase: Staircase, scores: ScheduleScores) -> Re
             break
         goal = corrected
     best = pick(asked, measured, scores)
-    similar = most_promising(context, staircase, scores, best, measured)
-    if similar:
-        schedules = [best.schedule, *similar]
+    if recovers := context.recovery is not None and asked.limits_latency:
+        others = ending_differently(context, staircase, best, seen.values())
+    else:
+        others = most_promising(context, staircase, scores, best, measured)
+    if others:
+        schedules = [best.schedule, *others]
         together = with_fidelity(measured_schedules(context, staircase, schedules), staircase, scores)
         best = pick(asked, together, scores)
+        others = [m.schedule for m in together if m is not best and recovers and meets(asked, m.measured)]
         measured = [m for m in measured if m.schedule.tokens != together[0].schedule.tokens] + together
     seen |= {m.fidelity.tokens: m.fidelity for m in measured if m.fidelity is not None}
-    chosen = best.schedule
-    last = finished(staircase, chosen.method, chosen.policy, chosen.tokens, chosen.prefix_last)
-    return Refined(last, staircase, tuple(measured), tuple(seen.values()))
+    last, *rivals = (
+        finished(staircase, each.method, each.policy, each.tokens, each.prefix_last)
+        for each in (best.schedule, *others)
+    )
+    return Refined(last, staircase, tuple(measured), tuple(seen.values()), tuple(rivals))
+
+
+def ending_differently(
+    context: Context, staircase: Staircase, best: MeasuredSchedule, candidates: Iterable[Candidate]
+) -> list[Schedule]:
+    """For each number of tokens at the end the schedule with the lowest loss that should meet a latency goal.
+
+    The loss before recovery does not tell which schedule is best after it: few tokens in the last blocks are the
+    hardest to repair (docs/benchmarks.md). Latencies are predicted, scaled to the measurement of the best schedule,
+    whose number at the end is left out.
+    """
+    schedule, limit_ms = best.schedule, context.options.goal.limit_ms(best.speedup * best.measured.latency.median_ms)
+    if best.fidelity is None or limit_ms is None:
+        return []
+    scale = best.measured.latency.median_ms / best.fidelity.predicted_ms
+    found: dict[int, Candidate] = {}
+    for candidate in sorted(candidates, key=lambda c: (c.loss, c.tokens)):
+        if candidate.predicted_ms * scale <= limit_ms and candidate.tokens[-1] != schedule.tokens[-1]:
+            found.setdefault(candidate.tokens[-1], candidate)
+    return [
+        finished(staircase, schedule.method, schedule.policy, candidate.tokens, schedule.prefix_last)
+        for candidate in [*found.values()][: RIVALS - 1]
+    ]
 
 
 def within_bound(staircase: Staircase, schedule: Schedule, scores: ScheduleScores, goal: Goal) -> Schedule:

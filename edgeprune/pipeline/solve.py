@@ -44,7 +44,7 @@ def solve(context: Context, staircase: Staircase, scores: ScheduleScores, goal: 
             found = finished(staircase, context.method, "search", best.tokens, prefix_last)
         save(found, path)
 
-    parts = (encode(staircase), goal, options.policy, options.block, *scores.key)
+    parts = (encode(staircase), goal, options.policy, options.block, context.recovery is not None, *scores.key)
     return Solution(load(context.target.work.step("schedule", ".json", parts, make), Schedule), candidates)
 
 
@@ -52,16 +52,20 @@ def searched(
     context: Context, staircase: Staircase, scores: ScheduleScores, limit_ms: float | None
 ) -> tuple[Candidate, ...]:
     """All schedules that the search evaluates within `limit_ms`; over all latencies where that is None."""
+    every_end = context.recovery is not None  # they recover differently
 
     def make(path: Path) -> None:
-        search = Search(staircase, context.method, scores.of, context.prefix_last, context.progress, scores.ahead)
+        search = Search(
+            staircase, context.method, scores.of, context.prefix_last, context.progress, scores.ahead, every_end
+        )
         try:
             search.front(limit_ms)
         finally:
             scores.save()
         write_bytes(path, msgspec.json.encode(list(search.found.values())))
 
-    path = context.target.work.step("candidates", ".json", (encode(staircase), limit_ms, *scores.key), make)
+    parts = (encode(staircase), limit_ms, every_end, *scores.key)
+    path = context.target.work.step("candidates", ".json", parts, make)
     return msgspec.json.decode(read_bytes(path), type=tuple[Candidate, ...])
 
 

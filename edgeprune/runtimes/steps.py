@@ -28,6 +28,7 @@ LABELS = {  # of the steps in log lines
     "engine": "compiling the engine",
     "latency": "timing engines",
     "logits": "evaluating images",
+    "trial": "recovering for a while",
     "recovered": "recovering accuracy",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from heapq import nsmallest
 
@@ -16,6 +17,7 @@ SAMPLED = 8  # treads at which single cuts of a block are evaluated; losses in b
 BUCKETS = 200  # of latency up to the limit; partial schedules in the same bucket are compared by loss only
 KEPT = 4  # partial schedules per bucket and last count, so that the best ones differ in more than one token
 EVALUATED = 48  # schedules within a latency limit whose KL is evaluated
+PER_END = 3  # and with `every_end` the best of each number of tokens at the end
 STEPS, PER_STEP = 40, 2  # without a limit: steps of latency up to the unpruned one, and schedules per step
 
 Tokens = tuple[int, ...]
@@ -41,10 +43,11 @@ class Search:
         prefix_last: bool = False,
         progress: Progress = silent,
         ahead: Ahead = lambda schedules: None,
+        every_end: bool = False,
     ) -> None:
         vit = staircase.vit
         self.staircase, self.method, self.prefix_last = staircase, method, prefix_last
-        self.fidelity, self.progress, self.ahead = fidelity, progress, ahead
+        self.fidelity, self.progress, self.ahead, self.every_end = fidelity, progress, ahead, every_end
         self.levels = [n for n in treads(staircase) if n > vit.prefix + 1]
         self.last = vit.depth - 2 if prefix_last else vit.depth - 1  # the last block that may lose tokens
         self.dense: Tokens = (vit.tokens,) * vit.depth
@@ -96,6 +99,11 @@ class Search:
         paths = sorted(self._paths(losses, dense if limit_ms is None else limit_ms))
         if limit_ms is not None:
             yield from (tokens for _, _, tokens in paths[:EVALUATED])
+            ends = Counter[int]()
+            for _, _, tokens in paths if self.every_end else ():
+                ends[tokens[-1]] += 1
+                if ends[tokens[-1]] <= PER_END:
+                    yield tokens
             return
         taken = [0] * (STEPS + 1)
         for _, ms, tokens in paths:

@@ -55,6 +55,12 @@ class Recipe:
     augmentation: Augmentation = Augmentation()  # noqa: RUF009 it is a tuple
     seed: int = 0
 
+    def lengths(self, images: int) -> tuple[int, int, int]:
+        """Of so many pictures: those never trained on, steps of an epoch, epochs."""
+        held = max(1, round(self.validation * images))
+        steps = ceil((images - held) / self.batch)
+        return held, steps, max(self.epochs, ceil(self.least_steps / steps))
+
     @property
     def parts(self) -> dict[str, object]:
         """Everything that the result depends on besides model and pictures, for the key of a step."""
@@ -83,6 +89,7 @@ def recovered(
     task: str = "classify",
     int8: Sequence[Int8Layer] = (),
     outputs: Outputs = outputs_of,
+    until: int | None = None,
 ) -> Recovered:
     """Self-distillation: `pruned` with weights with which it answers most like the unpruned model.
 
@@ -92,16 +99,17 @@ def recovered(
     the pictures is never trained on; the state with the lowest loss on it is returned, the original weights
     (epochs = 0) where none is lower. `pruned` itself is not changed. With `checkpoint`, an interrupted run continues
     after its last whole epoch, with the same result. With `int8`, the layers that will be INT8, the pruned model is
-    trained and judged with their rounding. `outputs` computes those of the held-out pictures where nothing is rounded,
-    with the same bits as vit.fidelity.outputs_of. Raises InputError for a checkpoint of another run, OutputError,
-    ExportError.
+    trained and judged with their rounding. `outputs` computes those of the held-out pictures where nothing is
+    rounded, with the same bits as vit.fidelity.outputs_of. It stops after `until` epochs; with a checkpoint, another
+    call continues. Raises InputError for a checkpoint of another run, OutputError, ExportError.
     """
     run = _Run(pruned, pixels, how, recipe, progress, task, int8, outputs)
     state = run.state
     if checkpoint is not None and checkpoint.exists():
         state.load(checkpoint)
         log.info("recovery: continuing after epoch %d of %d", state.epoch, run.epochs)
-    while state.epoch < run.epochs and state.epoch - state.best_epoch < recipe.patience * run.epochs:
+    last = run.epochs if until is None else min(until, run.epochs)
+    while state.epoch < last and state.epoch - state.best_epoch < recipe.patience * run.epochs:
         run.train_epoch()
         run.judge()
         log.info(
@@ -135,10 +143,8 @@ class _Run:
         self.teacher = unpruned(pruned).to(self.device).eval().requires_grad_(False)
         self.student = with_own_weights(pruned).to(self.device).eval().requires_grad_(True)
         order = np.random.default_rng(recipe.seed).permutation(len(pixels))
-        held = max(1, round(recipe.validation * len(pixels)))
+        held, self.steps, self.epochs = recipe.lengths(len(pixels))
         self.training, self.validation = pixels[np.sort(order[held:])], pixels[np.sort(order[:held])]
-        self.steps = ceil(len(self.training) / recipe.batch)  # per epoch
-        self.epochs = max(recipe.epochs, ceil(recipe.least_steps / self.steps))
         self.wanted = self.answers(self.teacher)
         optimiser = torch.optim.AdamW(self.student.parameters(), lr=recipe.rate, weight_decay=0.0)
         start, loss = weights_of(self.student), self.held_out_loss()

@@ -21,7 +21,7 @@ from edgeprune.bundles.format import load_bundle
 from edgeprune.errors import InputError
 from edgeprune.images import drawn, load_images
 from edgeprune.pipeline.context import Options, context_for, recovery_set
-from edgeprune.pipeline.recovery import recover
+from edgeprune.pipeline.recovery import recover, recover_best
 from edgeprune.records import Manifest, Schedule
 from edgeprune.vit import recovery
 
@@ -103,6 +103,41 @@ def test_a_build_recovers_and_can_be_interrupted(
     old = json.loads((bundle / "manifest.json").read_text())  # of a version that knew no recovery
     del old["recovery"], old["report"]["unrecovered"]
     assert msgspec.json.decode(json.dumps(old), type=Manifest).recovery is None
+
+
+def test_the_schedule_that_recovers_best_is_kept(
+    small: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three schedules: after an eighth one is left, by the held-out loss; killed in between, it ends the same."""
+    digits = few_digits(tmp_path / "digits", 48)
+    options = Options(
+        device="orin-nano", simulate=True, model=small, images=digits, method="topk", work=work, recover=True
+    )
+    context = context_for(options)
+    vit, depth = context.model.vit, context.model.vit.depth
+    given = [
+        Schedule(vit=vit, method="topk", policy="search", tokens=(17,) + (n,) * (depth - 1), predicted_ms=1.0)
+        for n in (5, 12, 7)
+    ]
+    monkeypatch.setattr(recovery, "Recipe", partial(recovery.Recipe, epochs=16, least_steps=0, rate=4e-4, batch=8))
+    judge, judged = recovery._Run.judge, []
+
+    def dying(run: recovery._Run) -> None:
+        judged.append((run.student.tokens[-1], run.state.epoch + 1))
+        if len(judged) == 4:
+            raise KeyboardInterrupt
+        judge(run)
+
+    monkeypatch.setattr(recovery._Run, "judge", dying)
+    with pytest.raises(KeyboardInterrupt):
+        recover_best(context, given, lambda schedule: ())
+    with caplog.at_level("INFO"):
+        chosen, found = recover_best(context, given, lambda schedule: ())
+    assert judged[:5] == [(5, 1), (5, 2), (12, 1), (12, 2), (12, 2)], "two of 16 epochs each; nothing is done twice"
+    assert chosen.tokens[-1] == 12 and found is not None, "the most tokens"
+    assert [epoch for tokens, epoch in judged[7:]] == [*range(3, 3 + len(judged[7:]))], "the best one continues"
+    assert "schedule 3 of 3, with 7 tokens at the end: KL" in caplog.text
+    assert recover(context, chosen).record == found.record and not list(work.glob("*.checkpoint"))  # type: ignore[union-attr]
 
 
 def test_compare_recovers_on_pictures_from_anywhere(

@@ -35,11 +35,11 @@ def stairs(tokens: int) -> float:
     return 4 + 1.5 * sum(tokens > end for end in EDGES)
 
 
-def context_of(vit: Vit, work: Path, runtime: Any = None, **options: Any) -> Context:
+def context_of(vit: Vit, work: Path, runtime: Any = None, recovery: Any = None, **options: Any) -> Context:
     """A context of a model that is its shape alone, without pictures; the runtime is needed where engines are."""
     model: Any = SimpleNamespace(vit=vit, preprocessing=HOW, task="classify")
     target = Target(load_device("cpu"), runtime, NOISELESS, WorkFolder(work))
-    return Context(Options(work=work, **options), target, model, None)
+    return Context(Options(work=work, **options), target, model, None, recovery=recovery)
 
 
 def kl_of(tokens: Tokens, whole: int) -> float:
