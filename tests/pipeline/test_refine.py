@@ -301,15 +301,16 @@ def test_all_four_steps_of_a_lone_cut_are_there() -> None:
 
 def test_rivals_end_with_other_numbers_of_tokens_and_meet_the_goal(run: Refining) -> None:
     goal = Goal(speedup=1.5)
-    found = run(goal, uneven, recovery=True)
+    found = run(goal, curve=lambda tokens: 1.0 + tokens // 12, recovery=True)
     chosen, rivals = found.refined.schedule, found.refined.rivals
     ends = [each.tokens[-1] for each in (chosen, *rivals)]
-    assert 2 <= len(rivals) < refining.RIVALS
-    assert len({*ends}) >= len(ends) - 1, "one each, but the first of two measured may turn out better than the second"
+    assert 2 <= len(rivals) < refining.RIVALS and len({*ends}) == len(ends)
     session = {m.schedule.tokens: m for m in found.refined.measured}
     assert all(meets(goal, session[each.tokens].measured) for each in rivals)
-    losses = {each.tokens: found.scores.of(each.tokens, each.tokens).loss for each in (chosen, *rivals)}
-    assert min(losses, key=lambda tokens: losses[tokens]) == chosen.tokens
+    losses = [found.scores.of(each.tokens, each.tokens).kl for each in (chosen, *rivals)]
+    assert losses == sorted(losses)
+    slower = run(goal, lambda tokens: 1.0 if tokens == chosen.tokens else 1.2, lambda n: 1.0 + n // 12, recovery=True)
+    assert slower.refined.schedule.tokens == chosen.tokens and slower.refined.rivals == ()
 
 
 def test_without_recovery_or_a_latency_goal_there_are_no_rivals(run: Refining) -> None:

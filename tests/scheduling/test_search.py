@@ -85,6 +85,19 @@ def test_where_losses_add_up_the_choice_is_the_optimum(staircase: Staircase, pre
     assert found.kl == pytest.approx(min(additive(t, t).kl for t in fits))
 
 
+def test_for_recovery_schedules_with_every_count_at_the_end_are_evaluated(
+    staircase: Staircase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("edgeprune.scheduling.search.EVALUATED", 1)
+    limit, ends = staircase.dense.median_ms / 1.5, []
+    for every_end in (False, True):
+        search = Search(staircase, "fold", Model(5), every_end=every_end)
+        search.front(limit)
+        several = [t for t, c in search.found.items() if len({*t, 64}) > 2 and c.predicted_ms <= limit]
+        ends.append({t[-1] for t in several})
+    assert len(ends[0]) == 1 and {16, 24, 32} <= ends[1]
+
+
 def test_without_a_limit_the_front_covers_all_latencies(staircase: Staircase) -> None:
     front = Search(staircase, "fold", Model(5)).front()
     times = [c.predicted_ms for c in front]
