@@ -54,6 +54,9 @@ FOLD = {
     # About as fast as 2.0, with fewer or more tokens in late blocks.
     "2.0-early": (197, 160, 160, 96, 96, 40, 40, 16, 16, 16, 16, 16),
     "2.0-late": (197, 144, 144, 80, 80, 32, 32, 32, 32, 32, 32, 32),
+    # Of equal predicted latency (2.0 times less): the best before recovery, and the best after two epochs of it.
+    "2.01-before": (197, 128, 128, 128, 128, 24, 24, 24, 24, 24, 24, 24),
+    "2.01-after": (197, 197, 97, 97, 40, 40, 40, 40, 40, 40, 40, 40),
 }
 RUNS = (
     "vit,fold,2.0,cv650", "vit,fold,1.5,cv650", "deit,fold,2.0,cv650", "vit,fold,2.0,cv1650", "vit,fold,2.5,cv650",
