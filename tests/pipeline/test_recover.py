@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-from support.builds import QUICK, call, few_digits, row_of, without_torch
+from support.builds import QUICK, Shallow, call, few_digits, row_of, without_torch
 from support.evaluation import labelled, logits_of
 from support.loopback import check_ships
 from support.models import shake
@@ -251,3 +251,21 @@ def test_the_value_of_the_option_may_be_left_out(
     for command in ("build", "compare"):
         assert call(capsys, command, *given)[0] == 1
     assert seen == [wanted, wanted]
+
+
+def test_a_build_for_a_speedup_chooses_the_schedule_that_recovers_best(
+    shallow: Shallow, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three blocks of the embedded model, as a newcomer would build it, but few pictures and simulated latencies."""
+    digits, bundle = few_digits(tmp_path / "digits", 40), tmp_path / "bundle"
+    with caplog.at_level("INFO"):
+        row = row_of(
+            capsys, "build", *SIMULATED, "--batch", "32", "--speedup", "1.5", "--search-images", "4", "--images", digits,
+            "--model", shallow.model, "--work", work, "--out", bundle, "--recover",
+        )  # fmt: skip
+    assert "recovery: schedule 2 of " in caplog.text
+    manifest = load_bundle(bundle)
+    assert manifest.recovery is not None and row["speedup"] > 1.4
+    trials = {tuple(trial["tokens"]) for trial in json.loads((bundle / "story.json").read_text())["trials"]}
+    assert tuple(row["tokens"]) in trials, "it was measured before"
+    assert call(capsys, "verify", bundle)[0] == 0
