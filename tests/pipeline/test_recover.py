@@ -260,8 +260,8 @@ def test_a_build_for_a_speedup_chooses_the_schedule_that_recovers_best(
     digits, bundle = few_digits(tmp_path / "digits", 40), tmp_path / "bundle"
     with caplog.at_level("INFO"):
         row = row_of(
-            capsys, "build", *SIMULATED, "--batch", "32", "--speedup", "1.5", "--search-images", "4", "--images", digits,
-            "--model", shallow.model, "--work", work, "--out", bundle, "--recover",
+            capsys, "build", *SIMULATED, "--batch", "32", "--speedup", "1.5", "--search-images", "4",
+            "--images", digits, "--model", shallow.model, "--work", work, "--out", bundle, "--recover",
         )  # fmt: skip
     assert "recovery: schedule 2 of " in caplog.text
     manifest = load_bundle(bundle)
