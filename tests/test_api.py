@@ -203,13 +203,14 @@ def test_build_of_a_module(
 
 def test_int8_ranges_are_kept_in_a_work_folder_that_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Path] = []
+    places: tuple[dict[str, Any], ...] = ({}, {"work": tmp_path / "work"}, {"work": str(tmp_path)})
 
     def build(options: Any, progress: Any) -> Any:
         given.append(options.calib)
         return SimpleNamespace(path=options.work, manifest=None, precisions=())
 
     monkeypatch.setattr("edgeprune.pipeline.build.build", build)
-    for place in ({}, {"work": tmp_path / "work"}, {"work": str(tmp_path)}):
+    for place in places:
         edgeprune.build(**place)
     assert given == [Path("calib"), tmp_path / "work", tmp_path]
 

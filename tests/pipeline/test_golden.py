@@ -77,11 +77,13 @@ def test_a_bundle_is_kept_where_nothing_differs(target: Target, flatten: Path, t
     other = msgspec.structs.replace(renamed, preprocessing=how)
     report, written = Report(latency=Latency(samples_ms=(1.0,))), list[str]()
     for given, asked in ((first, "1 ms"), (renamed, "1 ms"), (other, "1 ms"), (other, "2 ms")):
+
+        def trace(asked: str = asked) -> BuildTrace:
+            written.append(asked)
+            return BuildTrace()
+
         for _ in range(2):
-            manifest = bundle_from_onnx(
-                target, out, flatten, given, report, IMAGES, None, asked=asked,
-                trace=lambda a=asked: written.append(a) or BuildTrace(),  # type: ignore[misc, func-returns-value]
-            )  # fmt: skip
+            manifest = bundle_from_onnx(target, out, flatten, given, report, IMAGES, None, None, trace, asked)
             assert (manifest.labels, manifest.preprocessing) == (given.labels, given.preprocessing)
             assert json.loads((out / "story.json").read_text())["asked"] == asked
     assert written == ["1 ms", "1 ms", "1 ms", "2 ms"], "each is written once, then kept"

@@ -327,7 +327,7 @@ def test_a_bound_on_the_cosine_is_checked_on_the_final_pictures(
     [{"top1": 57.0, "dense_top1": 58.5, "agreement": 90.0}, {"agreement": 98.5}, {"agreement": 98.5, "top1": 57.0}],
     ids=str,
 )
-def test_a_missed_drop_is_told(figures: dict[str, float], caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missed_drop_is_told(figures: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
     """Of top-1 where both figures are known, else of agreement."""
     report = Report(latency=Latency(samples_ms=(1.0,)), images=100, held_out=True, **figures)
     warn_if_missed(Goal(max_drop=1.5), report)

@@ -63,14 +63,14 @@ def test_max_drop_is_judged_on_the_search_pictures(labelled: bool, digits: Path,
     pictures, dense, scores = context.needed_pictures(), context.dense_tokens, ScheduleScores(context)
     pixels, labels = pictures.pixels[pictures.search], pictures.labels(pictures.search)
     found = []
-    for tokens in ((20,) * 12, (*dense[:6], *(20,) * 6)):
+    for tokens in ((2,) * 12, (*dense[:6], *(20,) * 6)):
         outputs = [logits_of_schedule(context.model, "fold", t, pixels, context.prefix_last) for t in (dense, tokens)]
         found.append(scores.drop(tokens))
         assert found[-1] == points_lost(context.task, *outputs, labels)[0]
     assert len(set(found)) == 2 and max(found) > 0
     scores.save()
     known = ScheduleScores(context)
-    assert known.drop((20,) * 12) == found[0] and "evaluator" not in vars(known)
+    assert known.drop((2,) * 12) == found[0] and "evaluator" not in vars(known)
 
 
 def test_pictures_that_were_tuned_on_give_no_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
