@@ -79,17 +79,17 @@ def prefix_only(block: Any, x: Tensor, sizes: Tensor | None, prefix: int, rows: 
 
 def _projected(attn: Any, y: Tensor, asking: int | None) -> tuple[Tensor, Tensor, Tensor]:
     """Queries (B, H, n, D) of all tokens of y (B, N, C) or of the first `asking`, keys and values (B, H, N, D)."""
+    batch, count, _ = y.shape
 
     def heads(flat: Tensor, matrices: int) -> Tensor:
-        split = flat.reshape(*flat.shape[:2], matrices, attn.num_heads, attn.head_dim)
-        return split.permute(2, 0, 3, 1, 4)
+        return flat.reshape(batch, count, matrices, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
 
     if asking is None:
         queries, keys, values = heads(attn.qkv(y), 3).unbind(0)
     else:
         weight, bias, inner = attn.qkv.weight, attn.qkv.bias, attn.num_heads * attn.head_dim
         first = linear(y[:, :asking], weight[:inner], None if bias is None else bias[:inner])
-        queries = first.reshape(len(y), asking, attn.num_heads, attn.head_dim).transpose(1, 2)
+        queries = first.reshape(batch, asking, attn.num_heads, attn.head_dim).transpose(1, 2)
         keys, values = heads(linear(y, weight[inner:], None if bias is None else bias[inner:]), 2).unbind(0)
     return attn.q_norm(queries), attn.k_norm(keys), values
 
