@@ -21,7 +21,7 @@ import onnxruntime as ort
 import torch
 from recovery import FOLD
 
-from edgeprune.runtimes.ort import SLOW_OPTIMIZERS, threads
+from edgeprune.onnx_graph.onnx_runtime import SLOW_OPTIMIZERS, threads
 from edgeprune.vit.export import onnx_from_module
 from edgeprune.vit.fidelity import pruned_module
 from edgeprune.vit.models import load_model

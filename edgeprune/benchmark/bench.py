@@ -27,6 +27,7 @@ from edgeprune.onnx_graph.operations import flops_of_onnx
 from edgeprune.records import Latency, Manifest, Progress, Setup, silent
 from edgeprune.runtimes import RUNS_PER_TIMING, CopiesTimed, OnDevice, Session
 from edgeprune.runtimes.inference import Open
+from edgeprune.runtimes.quiet import timing
 from edgeprune.stats import bootstrap_ratio
 
 if TYPE_CHECKING:
@@ -75,13 +76,15 @@ def bench_bundles(
         named = [(str(c.path), c.manifest.vit.name, c.setup) for c in candidates]
         stored = check_comparable(baseline, named, end_to_end) if baseline is not None else None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        noiseless = all(candidate.setup.noiseless for candidate in candidates)
+        if not noiseless:
+            stack.enter_context(timing())
         gemms = _gemms(candidates, folder, stored, progress)
         costs = [_costs(candidate) for candidate in candidates]
         opened: dict[str, Open] = {
             str(c.path): _with_copies(c.open_engine) if end_to_end else c.open_engine for c in candidates
         }
         opened |= {_name(gemm): gemm.open for gemm in gemms.values()}
-        noiseless = all(candidate.setup.noiseless for candidate in candidates)
         rounds, warmup_ms = (1, 0.0) if noiseless else (rounds, WARMUP_MS)
         what = "timing bundles, round"
         samples = interleave(opened, rounds, progress=progress, what=what, warmup_ms=warmup_ms, stable=not noiseless)

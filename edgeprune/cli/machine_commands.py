@@ -47,7 +47,7 @@ def worker(work: Annotated[Path, typer.Option(help="folder that keeps received f
     """The part of `--host` that runs on the device; talks to a workstation over stdin and stdout."""
     import os
 
-    from edgeprune.distributed.quiet import timing
+    from edgeprune.runtimes.quiet import timing
     from edgeprune.runtimes.remote.worker import serve
 
     answers = os.fdopen(os.dup(1), "wb")

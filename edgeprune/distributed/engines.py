@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.distributed.cluster import ray_module, received
-from edgeprune.distributed.quiet import evaluating
 from edgeprune.onnx_graph.graph import weights_of
+from edgeprune.onnx_graph.onnx_runtime import threads
 from edgeprune.records import Device, Preprocessing, Setup
 from edgeprune.runtimes import Session, runtime_for
 from edgeprune.runtimes.inference import logits_of
-from edgeprune.runtimes.ort import threads
+from edgeprune.runtimes.quiet import evaluating
 from edgeprune.runtimes.remote.runtime import RemoteRuntime
 from edgeprune.runtimes.target import Target
 

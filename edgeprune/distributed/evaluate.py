@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.distributed.cluster import ray_module, received
-from edgeprune.distributed.quiet import evaluating
 from edgeprune.io import key_of
 from edgeprune.records import Fidelity, Preprocessing, Progress, silent
+from edgeprune.runtimes.quiet import evaluating
 from edgeprune.tasks import Task, task_of
 
 if TYPE_CHECKING:

@@ -19,6 +19,7 @@ from edgeprune.onnx_graph import graph
 from edgeprune.records import Conditions, DepthCheck, Staircase, Vit
 from edgeprune.runtimes import Observed
 from edgeprune.runtimes.inference import Open
+from edgeprune.runtimes.steps import PROFILING_MODELS
 from edgeprune.runtimes.target import Target
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ def check_profiling_models(folder: Path, vit: Vit | None, batch: int, precision:
 def models_folder(target: Target, vit: Vit) -> Path:
     """The folder in the work folder for the profiling models of a model."""
     parts = (vit, target.setup.batch, target.onnx_precision, target.for_tensorrt)
-    return target.work.file("profiling-models", "", *parts)
+    return target.work.file(PROFILING_MODELS, "", *parts)
 
 
 def staircase_of_folder(target: Target, trunk: Path, methods: Sequence[str], exhaustive: bool = False) -> Staircase:
@@ -118,7 +119,6 @@ def measured_staircase(
             samples, conditions = _stored(target.work.file("probed", ".json", _digest(base)))
         with target.alone():
             staircase, samples = timed(folder, samples, conditions)
-        _warn_if_throttled(staircase)
         _keep(samples, conditions, target.work.file("probed", ".json", _digest(staircase)))
         save(staircase, path)
         partial.unlink(missing_ok=True)
@@ -144,7 +144,10 @@ def measured_staircase(
         )
         return msgspec.structs.replace(staircase, depth=depth), samples
 
-    return load(target.work.step("staircase", ".json", parts, make), Staircase)
+    path = target.work.step("staircase", ".json", parts, make)
+    found = load(path, Staircase)
+    _warn_if_throttled(found, base, path)
+    return found
 
 
 def _part(target: Target, vit: Vit, folder: Path, rounds: int, room: Room) -> tuple[DepthCheck | None, Path]:
@@ -188,12 +191,14 @@ def _static(target: Target, vit: Vit, trunk: Path, tokens: int) -> Open:
     return target.opener(static, vit.weights_sha256)
 
 
-def _warn_if_throttled(staircase: Staircase) -> None:
-    reasons = sorted({reason for stage in staircase.conditions for reason in stage.throttled})
+def _warn_if_throttled(staircase: Staircase, base: Staircase | None, path: Path) -> None:
+    """Every time that the file of a staircase is used; what its base has measured is in the file of that."""
+    known = base.conditions if base else ()
+    reasons = sorted({reason for stage in staircase.conditions if stage not in known for reason in stage.throttled})
     if reasons:
         log.warning(
             "clocks were lowered while the staircase was measured (%s): cool the device or choose a lower power "
-            "mode, and measure again", ", ".join(reasons),
+            "mode, delete %s and run the same command again", ", ".join(reasons), path,
         )  # fmt: skip
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from edgeprune.errors import MissingError, install
 from edgeprune.features import packed
 from edgeprune.onnx_graph.graph import linear_layers, save_graph
 from edgeprune.onnx_graph.int8 import int8
+from edgeprune.onnx_graph.onnx_runtime import session_of
 from edgeprune.records import Int8Ranges, Progress, silent
 from edgeprune.tasks import Task
 
@@ -37,7 +37,7 @@ def calibrated(
     """INT8 ranges from calibration pictures, by the method with the lowest loss (KL) against the fp32 model.
 
     `batches` are inputs (batch, 3, P, P). Layers whose quantisation alone loses more than `task` allows are left in
-    floating point. Raises MissingError without onnxruntime.
+    floating point. Raises MissingError without onnxruntime, EngineError.
     """
     names = sorted({node.input[0] for node in linear_layers(model)})
     ways = _histograms(model, names, batches, progress)
@@ -95,15 +95,9 @@ def _outputs(model: onnx.ModelProto, batches: Iterable[NDArray[np.float32]]) -> 
 
 
 def _runner(model: onnx.ModelProto) -> Callable[[Sequence[str], NDArray[np.float32]], list[NDArray[np.float32]]]:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
     with tempfile.TemporaryDirectory() as folder:
-        save_graph(model, Path(folder) / "model.onnx")
-        session = onnxruntime.InferenceSession(
-            os.path.join(folder, "model.onnx"), options, providers=["CPUExecutionProvider"]
-        )
+        save_graph(model, path := Path(folder, "model.onnx"))
+        session = session_of(path, name="the model to calibrate")
     name = session.get_inputs()[0].name
     return lambda outputs, images: session.run(list(outputs), {name: images})
 

@@ -13,7 +13,6 @@ from edgeprune import zoo
 from edgeprune.bundles.format import default_folder
 from edgeprune.defaults import WORK
 from edgeprune.devices.memory import available_bytes
-from edgeprune.distributed.quiet import timing
 from edgeprune.errors import InputError
 from edgeprune.images import ImageSet, drawn, labelled_for, load_images
 from edgeprune.io import load_array
@@ -142,8 +141,6 @@ def context_for(options: Options, progress: Progress = silent, target: Target | 
         options.device, options.precision, options.batch, options.simulate, options.work, progress,
         options.host, options.lock_clocks,
     )  # fmt: skip
-    if options.cluster is not None and options.host is None and not options.simulate:
-        target = replace(target, alone=timing)
     model = loaded(options)
     head = Head(options.head, model.vit) if options.head else None
     check_outputs(model)

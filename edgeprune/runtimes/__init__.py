@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import numpy as np
 
 from edgeprune.errors import DeviceError
-from edgeprune.records import Device, Engine, GpuState, Progress, Setup, silent
+from edgeprune.records import Device, GpuState, Progress, Setup, silent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -107,7 +107,7 @@ class Runtime(Protocol):
         """The setup of this runtime on this machine. Raises DeviceError, MissingError."""
         ...
 
-    def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> Engine:
+    def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> None:
         """Compile `onnx` into the file `out`. Raises EngineError, OutputError."""
         ...
 

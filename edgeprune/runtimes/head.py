@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgeprune.errors import InputError, MissingError, install
+from edgeprune.errors import InputError
 from edgeprune.io import key_of, sha256_file
 from edgeprune.onnx_graph.graph import weights_of
+from edgeprune.onnx_graph.onnx_runtime import session_of
 from edgeprune.records import Output, Vit
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Head:
         if path.suffix != ".onnx":
             raise InputError(f"{path} is not ONNX: write the head with torch.onnx.export and pass that file")
         self.path, self.key = path, key_of([sha256_file(part) for part in (path, *weights_of(path))])
-        self._session = _session(path)
+        self._session = session_of(path, error=InputError)
         inputs = self._session.get_inputs()
         known = {output.name: output for output in vit.outputs}
         self._inputs: dict[str, Output] = {}  # by name in the head
@@ -84,18 +85,3 @@ class Head:
                 raise InputError(f"{self.path} gives {found.shape}, not one row for each picture: export it again")
             rows.append(np.asarray(found[:real], np.float32))
         return np.concatenate(rows)
-
-
-def _session(path: Path) -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingError(f"--head needs ONNX Runtime ({error}): {install('ort')}") from None
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:
-        detail = " ".join(str(error).split())[:160]
-        raise InputError(f"{path}: ONNX Runtime cannot load it ({detail}): export it again") from None

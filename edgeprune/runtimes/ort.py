@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import time
 from pathlib import Path
@@ -15,18 +14,14 @@ from edgeprune.devices import check_is_here, this_machine
 from edgeprune.devices.memory import available_bytes
 from edgeprune.errors import EngineError, MissingError, install
 from edgeprune.features import packed
-from edgeprune.io import sha256_file
 from edgeprune.onnx_graph.graph import copy_graph
-from edgeprune.records import Device, Engine, Progress, Setup, silent
+from edgeprune.onnx_graph.onnx_runtime import CPU, onnxruntime, session_of, threads
+from edgeprune.records import Device, Progress, Setup, silent
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-PROVIDERS = {"ort-cpu": "CPUExecutionProvider", "ort-cuda": "CUDAExecutionProvider"}
-
-
-# It turns linear layers into Gemm: two reshapes each, and biases no longer fuse with GELU (docs/benchmarks.md).
-SLOW_OPTIMIZERS = ["MatMulAddFusion"]
+PROVIDERS = {"ort-cpu": CPU, "ort-cuda": "CUDAExecutionProvider"}
 
 
 class OrtRuntime:
@@ -40,7 +35,7 @@ class OrtRuntime:
     def setup(self, device: Device, precision: str, batch: int) -> Setup:
         """The setup here. Raises DeviceError where `device` is not this machine, MissingError."""
         check_is_here(device)
-        ort = _onnxruntime()
+        ort = onnxruntime()
         if PROVIDERS[self.kind] not in ort.get_available_providers():
             raise MissingError(
                 f"onnxruntime here has no {PROVIDERS[self.kind]}: "
@@ -57,34 +52,17 @@ class OrtRuntime:
             power_mode=_governor(),
         )
 
-    def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> Engine:
+    def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> None:
         """Copy the ONNX, which is the engine. Raises InputError, OutputError."""
         copy_graph(onnx, out)
-        digest = sha256_file(out)
-        return Engine(path=out.name, sha256=digest, onnx_sha256=digest, size_bytes=out.stat().st_size, setup=setup)
 
     def free_bytes(self) -> int | None:
         """Available memory of this machine, bytes (Linux, /proc/meminfo); None where it cannot be read."""
         return available_bytes()
 
     def open(self, path: Path, setup: Setup) -> OrtSession:
-        """Load an ONNX file. Raises EngineError with the first line of ONNX Runtime's message."""
-        ort = _onnxruntime()
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if setup.threads:
-            options.intra_op_num_threads = setup.threads
-        # Threads that keep spinning after a run would slow down the next candidate of an interleaved round.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        try:
-            session = ort.InferenceSession(
-                os.fspath(path), options, providers=[PROVIDERS[self.kind]], disabled_optimizers=SLOW_OPTIMIZERS
-            )
-        except Exception as error:  # onnxruntime raises many types, all derived from Exception alone
-            raise EngineError(
-                f"{path}: ONNX Runtime cannot load it ({_first_line(error)}): export it again"
-            ) from None
-        return OrtSession(session, path)
+        """Load an ONNX file. Raises EngineError with what ONNX Runtime says."""
+        return OrtSession(session_of(path, PROVIDERS[self.kind], setup.threads or 0), path)
 
 
 class OrtSession:
@@ -124,29 +102,9 @@ class OrtSession:
         del self._session
 
 
-def threads() -> int:
-    """Threads of one inference: EDGEPRUNE_THREADS, else all processors that this process may use."""
-    asked = os.environ.get("EDGEPRUNE_THREADS", "")
-    if asked.isdigit() and int(asked):
-        return int(asked)
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _onnxruntime() -> Any:
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingError(f"ONNX Runtime is missing ({error}): {install('ort')}") from None
-    return onnxruntime
-
-
 def _governor() -> str | None:
     path = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     try:
         return path.read_text().strip() if platform.system() == "Linux" else None
     except OSError:
         return None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

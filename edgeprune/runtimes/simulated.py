@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune.errors import EngineError, MissingError, install
+from edgeprune.errors import EngineError
 from edgeprune.features import packed
-from edgeprune.io import replacing, sha256_file
+from edgeprune.io import replacing
+from edgeprune.onnx_graph.onnx_runtime import session_of
 from edgeprune.onnx_graph.operations import Attention, Elementwise, Matmul, Operation, operations_of_onnx
-from edgeprune.records import Device, Engine, Progress, Setup, Vit, silent
+from edgeprune.records import Device, Progress, Setup, Vit, silent
 from edgeprune.runtimes.kernel_times import latency_ms, model_of
-from edgeprune.runtimes.ort import threads
 from edgeprune.version import __version__
 
 if TYPE_CHECKING:
@@ -93,28 +93,13 @@ class SimulatedSession(_Timed):
         Raises EngineError on a wrong shape, MissingError without ONNX Runtime.
         """
         if self._ort is None:
-            self._ort = _onnx_runtime(self.path)
+            self._ort = session_of(self.path)
         wanted = self._ort.get_inputs()[0]
         if list(images.shape) != list(wanted.shape):
             raise EngineError(f"{self.path}: input is {list(images.shape)}: pass {list(wanted.shape)}")
         kind = np.float16 if "float16" in wanted.type else np.float32
         found = self._ort.run(None, {wanted.name: images.astype(kind)})
         return packed({o.name: array for o, array in zip(self._ort.get_outputs(), found, strict=True)})
-
-
-def _onnx_runtime(path: Path) -> Any:
-    """ONNX Runtime's CPU session of a file. Raises MissingError, EngineError."""
-    try:
-        import onnxruntime
-    except ImportError:
-        raise MissingError(f"ONNX Runtime is not installed: {install('ort')}") from None
-    try:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads()
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # its exceptions share no base below this one
-        detail = " ".join(str(error).split())[:200]
-        raise EngineError(f"{path}: ONNX Runtime cannot load it ({detail}): export it again") from None
 
 
 class SimulatedRuntime:
@@ -143,13 +128,11 @@ class SimulatedRuntime:
             noiseless=True,
         )
 
-    def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> Engine:
+    def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> None:
         """Check that the model covers the ONNX file and copy it to `out`. Raises EngineError, OutputError."""
         operations_of_onnx(onnx)
         with replacing(out) as temporary:
             shutil.copyfile(onnx, temporary)
-        digest, size = sha256_file(out), out.stat().st_size
-        return Engine(path=out.name, sha256=digest, onnx_sha256=digest, size_bytes=size, setup=setup)
 
     def free_bytes(self) -> int | None:
         """No limit: nothing is loaded."""

@@ -17,6 +17,7 @@ from edgeprune.io import code_key, key_of, writable
 log = logging.getLogger(__name__)
 
 
+PROFILING_MODELS = "profiling-models"  # the step that is a folder of files
 LABELS = {  # of the steps in log lines
     "staircase": "measuring the staircase",
     "depth": "timing two blocks",
@@ -55,10 +56,10 @@ class WorkFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Keep other processes out: two that measure at once would distort each other's latencies.
+        """Keep other processes out of this folder; that two time at once is for quiet.py to prevent.
 
-        Half-written files of a killed process are removed. Raises InputError where another process holds the lock,
-        OutputError.
+        Half-written files of a killed process are removed, but not below folders that have locks of their own, as
+        those of the boards of a sweep. Raises InputError where another process holds the lock, OutputError.
         """
         import fcntl
 
@@ -72,6 +73,6 @@ class WorkFolder:
                 raise InputError(
                     f"another edgeprune is using {self.path}: wait for it, or pass another --work"
                 ) from None
-            for left in self.path.glob("**/.*.tmp"):
+            for left in (*self.path.glob(".*.tmp"), *self.path.glob(f"{PROFILING_MODELS}-*/.*.tmp")):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
             yield

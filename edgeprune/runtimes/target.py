@@ -18,6 +18,7 @@ from edgeprune.records import Device, Progress, Setup, silent
 from edgeprune.runtimes import Runtime, runtime_for
 from edgeprune.runtimes.inference import Open
 from edgeprune.runtimes.kernel_times import model_of
+from edgeprune.runtimes.quiet import timing
 from edgeprune.runtimes.remote.runtime import RemoteRuntime
 from edgeprune.runtimes.remote.ssh import Host
 from edgeprune.runtimes.steps import WorkFolder
@@ -125,7 +126,8 @@ def target_for(
 ) -> Target:
     """The target of a device that is this machine, is simulated, or is reached over ssh on `host`.
 
-    `lock_clocks` sets the clocks of `host` to their maximum. Raises DeviceError, MissingError, InputError, HostError.
+    Timings on this machine take turns with those of other processes (quiet.py). `lock_clocks` sets the clocks of
+    `host` to their maximum. Raises DeviceError, MissingError, InputError, HostError.
     """
     check_batch(batch)
     found = load_device(device)
@@ -141,4 +143,5 @@ def target_for(
         runtime = runtime_for(found, simulate)
     setup = runtime.setup(found, precision, batch)
     check_fp8(setup)
-    return Target(found, runtime, setup, WorkFolder(work), progress)
+    here = host is None and not simulate
+    return Target(found, runtime, setup, WorkFolder(work), progress, timing if here else nullcontext)

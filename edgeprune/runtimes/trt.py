@@ -13,8 +13,8 @@ from edgeprune.devices.gpu_state import gpu_state
 from edgeprune.devices.memory import available_bytes
 from edgeprune.devices.power import power_mode
 from edgeprune.errors import DeviceError
-from edgeprune.io import replacing, sha256_file, writable
-from edgeprune.records import Device, Engine, GpuState, Progress, Setup, TrtOptions, silent
+from edgeprune.io import writable, write_bytes
+from edgeprune.records import Device, GpuState, Progress, Setup, TrtOptions, silent
 from edgeprune.runtimes.cuda import driver, errors_of, gpu
 from edgeprune.runtimes.trt_builder import plan_from_onnx, tensorrt
 from edgeprune.runtimes.trt_log import MIB, logger_of
@@ -64,7 +64,7 @@ class TensorRT:
             options=changed_options(self.options),
         )
 
-    def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> Engine:
+    def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> None:
         """Build a plan; its log is written next to it as .log. Raises EngineError, OutputError."""
         logger = logger_of(tensorrt())
         logger.lines.clear()
@@ -78,15 +78,7 @@ class TensorRT:
                 out.parent.mkdir(parents=True, exist_ok=True)
                 text = "".join(f"{severity}: {line}\n" for severity, line in logger.lines)
                 out.with_suffix(".log").write_text(text)
-        with replacing(out) as temporary, writable(out):
-            temporary.write_bytes(plan)
-        return Engine(
-            path=out.name,
-            sha256=sha256_file(out),
-            onnx_sha256=sha256_file(onnx),
-            size_bytes=out.stat().st_size,
-            setup=setup,
-        )
+        write_bytes(out, plan)
 
     def free_bytes(self) -> int:
         """Free memory of the GPU, bytes.

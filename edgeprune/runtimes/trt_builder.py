@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from edgeprune.errors import EngineError, MissingError
-from edgeprune.io import replacing, writable
+from edgeprune.io import write_bytes
 from edgeprune.onnx_graph.graph import load_graph, precision_of
 from edgeprune.onnx_graph.value_types import computed_in
 from edgeprune.records import Progress, TrtOptions, silent
@@ -87,8 +87,7 @@ def plan_from_onnx(
         raise EngineError(f"{onnx}: TensorRT could not build it: {build_failure(logger, workspace, free_bytes)}")
     cache = config.get_timing_cache()
     if cache is not None:
-        with writable(timing_cache), replacing(timing_cache) as temporary:
-            temporary.write_bytes(bytes(cache.serialize()))
+        write_bytes(timing_cache, bytes(cache.serialize()))
     return bytes(plan)
 
 

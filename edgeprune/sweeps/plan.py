@@ -25,6 +25,7 @@ from edgeprune.sweeps.file import DeviceEntry, GoalEntry, ModelEntry, sweep_file
 from edgeprune.vit import hugging_face
 
 HERE = "this machine"
+TOML = ".toml"  # the end of the name of a device with a file of its own
 AUTO = "auto"  # precision: see pipeline/auto.py
 LOCAL = ("local-dir", "local_dir")  # prefixes of timm's names for a folder
 
@@ -82,12 +83,13 @@ class Job(Record, frozen=True, kw_only=True):
         )
 
     def key(self) -> str:
-        """Hash of all that the result depends on: build, code, pictures, local weights. Raises ImageError."""
+        """Hash of all that the result depends on: build, code, pictures, local files. Raises ImageError."""
         pictures = image_set(Options(model=self.model.name, images=Path(self.images) if self.images else None))
         sets, training = [pictures] if pictures else [], self.model.recover
         if isinstance(training, str):
             sets.append(load_images(Path(training), "recover", anywhere=True))
-        return key_of(code_key(), self, [each.key() for each in sets], *map(_local, self.model_files()))
+        own = [Path(self.device)] if self.device.endswith(TOML) else []
+        return key_of(code_key(), self, [each.key() for each in sets], *map(_local, own + self.model_files()))
 
     def model_files(self) -> list[Path]:
         """Files on this machine that the model and what belongs to it are read from."""
@@ -104,10 +106,11 @@ def jobs_of(path: Path) -> tuple[Job, ...]:
     """All builds of a SWEEP.toml. Raises InputError, DeviceError for a board that is not there."""
     sweep, folder = sweep_file(path), path.parent
     models = [ModelEntry(name=m) if isinstance(m, str) else m for m in sweep.models]
-    devices = [DeviceEntry(name=d) if isinstance(d, str) else d for d in sweep.devices]
+    entries = [DeviceEntry(name=d) if isinstance(d, str) else d for d in sweep.devices]
+    devices = [msgspec.structs.replace(entry, name=_device(entry.name, folder)) for entry in entries]
     jobs: list[Job] = []
     for model, device in product(models, devices):
-        located = _located(model, folder, sweep.recover)
+        located, known = _located(model, folder, sweep.recover), Path(device.name).stem
         precisions, batches = device.precisions or sweep.precisions, device.batches or sweep.batches
         hosts = _hosts(device, folder / sweep.hosts if sweep.hosts else None)
         for turn, (precision, batch) in enumerate(product(precisions, batches)):
@@ -115,17 +118,15 @@ def jobs_of(path: Path) -> tuple[Job, ...]:
             if precision != AUTO:
                 check_precision(precision, load_device(device.name))
             host = hosts[(models.index(model) + turn) % len(hosts)] if hosts else None
-            board = f"{device.name} at {host.address}" if host else f"{device.name}, simulated"
+            board = f"{known} at {host.address}" if host else f"{known}, simulated"
             for method, goal in product(sweep.methods, sweep.goals):
                 images = model.images or sweep.images
                 jobs.append(
                     Job(
-                        name="/".join(
-                            (device.name, label_of(located), f"{method}-{precision}-b{batch}-{_goal_name(goal)}")
-                        )
+                        name="/".join((known, label_of(located), f"{method}-{precision}-b{batch}-{_goal_name(goal)}"))
                         + ("-simulated" if device.simulate else ""),
                         model=located,
-                        device=_place(device.name, folder) if device.name.endswith(".toml") else device.name,
+                        device=device.name,
                         board=board if host or device.simulate else HERE,
                         precision=precision,
                         batch=batch,
@@ -161,7 +162,7 @@ def _hosts(device: DeviceEntry, hosts: Path | None) -> list[Host]:
         return []
     if device.host is not None:
         return [Host(device.host, device.program)]
-    listed = [to for to in fleet(hosts) if to.device == device.name] if hosts else []
+    listed = [to for to in fleet(hosts) if _device(to.device or "", hosts.parent) == device.name] if hosts else []
     if not listed:
         check_is_here(load_device(device.name))
     return [Host(to.host, to.program) for to in listed]
@@ -205,6 +206,11 @@ def _located(model: ModelEntry, folder: Path, recover: bool | str) -> ModelEntry
         text_embeddings=_place(model.text_embeddings, folder) if model.text_embeddings else None,
         recover=_place(recover, folder) if isinstance(recover, str) else recover,
     )
+
+
+def _device(name: str, folder: Path) -> str:
+    """A device as in --device; a file of its own is found from `folder`."""
+    return _place(name, folder) if name.endswith(TOML) else name
 
 
 def _place(path: str, folder: Path) -> str:

@@ -151,8 +151,8 @@ def test_the_worker_behind_ssh(board: Host, shared: Shared, tmp_path: Path) -> N
     assert far.setup.runtime_version == version_there() != here.setup.runtime_version
     free = far.runtime.free_bytes()
     assert free is not None and free > 1 << 20
-    engine = far.runtime.compile(model, far.setup, tmp_path / "engine.onnx")
-    assert engine.sha256 == sha256_file(tmp_path / "engine.onnx") == sha256_file(model)
+    far.runtime.compile(model, far.setup, tmp_path / "engine.onnx")
+    assert sha256_file(tmp_path / "engine.onnx") == sha256_file(model)
     with here.opener(model)() as a, far.opener(tmp_path / "engine.onnx")() as b:
         wanted = a.infer(images)
         np.testing.assert_allclose(b.infer(images), wanted, atol=TOLERANCE)

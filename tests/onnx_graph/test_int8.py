@@ -15,10 +15,12 @@ import torch
 from onnx import TensorProto, numpy_helper
 from support.graphs import images, run, types
 
+from edgeprune.errors import EngineError
 from edgeprune.onnx_graph import calibration, graph
 from edgeprune.onnx_graph.attention_fusion import attention_forms
 from edgeprune.onnx_graph.graph import fix_tokens, linear_layers, onnx_precision_of, precision_of, static_or_raise
 from edgeprune.onnx_graph.int8 import int8, int8_on_fp16
+from edgeprune.onnx_graph.onnx_runtime import SLOW_OPTIMIZERS
 from edgeprune.onnx_graph.precision import CONVERSIONS, QUANTISED, onnx_precision
 from edgeprune.tasks import CLASSIFY, Classify
 from edgeprune.vit import export
@@ -164,3 +166,24 @@ def test_what_never_fits_into_one_file_is_converted_alike(
     assert graph.weights_of(tmp_path / "full.onnx")
     graph.save_graph(converted(onnx.load(tmp_path / "full.onnx")), tmp_path / "converted.onnx")
     np.testing.assert_array_equal(run(onnx.load(tmp_path / "converted.onnx"), images()), run(wanted, images()))
+
+
+def test_layers_are_judged_on_the_graph_that_runs(
+    model: Callable[[str], onnx.ModelProto], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the optimisers and the threads of the engine; a file that cannot be loaded is one line."""
+    made: list[Any] = []
+    session = ort.InferenceSession
+
+    def recorded(path: str, options: Any, **how: Any) -> Any:
+        made.append((options.intra_op_num_threads, how["disabled_optimizers"]))
+        return session(path, options, **how)
+
+    monkeypatch.setattr(ort, "InferenceSession", recorded)
+    monkeypatch.setenv("EDGEPRUNE_THREADS", "1")
+    full = model("fold")
+    calibration._outputs(full, [images()])
+    assert made == [(1, SLOW_OPTIMIZERS)]
+    full.graph.node[0].op_type = "Unknown"
+    with pytest.raises(EngineError, match=r"^the model to calibrate: ONNX Runtime cannot load it .*: export it "):
+        calibration._outputs(full, [images()])

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -23,11 +24,12 @@ from support.processes import after_saves, die, fork
 from edgeprune import __version__
 from edgeprune.bundles.format import load_bundle
 from edgeprune.devices import load_device
-from edgeprune.errors import EngineError
+from edgeprune.errors import EngineError, HostError, OutputError
 from edgeprune.io import sha256_bytes
 from edgeprune.records import GpuState
 from edgeprune.runtimes import TimedTogether
 from edgeprune.runtimes.remote import busy, protocol
+from edgeprune.runtimes.remote.runtime import RemoteSession
 from edgeprune.runtimes.remote.ssh import Host
 from edgeprune.runtimes.remote.worker import RAMP_MS, Worker, serve
 from edgeprune.runtimes.target import target_for
@@ -162,6 +164,24 @@ def test_a_lost_connection_is_reported_and_the_build_goes_on(
     assert code == 0, err
     assert "staircase: resuming" in err
     assert load_bundle(tmp_path / "bundle").report.probes == json.loads(out.splitlines()[-1])["probes"]
+
+
+@pytest.mark.parametrize(
+    ("error", "closed"),
+    [(EngineError(), True), (HostError(), False), (OutputError(), False), (KeyboardInterrupt(), False)],
+)
+def test_a_session_is_closed_unless_the_connection_may_be_out_of_step(error: BaseException, closed: bool) -> None:
+    """`--precision auto` goes on after an EngineError, whose engines would fill the memory of the device."""
+    asked: list[protocol.Message] = []
+
+    def ask(request: protocol.Message, kind: object) -> None:
+        asked.append(request)
+        raise HostError("a failure to close hides no error")
+
+    runtime: Any = SimpleNamespace(ask=ask)
+    with pytest.raises(type(error)) as raised, RemoteSession(runtime, protocol.Opened(3, None)):
+        raise error
+    assert raised.value is error and asked == [protocol.Close(3)] * closed
 
 
 # ---- the worker by itself

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import edgeprune
 from edgeprune.devices import load_device
 from edgeprune.errors import DeviceError
 from edgeprune.io import code_key
+from edgeprune.runtimes.quiet import timing
+from edgeprune.runtimes.steps import WorkFolder
 from edgeprune.runtimes.target import check_fp8, check_precision, target_for
 
 PLACE = """
@@ -62,6 +65,22 @@ def test_finished_step_is_made_again_by_other_code(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr("edgeprune.runtimes.steps.code_key", lambda key=key: key)
         target.work.step("model", ".onnx", ("parts",), make)
     assert len(made) == len({*made}) == 2
+
+
+def test_a_lock_removes_what_was_left_in_its_own_folder_alone(tmp_path: Path) -> None:
+    """The boards of a sweep work below the folder of plain builds, each with a lock of its own."""
+    left = [tmp_path / ".samples.json.x.tmp", tmp_path / "profiling-models-1" / ".trunk.onnx.x.tmp"]
+    in_use = tmp_path / "this-machine" / ".samples.json.x.tmp"
+    for path in (*left, in_use):
+        path.mkdir(parents=True)
+    with WorkFolder(tmp_path).lock():
+        assert not any(path.exists() for path in left) and in_use.exists()
+
+
+def test_whatever_is_timed_on_this_machine_takes_turns(tmp_path: Path) -> None:
+    """Two work folders have two locks, but one processor."""
+    assert target_for("cpu", work=tmp_path).alone is timing
+    assert target_for("orin-nano", simulate=True, work=tmp_path).alone is nullcontext
 
 
 @pytest.mark.parametrize(

@@ -68,8 +68,7 @@ def runtime(**options: Any) -> TensorRT:
 def test_compile_open_infer_time(fake: Fake, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "engines" / "model.engine"
     seen: list[tuple[str, int, int]] = []
-    engine = runtime().compile(model, SETUP, out, lambda what, done, of: seen.append((what, done, of)))
-    assert (engine.path, engine.size_bytes) == ("model.engine", out.stat().st_size)
+    runtime().compile(model, SETUP, out, lambda what, done, of: seen.append((what, done, of)))
     assert seen == [("TensorRT: tactics", step, 3) for step in range(3)]
     assert fake.network_flags == [1 << 1] and fake.configs[0].flags == set()  # strongly typed, no TF32
     assert fake.configs[0].pools == {"WORKSPACE": 2 << 30}

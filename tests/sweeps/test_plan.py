@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,27 @@ def test_options_of_a_model(tmp_path: Path) -> None:
     few = (tmp_path / "train" / "labels.csv").read_text().splitlines()[:5]
     (tmp_path / "train" / "labels.csv").write_text("\n".join(few))
     assert len({before, changed, jobs[1].key()}) == 3, "what --resume keeps depends on these files"
+
+
+def test_a_device_file_is_found_from_the_file(tmp_path: Path) -> None:
+    (tmp_path / "boards").mkdir()
+    own = tmp_path / "boards" / "mine.toml"
+    own.write_bytes((resources.files("edgeprune.devices") / "orin-nano.toml").read_bytes())
+    (tmp_path / "hosts.toml").write_text('[[to]]\nhost = "a@nano-1"\ndir = "m"\ndevice = "boards/mine.toml"\n')
+    text = """
+    models = ["vit_digits"]
+    devices = [{ name = "boards/mine.toml", simulate = true }, "boards/mine.toml"]
+    goals = [{ alpha = 0.5 }]
+    hosts = "hosts.toml"
+    """
+    jobs = jobs_of(sweep(tmp_path, text))
+    assert [(job.device, job.board) for job in jobs] == [
+        (str(own), "mine, simulated"), (str(own), "mine at a@nano-1"),
+    ]  # fmt: skip
+    assert jobs[1].name == "mine/vit_digits/fold-fp32-b1-alpha-0.5" and jobs[0].name == f"{jobs[1].name}-simulated"
+    before = jobs[0].key()
+    own.write_text(own.read_text() + "\n# edited\n")
+    assert jobs[0].key() != before, "--resume builds again after an edit"
 
 
 def test_boards_behind_ssh_come_from_hosts_toml(tmp_path: Path) -> None:

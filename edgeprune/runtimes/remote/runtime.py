@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 
 from edgeprune import errors
-from edgeprune.errors import EngineError, HostError
-from edgeprune.io import replacing, sha256_file, writable, write_bytes
+from edgeprune.errors import EdgepruneError, EngineError, HostError, OutputError
+from edgeprune.io import replacing, sha256_file, write_bytes
 from edgeprune.onnx_graph.graph import weights_of
-from edgeprune.records import Device, Engine, GpuState, Progress, Setup, silent
+from edgeprune.records import Device, GpuState, Progress, Setup, silent
 from edgeprune.runtimes import Session
 from edgeprune.runtimes.remote import protocol
 from edgeprune.runtimes.remote.ssh import Channel, Host
@@ -58,12 +59,11 @@ class RemoteRuntime:
         """Free bytes on the device when the connection was made; None where memory is not a limit."""
         return self._free
 
-    def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> Engine:
+    def compile(self, onnx: Path, setup: Setup, out: Path, progress: Progress = silent) -> None:
         """Compile there and fetch the engine and its log. Raises EngineError, OutputError, HostError."""
         made = self.ask(protocol.Compile(self._sent(onnx), onnx.name), protocol.Compiled, progress)
-        with replacing(out) as temporary, writable(out), open(temporary, "wb") as file:
-            protocol.write(self.channel.stdin, protocol.Get(made.sha256))
-            piece = self._answer(protocol.Put)
+        piece = self.ask(protocol.Get(made.sha256), protocol.Put)
+        with replacing(out) as temporary, open(temporary, "wb") as file:
             file.write(piece.data)
             while not piece.last:
                 piece = self._answer(protocol.Put)
@@ -75,13 +75,6 @@ class RemoteRuntime:
                 f"an engine arrived damaged (sha256 {digest[:12]}…, not {made.sha256[:12]}…): run the command again"
             )
         write_bytes(out.with_suffix(".log"), made.log.encode())
-        return Engine(
-            path=out.name,
-            sha256=digest,
-            onnx_sha256=sha256_file(onnx),
-            size_bytes=out.stat().st_size,
-            setup=setup,
-        )
 
     def open(self, path: Path, setup: Setup) -> RemoteSession:
         """Load an engine there. Raises EngineError, HostError."""
@@ -182,8 +175,15 @@ class RemoteSession:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None:  # after an error the connection may be out of step, and ends with the process
-            self._runtime.ask(protocol.Close(self._number), protocol.Done)
+        if kind is None:
+            self._close()
+        elif issubclass(kind, EdgepruneError) and not issubclass(kind, (HostError, OutputError)):
+            with suppress(EdgepruneError):  # the first error is the one to report
+                self._close()
+        # after any other error the connection may be out of step, and ends with the process
+
+    def _close(self) -> None:
+        self._runtime.ask(protocol.Close(self._number), protocol.Done)
 
 
 class RemoteGpuSession(RemoteSession):

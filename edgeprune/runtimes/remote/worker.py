@@ -154,13 +154,14 @@ class Worker:
                 raise KeyboardInterrupt from None
 
         try:
-            engine = self.runtime.compile(onnx, self.setup, out, progress)
+            self.runtime.compile(onnx, self.setup, out, progress)
         finally:
             log = out.with_suffix(".log")
             text = log.read_text(errors="replace") if log.is_file() else ""
             log.unlink(missing_ok=True)
-        os.replace(out, self._file(engine.sha256))
-        return protocol.Compiled(engine.sha256, text)
+        sha256 = sha256_file(out)
+        os.replace(out, self._file(sha256))
+        return protocol.Compiled(sha256, text)
 
     def _get(self, sha256: str) -> None:
         with open(self._file(sha256), "rb") as file:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from edgeprune.records import Vit
-from edgeprune.vit.families.grid import image_px, patch_px, uneven
-from edgeprune.vit.families.head import head_on, output_width, wrapped
+from edgeprune.vit.families.common import attention, described, norm, size_bias
+from edgeprune.vit.families.grid import uneven
+from edgeprune.vit.families.head import head_on, wrapped
 from edgeprune.vit.rotary import table_of
 from edgeprune.vit.tokens import Attended
 
@@ -39,25 +40,8 @@ def unsupported(model: Any) -> str | None:
 
 def describe(model: Any, name: str, weights_sha256: str) -> Vit:
     """The Vit record of a supported model."""
-    attn, mlp = model.blocks[0].attn, model.blocks[0].mlp
-    gated = not hasattr(mlp, "fc1") or mlp.fc1.out_features != mlp.fc2.in_features
-    return Vit(
-        name=name,
-        weights_sha256=weights_sha256,
-        family="eva",
-        image_px=image_px(model),
-        patch_px=patch_px(model),
-        depth=len(model.blocks),
-        width=model.embed_dim,
-        heads=attn.num_heads,
-        head_dim=attn.head_dim,
-        mlp_width=mlp.fc2.in_features,
-        mlp_matrices=3 if gated else 2,
-        prefix=model.num_prefix_tokens,
-        tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
-        classes=output_width(model),
-        prefix_pooled=model.global_pool == "token" and model.attn_pool is None,
-    )
+    pooled = model.global_pool == "token" and model.attn_pool is None
+    return described(model, name, weights_sha256, "eva", pooled)
 
 
 def rotary(model: Any) -> Tensor | None:
@@ -84,21 +68,16 @@ def embed(model: Any, images: Tensor) -> Tensor:
 
 def block(block: Any, x: Tensor, sizes: Tensor | None, rows: Tensor | None = None) -> Tensor:
     """timm's own block, so that runtimes can fuse its attention; sizes become an attention mask."""
-    out: Tensor = block(x, rope=rows) if sizes is None else block(x, rope=rows, attn_mask=_size_bias(sizes))
+    out: Tensor = block(x, rope=rows) if sizes is None else block(x, rope=rows, attn_mask=size_bias(sizes))
     return out
 
 
-def _size_bias(sizes: Tensor) -> Tensor:
-    """Proportional attention (Token Merging, arXiv 2210.09461, eq. 1): log sizes (B, N) as (B, 1, 1, N)."""
-    return sizes.log()[:, None, None, :]
-
-
 def attend(block: Any, x: Tensor, sizes: Tensor | None, rows: Tensor | None = None) -> Attended:
-    """timm's attention step by step, with the scale before the first matmul as TensorRT's fusion requires."""
+    """timm's attention step by step."""
     y = block.norm1(x) if isinstance(block, EvaBlock) else x
     queries, keys, values = _projected(block.attn, y, None)
     queries, keys = _rotated(block.attn, queries, rows), _rotated(block.attn, keys, rows)
-    out, weights, keys, values = _attention(block.attn, queries, keys, values, sizes)
+    out, weights, keys, values = attention(block.attn, queries, keys, values, sizes)
     return Attended(x + _project(block, out, y), weights, keys, values)
 
 
@@ -109,7 +88,7 @@ def prefix_only(block: Any, x: Tensor, sizes: Tensor | None, prefix: int, rows: 
     """
     y = block.norm1(x) if isinstance(block, EvaBlock) else x
     queries, keys, values = _projected(block.attn, y, prefix)
-    out, *_ = _attention(block.attn, queries, _rotated(block.attn, keys, rows), values, sizes)
+    out, *_ = attention(block.attn, queries, _rotated(block.attn, keys, rows), values, sizes)
     return mlp(block, x[:, :prefix] + _project(block, out, y[:, :prefix]))
 
 
@@ -143,21 +122,6 @@ def _rotated(attn: Any, x: Tensor, rows: Tensor | None) -> Tensor:
     return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rows, half=attn.rotate_half)], dim=2)
 
 
-def _attention(
-    attn: Any, queries: Tensor, keys: Tensor, values: Tensor, sizes: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output (B, n, H * D), the weights (B, H, n, N), and keys and values with one of each per head."""
-    groups = getattr(attn, "num_kv_groups", 1)
-    if groups > 1:
-        keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
-    logits = (queries * attn.scale) @ keys.transpose(-2, -1)
-    if sizes is not None:
-        logits = logits + _size_bias(sizes)
-    weights = logits.softmax(dim=-1)
-    out = (attn.attn_drop(weights) @ values).transpose(1, 2).flatten(2)
-    return out, weights, keys, values
-
-
 def _project(block: Any, out: Tensor, y: Tensor) -> Tensor:
     """The operations between the attention matmul and the residual: (B, n, H * D) to (B, n, C)."""
     attn = block.attn
@@ -184,12 +148,6 @@ def mlp(block: Any, x: Tensor) -> Tensor:
     return result
 
 
-def norm(model: Any, x: Tensor) -> Tensor:
-    """The final norm of each token, (B, N, C); nothing in models that normalise after pooling."""
-    out: Tensor = model.norm(x)
-    return out
-
-
 def classify(model: Any, x: Tensor, sizes: Tensor | None = None) -> Tensor:
     """(B, N, C) to (B, classes)."""
-    return head_on(model, model.norm(x), sizes, model.attn_pool is not None)
+    return head_on(model, norm(model, x), sizes, model.attn_pool is not None)

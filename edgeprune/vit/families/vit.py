@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from edgeprune.records import Vit
-from edgeprune.vit.families.grid import image_px, patch_px, uneven
-from edgeprune.vit.families.head import head_on, output_width, wrapped
+from edgeprune.vit.families.common import attention, described, norm, size_bias
+from edgeprune.vit.families.grid import uneven
+from edgeprune.vit.families.head import head_on, wrapped
 from edgeprune.vit.tokens import Attended
 
 
@@ -38,26 +39,7 @@ def unsupported(model: Any) -> str | None:
 
 def describe(model: Any, name: str, weights_sha256: str) -> Vit:
     """The Vit record of a supported model."""
-    block = model.blocks[0]
-    attn, mlp = block.attn, block.mlp
-    gated = not hasattr(mlp, "fc1") or mlp.fc1.out_features != mlp.fc2.in_features
-    return Vit(
-        name=name,
-        weights_sha256=weights_sha256,
-        family="vit",
-        image_px=image_px(model),
-        patch_px=patch_px(model),
-        depth=len(model.blocks),
-        width=model.embed_dim,
-        heads=attn.num_heads,
-        head_dim=attn.head_dim,
-        mlp_width=mlp.fc2.in_features,
-        mlp_matrices=3 if gated else 2,
-        prefix=model.num_prefix_tokens,
-        tokens=model.patch_embed.num_patches + model.num_prefix_tokens,
-        classes=output_width(model),
-        prefix_pooled=model.global_pool == "token",
-    )
+    return described(model, name, weights_sha256, "vit", model.global_pool == "token")
 
 
 def embed(model: Any, images: Tensor) -> Tensor:
@@ -78,25 +60,10 @@ def block(block: Any, x: Tensor, sizes: Tensor | None, rows: Tensor | None = Non
     return out
 
 
-def size_bias(sizes: Tensor) -> Tensor:
-    """Proportional attention (Token Merging, arXiv 2210.09461, eq. 1): log sizes (B, N) as (B, 1, 1, N)."""
-    return sizes.log()[:, None, None, :]
-
-
 def attend(block: Any, x: Tensor, sizes: Tensor | None, rows: Tensor | None = None) -> Attended:
-    """timm's Attention step by step, with the scale before the first matmul as TensorRT's fusion requires."""
-    pre_norm = isinstance(block, Block)
-    attn = block.attn
-    y = block.norm1(x) if pre_norm else x
-    batch, count, _ = y.shape
-    qkv = attn.qkv(y).reshape(batch, count, 3, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
-    queries, keys, values = qkv.unbind(0)
-    queries, keys = attn.q_norm(queries), attn.k_norm(keys)
-    logits = (queries * attn.scale) @ keys.transpose(-2, -1)
-    if sizes is not None:
-        logits = logits + size_bias(sizes)
-    weights = logits.softmax(dim=-1)
-    out = (attn.attn_drop(weights) @ values).transpose(1, 2).reshape(batch, count, attn.num_heads * attn.head_dim)
+    """timm's attention step by step."""
+    y = block.norm1(x) if isinstance(block, Block) else x
+    out, weights, keys, values = attention(block.attn, *_projected(block.attn, y, None), sizes)
     return Attended(x + _project(block, out, y), weights, keys, values)
 
 
@@ -105,21 +72,26 @@ def prefix_only(block: Any, x: Tensor, sizes: Tensor | None, prefix: int, rows: 
 
     The values equal those of the whole block for its first tokens.
     """
-    pre_norm = isinstance(block, Block)
-    attn = block.attn
-    y = block.norm1(x) if pre_norm else x
-    batch, count, _ = y.shape
-    weight, bias, inner = attn.qkv.weight, attn.qkv.bias, attn.num_heads * attn.head_dim
-    queries = linear(y[:, :prefix], weight[:inner], None if bias is None else bias[:inner])
-    both = linear(y, weight[inner:], None if bias is None else bias[inner:])
-    queries = queries.reshape(batch, prefix, attn.num_heads, attn.head_dim).transpose(1, 2)
-    keys, values = both.reshape(batch, count, 2, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-    queries, keys = attn.q_norm(queries), attn.k_norm(keys)
-    logits = (queries * attn.scale) @ keys.transpose(-2, -1)
-    if sizes is not None:
-        logits = logits + size_bias(sizes)
-    out = (attn.attn_drop(logits.softmax(dim=-1)) @ values).transpose(1, 2).reshape(batch, prefix, inner)
+    y = block.norm1(x) if isinstance(block, Block) else x
+    out, *_ = attention(block.attn, *_projected(block.attn, y, prefix), sizes)
     return mlp(block, x[:, :prefix] + _project(block, out, y[:, :prefix]))
+
+
+def _projected(attn: Any, y: Tensor, asking: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries (B, H, n, D) of all tokens of y (B, N, C) or of the first `asking`, keys and values (B, H, N, D)."""
+    batch, count, _ = y.shape
+
+    def heads(flat: Tensor, matrices: int) -> Tensor:
+        return flat.reshape(batch, count, matrices, attn.num_heads, attn.head_dim).permute(2, 0, 3, 1, 4)
+
+    if asking is None:
+        queries, keys, values = heads(attn.qkv(y), 3).unbind(0)
+    else:
+        weight, bias, inner = attn.qkv.weight, attn.qkv.bias, attn.num_heads * attn.head_dim
+        first = linear(y[:, :asking], weight[:inner], None if bias is None else bias[:inner])
+        queries = first.reshape(batch, asking, attn.num_heads, attn.head_dim).transpose(1, 2)
+        keys, values = heads(linear(y, weight[inner:], None if bias is None else bias[inner:]), 2).unbind(0)
+    return attn.q_norm(queries), attn.k_norm(keys), values
 
 
 def _project(block: Any, out: Tensor, y: Tensor) -> Tensor:
@@ -142,12 +114,6 @@ def mlp(block: Any, x: Tensor) -> Tensor:
     return out
 
 
-def norm(model: Any, x: Tensor) -> Tensor:
-    """The final norm of each token, (B, N, C); nothing in models that normalise after pooling."""
-    out: Tensor = model.norm(x)
-    return out
-
-
 def classify(model: Any, x: Tensor, sizes: Tensor | None = None) -> Tensor:
     """(B, N, C) to (B, classes)."""
-    return head_on(model, model.norm(x), sizes, model.pool_include_prefix)
+    return head_on(model, norm(model, x), sizes, model.pool_include_prefix)

@@ -9,7 +9,10 @@ from edgeprune.vit.tokens import Attended
 
 
 def cls_score(attended: Attended, prefix: int) -> Tensor:
-    """(B, M) attention from the first token (CLS) to the body, mean over heads; mean over all queries without CLS."""
+    """(B, M) attention to the body, mean over heads: from the first prefix token, without a prefix from all queries.
+
+    The first prefix token is CLS, or a register where there is no CLS.
+    """
     if prefix:
         return attended.weights[:, :, 0, prefix:].mean(dim=1)
     return attended.weights.mean(dim=1).mean(dim=1)

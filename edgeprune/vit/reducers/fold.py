@@ -52,10 +52,11 @@ def worth(similar: Tensor, attended: Attended, prefix: int) -> Tensor:
 
 
 def attention_received(attended: Attended, prefix: int) -> Tensor:
-    """(B, N) attention that each token receives: from the mean query, plus that from CLS if there is one.
+    """(B, N) attention that each token receives: from the mean query, plus that from the first prefix token if any.
 
-    Means over heads, at most 2. One matmul of a constant row with the weights is cheaper than POMT's maximum over
-    heads and gives the same fidelity or better (docs/benchmarks.md).
+    That token is CLS, or a register where there is no CLS. Means over heads, at most 2. One matmul of a constant row
+    with the weights is cheaper than POMT's maximum over heads and gives the same fidelity or better
+    (docs/benchmarks.md).
     """
     weights = attended.weights
     queries = weights.shape[2]

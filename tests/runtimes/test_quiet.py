@@ -1,4 +1,4 @@
-"""Nothing is evaluated on a machine while something is timed there, and neither waits for ever."""
+"""Nothing else runs on a machine while something is timed there, and nothing waits for ever."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from support.processes import die, fork
 
-from edgeprune.distributed.quiet import evaluating, timing
+from edgeprune.runtimes import quiet
+from edgeprune.runtimes.quiet import evaluating, timing
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,31 @@ def test_evaluations_share_and_timing_is_alone() -> None:
         assert late.is_alive()
     late.join(10)
     assert not late.is_alive()
+
+
+def test_two_timings_take_turns_and_an_interrupt_ends_one(caplog: pytest.LogCaptureFixture) -> None:
+    def time_it() -> None:
+        with timing():
+            pass
+
+    caplog.set_level("INFO", "edgeprune")
+    with pytest.raises(KeyboardInterrupt), timing():
+        late = started(time_it)
+        assert late.is_alive() and "waiting for another edgeprune" in caplog.text
+        raise KeyboardInterrupt
+    late.join(10)
+    assert not late.is_alive() and not started(time_it).is_alive()
+
+
+def test_where_no_lock_can_be_made_it_is_timed_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    quiet._warn.cache_clear()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    for _ in range(2):
+        with timing():
+            pass
+    assert [record.getMessage()[:40] for record in caplog.records] == ["runs on this machine cannot take turns ("]
 
 
 def hold_and_die(folder: str) -> None:
