@@ -65,6 +65,7 @@ class Job(Record, frozen=True, kw_only=True):
             layers=model.layers,
             head=Path(model.head) if model.head else None,
             text_embeddings=Path(model.text_embeddings) if model.text_embeddings else None,
+            overrides=model.preprocessing,
             recover=Path(model.recover) if isinstance(model.recover, str) else bool(model.recover),
             images=Path(self.images) if self.images else None,
             method=self.method,
@@ -180,6 +181,7 @@ def label_of(model: ModelEntry) -> str:
     parts += ["x".join(map(str, size))] if (size := image_size(model.image_size)) else []
     parts += ["-".join(("layers", *map(str, model.layers)))] if model.layers else []
     parts += [Path(file).stem for file in (model.head, model.text_embeddings) if file]
+    parts += [re.sub(r"[^\w.]+", "-", f"{key} {value}").strip("-") for key, value in model.preprocessing.items()]
     parts += ["recovered"] if model.recover else []
     return "-".join(parts)
 
