@@ -96,6 +96,7 @@ class Job(Record, frozen=True, kw_only=True):
         kind, _, folder = model.name.partition(":")
         places = [model.weights, folder if kind in LOCAL else model.name, model.head, model.text_embeddings]
         found = [Path(place) for place in places if place and Path(place).is_absolute()]
+        found += [Path(model.weights).parent / "config.json"] if model.weights and _is_file(model.weights) else []
         if model.head:
             found += weights_of(Path(model.head)) if Path(model.head).is_file() else []
         return sorted(f for p in found for f in ([p] if p.is_file() else p.glob("*")) if f.is_file())

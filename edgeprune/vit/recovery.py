@@ -92,7 +92,7 @@ def recovered(
     the pictures is never trained on; the state with the lowest loss on it is returned, the original weights
     (epochs = 0) where none is lower. `pruned` itself is not changed. With `checkpoint`, an interrupted run continues
     after its last whole epoch, with the same result. With `int8`, the layers that will be INT8, the pruned model is
-    trained and judged with their rounding. `outputs` computes those of the held-out pictures where nothing is rounded,
+    trained and judged with their rounding. `outputs` computes those of held-out pictures where nothing is rounded,
     with the same bits as vit.fidelity.outputs_of. Raises InputError for a checkpoint of another run, OutputError,
     ExportError.
     """

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from support.builds import few_digits
 
 from edgeprune.errors import InputError
-from edgeprune.images import calibration_indices
+from edgeprune.images import calibration_indices, load_pixels
 from edgeprune.pipeline.context import Context, Options, context_for
 from edgeprune.pipeline.scores import ScheduleScores
 
@@ -74,6 +74,15 @@ def test_max_drop_is_judged_on_the_search_pictures(
     assert len(seen) == 2
     for pixels in seen:
         np.testing.assert_array_equal(pixels, pictures.pixels[pictures.search])
+
+
+def test_pixels_are_mapped_and_not_read(digits: Path, tmp_path: Path) -> None:
+    """A plain array, which Ray shares, and still the file's own pages; the next process maps the same file."""
+    pictures = context_on(digits, tmp_path).needed_pictures()
+    pixels = pictures.pixels
+    assert type(pixels) is np.ndarray and isinstance(pixels.base, np.memmap) and not pixels.flags.writeable
+    np.testing.assert_array_equal(pixels, load_pixels(pictures.files.paths, pictures.how))
+    np.testing.assert_array_equal(context_on(digits, tmp_path).needed_pictures().pixels, pixels)
 
 
 def test_pictures_that_were_tuned_on_give_no_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

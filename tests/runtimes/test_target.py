@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -16,8 +17,9 @@ from support.records import SETUP
 
 import edgeprune
 from edgeprune.devices import load_device
-from edgeprune.errors import DeviceError
+from edgeprune.errors import DeviceError, OutputError
 from edgeprune.io import code_key
+from edgeprune.runtimes.steps import WorkFolder
 from edgeprune.runtimes.target import check_fp8, check_precision, target_for
 
 PLACE = """
@@ -62,6 +64,16 @@ def test_finished_step_is_made_again_by_other_code(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr("edgeprune.runtimes.steps.code_key", lambda key=key: key)
         target.work.step("model", ".onnx", ("parts",), make)
     assert len(made) == len({*made}) == 2
+
+
+def test_a_work_folder_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    said = r"cannot be locked \(No locks .*\): pass a --work folder on a local disk"
+    with pytest.raises(OutputError, match=said), WorkFolder(tmp_path).lock():
+        pass
 
 
 @pytest.mark.parametrize(
