@@ -102,11 +102,11 @@ def test_bad_staircases_are_refused_by_their_fault(
     [
         (
             b'{"schema": 1, "edgeprune": "99.0", "new": 1}',
-            r"written by edgeprune 99\.0, which edgeprune \S+ cannot read",
+            r"written by edgeprune 99\.0, which .* cannot read",
         ),
         (
             b'{"schema": 2, "edgeprune": "99.0", "new": 1}',
-            r"schema 2, not 1: use the version .* that wrote it \(99\.0\)",
+            r"schema 2, not 1: use .* that wrote it \(99\.0\)",
         ),
         (b'{"schema": 1, "edgeprune": "%s", "new": 1}' % __version__.encode(), "not a valid manifest file"),
         (b'{"schema": 1, "edgeprune": "\\u001b[2J", "new": 1}', "not a valid manifest file"),

@@ -107,9 +107,7 @@ def test_weights_that_are_no_numbers_are_refused(value: float, tmp_path: Path) -
     with torch.no_grad():
         module.blocks[1].mlp.fc1.bias[3] = value
     for model, path in ((NAME, saved(tmp_path, module)), (module, None)):
-        with pytest.raises(
-            WeightsError, match=r"1 tensors have values that are not finite \(blocks\.1\.mlp\.fc1\.bias\)"
-        ):
+        with pytest.raises(WeightsError, match=r"not finite in 1 tensor \(blocks\.1\.mlp\.fc1\.bias\): pass a"):
             load_model(model, path)
 
 
@@ -139,9 +137,13 @@ def test_a_thousand_classes_of_ones_own_are_not_those_of_imagenet(tmp_path: Path
 @pytest.mark.parametrize(
     ("names", "found"),
     [
-        ({"1": "b", "0": "a"}, ("a", "b")), ({"0": "a", "2": "b"}, ()), ("ab", ()), (None, ()), (["a", 1], ("a", "1")),
+        ({"1": "b", "0": "a"}, ("a", "b")),
+        ({"0": "a", "2": "b"}, ()),
+        ("ab", ()),
+        (None, ()),
+        (["a", 1], ("a", "1")),
     ],
-)  # fmt: skip
+)
 def test_class_names_as_timm_writes_them(names: Any, found: tuple[str, ...]) -> None:
     assert class_names({"label_names": names}) == (found, found)
 
@@ -162,9 +164,7 @@ def test_a_path_is_a_model_and_nothing_else_is(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(ModelError, match=r"this is a timm checkpoint: pass --model local-dir:"):
         edgeprune.build(tmp_path / "mine", work=tmp_path / "work")
     for wrong in (None, 3):
-        with pytest.raises(
-            ModelError, match=r"a (NoneType|int) is not a model: pass a name, a path or a timm module"
-        ):
+        with pytest.raises(ModelError, match=r"a (NoneType|int) is not a model: pass a name, a path or"):
             edgeprune.build(wrong, work=tmp_path / "work")  # type: ignore[arg-type]
     monkeypatch.chdir(tmp_path / "mine")
     assert load_model("local-dir:.").vit.name == load_model("local-dir:../mine/").vit.name == "mine"
