@@ -130,6 +130,8 @@ def labelled_for(found: ImageSet, model: str, classes: int, names: Sequence[str]
     labels, folders = found.labels, found.class_names
     if labels is None:
         return found
+    if names is not None and len(names) > 10 and list(names) == list(map(str, range(len(names)))):
+        names = None  # only numbers, which class folders that are numbers need not mean
     if folders is not None and names is not None and set(folders) <= set(names):
         return replace(found, labels=tuple(names.index(folders[label]) for label in labels))
     if folders is not None and (why := _no_numbers(folders, model, classes, names or ())):

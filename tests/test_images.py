@@ -241,6 +241,9 @@ def test_class_folders_without_a_certain_order_give_no_labels(caplog: pytest.Log
     assert labelled_for(unsure, "m", 3, ("class_10", "class_2", "class_1")).labels == (2, 0, 1)
     assert labelled_for(unsure, "m", 3, ("x", "class_3", "y")).labels is None
     assert len(caplog.records) == 1 and "class_10 and class_2 differently" in caplog.text
+    numbers = [str(index) for index in range(11)]
+    assert labelled_for(folders(*sorted(numbers)), "m", 11, numbers).labels is None, "the second may be class 10 or 1"
+    assert labelled_for(folders("3", "5"), "digits", 10, numbers[:10]).labels == (3, 5)
     assert caplog.records[0].getMessage().endswith("name the classes by a CSV image,label for top-1")
 
 
