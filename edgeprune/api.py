@@ -324,7 +324,7 @@ def bench(
 
 
 def _model(given: str | os.PathLike[str] | nn.Module) -> str | nn.Module:
-    return os.fspath(given) if isinstance(given, os.PathLike) else given
+    return str(os.fspath(given)) if isinstance(given, os.PathLike) else given
 
 
 def _pictures(recover: str | Path | bool | None) -> Path | bool:

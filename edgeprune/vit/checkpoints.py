@@ -87,7 +87,7 @@ def check_finite(module: nn.Module, source: str) -> None:
     values = ((name, value) for name, value in module.state_dict().items() if value.is_floating_point())
     if bad := [name for name, value in values if not value.isfinite().all()]:
         raise WeightsError(
-            f"{source}: values that are not finite in {len(bad)} tensor{'s'[: len(bad) > 1]}{_some(bad)}: "
+            f"{source}: not all values are finite in {_some(bad).strip(' ()')}: "
             "pass a checkpoint from before the training diverged"
         )
 

@@ -81,7 +81,7 @@ def load_model(
 
     if layers and task not in (None, "dense"):
         raise InputError(f"--layers is for dense features: pass --task dense instead of {task}, or leave it out")
-    model = os.fspath(model) if isinstance(model, os.PathLike) else model
+    model = str(os.fspath(model)) if isinstance(model, os.PathLike) else model
     if not isinstance(model, str | nn.Module):
         raise ModelError(f"a {type(model).__name__} is not a model: pass a name, a path or a timm module")
     overrides = checked(overrides or {})
@@ -95,7 +95,7 @@ def load_model(
         fill(module, state, str(source.weights))
     if image_size is not None:
         resize(module, image_size, name)
-    check_finite(module, source.weights or name)
+    check_finite(module, name if state is None else str(source.weights))
     vit = family.describe(module, name, weights_sha256(module))
     assert vit.family == key
     if task == "dense":
@@ -138,7 +138,8 @@ def _source_of(
     weights, name = weights or ("embedded" if model == zoo.EMBEDDED else "pretrained"), _short_name(model)
     if weights == "embedded" and model != zoo.EMBEDDED:
         raise WeightsError(f"only {zoo.EMBEDDED} has embedded weights: pass --weights FILE or pretrained")
-    state, config = None, {}
+    state: dict[str, Tensor] | None = None
+    config: dict[str, Any] = {}
     if weights == "embedded":
         state = read_state(zoo.WEIGHTS)
     elif weights not in ("pretrained", "random"):

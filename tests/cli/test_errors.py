@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -410,7 +411,7 @@ def test_an_error_of_a_file_is_one_line(
     def raises() -> None:
         raise error
 
-    monkeypatch.setattr("edgeprune.cli.app.app", raises)
+    monkeypatch.setattr(import_module("edgeprune.cli.app"), "app", raises)
     if line is not None:
         assert line in fails("devices")
     else:
@@ -421,7 +422,7 @@ def test_an_error_of_a_file_is_one_line(
 def test_names_that_the_terminal_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
     out = io.TextIOWrapper(io.BytesIO(), "ascii")
     monkeypatch.setattr("sys.stdout", out)
-    monkeypatch.setattr("edgeprune.cli.app.app", lambda: print("caf\udce9 →", flush=True))
+    monkeypatch.setattr(import_module("edgeprune.cli.app"), "app", lambda: print("caf\udce9 →", flush=True))
     main()
     assert out.buffer.getvalue() == b"caf? ?\n"  # type: ignore[attr-defined]
 
