@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ __all__ = ["Goal", "bench", "build", "compare", "profile", "prune", "recover", "
 
 
 def build(
-    model: str | nn.Module = zoo.EMBEDDED,
+    model: str | os.PathLike[str] | nn.Module = zoo.EMBEDDED,
     *,
     device: str = "cpu",
     images: str | Path | None = None,
@@ -106,7 +107,7 @@ def build(
     run = build_fastest if precision == "auto" else build_one
     options = Options(
         device=device,
-        model=model,
+        model=_model(model),
         weights=weights,
         images=_path(images),
         image_size=_size(image_size),
@@ -137,7 +138,7 @@ def build(
 
 
 def profile(
-    model: str | nn.Module = zoo.EMBEDDED,
+    model: str | os.PathLike[str] | nn.Module = zoo.EMBEDDED,
     *,
     device: str = "cpu",
     weights: str | None = None,
@@ -164,12 +165,12 @@ def profile(
 
     there = Host(host, host_program) if host else None
     target = target_for(device, precision, batch, simulate, Path(work), progress, there)
-    return run(target, model, weights, _path(trunk), method, exhaustive, _size(image_size), layers)
+    return run(target, _model(model), weights, _path(trunk), method, exhaustive, _size(image_size), layers)
 
 
 def schedule(
     staircase: Staircase | str | Path,
-    model: str | nn.Module = zoo.EMBEDDED,
+    model: str | os.PathLike[str] | nn.Module = zoo.EMBEDDED,
     *,
     images: str | Path | None = None,
     image_size: int | tuple[int, int] | None = None,
@@ -181,6 +182,7 @@ def schedule(
     method: str = "fold",
     policy: str = "search",
     search_images: int = 128,
+    preprocessing: Mapping[str, Any] | None = None,
     work: str | Path = WORK,
     progress: Progress = silent,
 ) -> Schedule:
@@ -195,9 +197,9 @@ def schedule(
 
     measured = staircase if isinstance(staircase, Staircase) else load(Path(staircase), Staircase)
     options = Options(
-        model=model, weights=weights, images=_path(images), method=method, policy=policy, goal=goal or Goal(),
+        model=_model(model), weights=weights, images=_path(images), method=method, policy=policy, goal=goal or Goal(),
         search_images=search_images, work=Path(work), task=task, layers=tuple(layers), head=_path(head),
-        image_size=_size(image_size),
+        image_size=_size(image_size), overrides=preprocessing or {},
     )  # fmt: skip
     return schedule_from_staircase(measured, options, progress)
 
@@ -260,7 +262,7 @@ def recover(
 
 
 def compare(
-    model: str | nn.Module = zoo.EMBEDDED,
+    model: str | os.PathLike[str] | nn.Module = zoo.EMBEDDED,
     *,
     device: str = "cpu",
     images: str | Path | None = None,
@@ -279,6 +281,7 @@ def compare(
     search_images: int = 128,
     rounds: int = 40,
     recover: str | Path | bool | None = None,
+    preprocessing: Mapping[str, Any] | None = None,
     ray: str | None = None,
     work: str | Path = WORK,
     progress: Progress = silent,
@@ -294,10 +297,10 @@ def compare(
     from edgeprune.pipeline.context import Options
 
     options = Options(
-        device=device, model=model, weights=weights, images=_path(images), precision=precision, batch=batch,
+        device=device, model=_model(model), weights=weights, images=_path(images), precision=precision, batch=batch,
         work=Path(work), simulate=simulate, exhaustive=exhaustive, search_images=search_images, rounds=rounds,
         recover=_pictures(recover), task=task, layers=tuple(layers), head=_path(head),
-        text_embeddings=_path(text_embeddings), image_size=_size(image_size),
+        text_embeddings=_path(text_embeddings), image_size=_size(image_size), overrides=preprocessing or {},
     )  # fmt: skip
     with connected(ray) as cluster:
         return run(replace(options, cluster=cluster), list(methods), list(speedups), progress)
@@ -320,6 +323,10 @@ def bench(
 
     paths = [bundle.path if isinstance(bundle, Bundle) else Path(bundle) for bundle in bundles]
     return bench_bundles(paths, rounds, progress, _path(baseline), end_to_end=end_to_end)
+
+
+def _model(given: str | os.PathLike[str] | nn.Module) -> str | nn.Module:
+    return str(os.fspath(given)) if isinstance(given, os.PathLike) else given
 
 
 def _pictures(recover: str | Path | bool | None) -> Path | bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import operator
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,14 +16,14 @@ import numpy as np
 from PIL import Image
 
 from edgeprune.errors import ImageError, InputError
-from edgeprune.io import key_of, sha256_file
+from edgeprune.image_csv import pictures_of_csv
+from edgeprune.io import key_of, replacing, sha256_file
 from edgeprune.records import MOST_PX, Preprocessing, Progress, sides_of, silent, text_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".ppm")
-MAX_CSV_BYTES = 256 << 20
 Image.MAX_IMAGE_PIXELS = 1 << 28  # Pillow raises above twice this, before it allocates
 MAX_RESIZED_PIXELS = 1 << 26
 CALIBRATION_IMAGES = 32
@@ -75,27 +76,34 @@ def calibration_indices(images: int) -> NDArray[np.int64]:
 def load_images(source: Path, option: str = "--images", anywhere: bool = False) -> ImageSet:
     """A CSV `image[,label]`, a folder of class folders, or a folder of loose pictures.
 
-    Class folders are numbered in sorted order of their names. `option` is named in the advice of an error. The
-    pictures of a CSV are in its folder, or, with `anywhere`, at any path. Raises ImageError.
+    Class folders are numbered in sorted order of their names; those without pictures, and those that cannot be read,
+    do not count. `option` is named in the advice of an error. The pictures of a CSV are in its folder, or, with
+    `anywhere`, at any path. Raises ImageError.
     """
     if os.path.isfile(source):  # unlike Path's own, False for a name that is too long
-        return _from_csv(source, anywhere)
+        return ImageSet(*pictures_of_csv(source, anywhere), None)
     if not os.path.isdir(source):
         raise ImageError(f"{source}: no such folder or CSV: pass {option} DIR or {option} FILE.csv")
-    loose = _pictures(source)
-    classes = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
+    try:
+        loose = _pictures(source)
+        folders = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
+    except OSError as error:
+        raise ImageError(f"{source}: cannot be read ({error.strerror}): check its permissions") from None
+    classes = {folder.name: pictures for folder in folders if (pictures := _readable(folder))}
     if loose:
-        if any(map(_pictures, classes)):
+        if classes:
             log.warning(
                 "%s has pictures beside its class folders (%s): only these are used, without labels; "
                 "remove them to use the class folders", source, loose[0].name,
             )  # fmt: skip
         return ImageSet(loose, None, None)
-    found = [(path, index) for index, folder in enumerate(classes) for path in _pictures(folder)]
-    if not found:
+    if not classes:
         raise ImageError(f"{source}: no pictures ({', '.join(SUFFIXES)}) in it or in its class folders")
-    names = tuple(folder.name for folder in classes)
-    return ImageSet(tuple(p for p, _ in found), tuple(i for _, i in found), names)
+    for name in classes:
+        if (shown := os.fsencode(name).decode(errors="replace")) != name:
+            raise ImageError(f"{source}: the name of the class folder {shown!r} is not UTF-8: rename it")
+    labels = tuple(label for label, pictures in enumerate(classes.values()) for _ in pictures)
+    return ImageSet(tuple(path for pictures in classes.values() for path in pictures), labels, tuple(classes))
 
 
 def _pictures(folder: Path) -> tuple[Path, ...]:
@@ -103,28 +111,31 @@ def _pictures(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(p for p in found if p.is_file()))
 
 
+def _readable(folder: Path) -> tuple[Path, ...]:
+    """The pictures of a class folder; none, and a warning, where it cannot be read."""
+    try:
+        return _pictures(folder)
+    except OSError as error:
+        log.warning("%s cannot be read (%s) and is left out: check its permissions", folder, error.strerror)
+        return ()
+
+
 def labelled_for(found: ImageSet, model: str, classes: int, names: Sequence[str] | None) -> ImageSet:
     """The pictures with labels of a classifier with so many `classes`, called `names` where that is known.
 
     Class folders that are called as its classes are numbered as these. No labels, and a warning, where there is
-    another number of folders than of classes. Raises InputError for a label out of range.
+    another number of folders than of classes, or where their order is not certain. Raises InputError for a label out
+    of range.
     """
     labels, folders = found.labels, found.class_names
     if labels is None:
         return found
+    if names is not None and len(names) > 10 and list(names) == list(map(str, range(len(names)))):
+        names = None  # only numbers, which class folders that are numbers need not mean
     if folders is not None and names is not None and set(folders) <= set(names):
         return replace(found, labels=tuple(names.index(folders[label]) for label in labels))
-    if folders is not None and names is not None and (both := set(folders) & set(names)):
-        log.warning(
-            "class folders %s are not among the classes of %s, %s are: the pictures are taken without labels; "
-            "rename the folders for top-1", ", ".join(sorted(set(folders) - both)[:3]), model, sorted(both)[0],
-        )  # fmt: skip
-        return replace(found, labels=None)
-    if folders is not None and len(folders) != classes:
-        log.warning(
-            "%d class folders for a model with %d classes: the pictures are taken without labels; "
-            "pass one folder for each class, or a CSV image,label, for top-1", len(folders), classes,
-        )  # fmt: skip
+    if folders is not None and (why := _no_numbers(folders, model, classes, names or ())):
+        log.warning("%s", why)
         return replace(found, labels=None)
     if max(labels) >= classes:
         raise InputError(
@@ -134,42 +145,43 @@ def labelled_for(found: ImageSet, model: str, classes: int, names: Sequence[str]
     return found
 
 
-def _from_csv(source: Path, anywhere: bool) -> ImageSet:
-    if source.stat().st_size > MAX_CSV_BYTES:
-        raise ImageError(f"{source}: is larger than {MAX_CSV_BYTES >> 20} MiB: split it into smaller CSV files")
-    paths: list[Path] = []
-    labels: list[int] = []
-    base = source.parent.resolve()
-    try:
-        with open(source, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            if not reader.fieldnames or "image" not in reader.fieldnames:
-                raise ImageError(f"{source}: the first line is not a header: make it `image` or `image,label`")
-            for row in reader:
-                where = f"{source}:{reader.line_num}"
-                path = (base / (row["image"] or "")).resolve()
-                if not anywhere and not path.is_relative_to(base):
-                    raise ImageError(
-                        f"{where}: {row['image']} is outside {base.name}/: use paths inside the folder of the CSV"
-                    )
-                if not os.path.isfile(path):
-                    raise ImageError(f"{where}: {row['image']} does not exist: paths are relative to the CSV")
-                paths.append(path)
-                if "label" in reader.fieldnames:
-                    labels.append(_label(row["label"], where))
-    except (UnicodeDecodeError, csv.Error, ValueError) as error:
-        raise ImageError(f"{source}: not a CSV in UTF-8 ({error}): write `image,label` lines") from None
-    except OSError as error:
-        raise ImageError(f"{source}: cannot be read ({error.strerror}): check the path") from None
-    if not paths:
-        raise ImageError(f"{source}: no images in it: write `image,label` lines")
-    return ImageSet(tuple(paths), tuple(labels) if labels else None, None)
+def _no_numbers(folders: Sequence[str], model: str, classes: int, names: Sequence[str]) -> str | None:
+    """Why class folders do not give the numbers of a model's classes, and what to do; None where they do."""
+    without = "the pictures are taken without labels"
+    if both := set(folders) & set(names):
+        others = ", ".join(sorted(set(folders) - both)[:3])
+        return (
+            f"class folders {others} are not among the classes of {model}, {sorted(both)[0]} are: {without}; "
+            "rename the folders for top-1"
+        )
+    if len(folders) != classes:
+        return (
+            f"{len(folders)} class folders for a model with {classes} classes: {without}; "
+            "pass one folder for each class, or a CSV image,label, for top-1"
+        )
+    if unlike := differently_sorted(folders):
+        return (
+            f"torchvision and timm sort class folders such as {unlike[0]} and {unlike[1]} differently: {without}; "
+            "name the classes by a CSV image,label for top-1"
+        )
+    return None
 
 
-def _label(text: str | None, where: str) -> int:
-    if text is None or not text.strip().isdecimal() or len(text) > 9:
-        raise ImageError(f"{where}: label {text!r} is not a class index: use whole numbers from 0")
-    return int(text)
+def differently_sorted(folders: Sequence[str]) -> tuple[str, str] | None:
+    """Two class folders that torchvision, which sorts them by name, and timm number differently; None without any.
+
+    timm sorts by lower case and by the value of numbers (class_2 before class_10); where two names are equal by that,
+    it sorts them by chance.
+    """
+
+    def natural(name: str) -> tuple[str | int, ...]:
+        parts = re.split(r"(\d+)", name.lower())
+        return tuple(int(part) if place % 2 else part for place, part in enumerate(parts))
+
+    plain = sorted(folders)
+    pairs = list(zip(plain, sorted(plain, key=natural), strict=True))
+    pairs += [(a, b) for a, b in pairwise(plain) if natural(a) == natural(b)]
+    return next(((a, b) for a, b in pairs if a != b), None)
 
 
 def _in_eight_bits(image: Image.Image) -> Image.Image:
@@ -239,14 +251,29 @@ def normalise(pixels: NDArray[np.uint8], how: Preprocessing) -> NDArray[np.float
     return np.ascontiguousarray((planes - mean) / std)
 
 
-def load_pixels(paths: Sequence[Path], how: Preprocessing, progress: Progress = silent) -> NDArray[np.uint8]:
-    """All pictures as (images, H, W, 3) bytes: 150 kB an image at 224 px. Raises ImageError."""
-    pixels = []
+def decoded(paths: Sequence[Path], how: Preprocessing, progress: Progress = silent) -> Iterator[NDArray[np.uint8]]:
+    """Pictures one after another, (H, W, 3) bytes each. Raises ImageError."""
     for done, path in enumerate(paths):
         progress("decoding images", done, len(paths))
-        pixels.append(read_image(path, how))
+        yield read_image(path, how)
     progress("decoding images", len(paths), len(paths))
-    return np.stack(pixels)
+
+
+def load_pixels(paths: Sequence[Path], how: Preprocessing, progress: Progress = silent) -> NDArray[np.uint8]:
+    """All pictures as (images, H, W, 3) bytes: 150 kB an image at 224 px. Raises ImageError."""
+    pixels = np.empty((len(paths), *how.size, 3), np.uint8)
+    for place, picture in enumerate(decoded(paths, how, progress)):
+        pixels[place] = picture
+    return pixels
+
+
+def save_pixels(paths: Sequence[Path], how: Preprocessing, out: Path, progress: Progress = silent) -> None:
+    """Write what `load_pixels` returns as .npy, atomically and picture by picture. Raises ImageError, OutputError."""
+    header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), *how.size, 3)}
+    with replacing(out) as temporary, open(temporary, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for picture in decoded(paths, how, progress):
+            file.write(np.ascontiguousarray(picture).data)
 
 
 def batches(pixels: NDArray[np.uint8], how: Preprocessing, batch: int) -> Iterator[tuple[NDArray[np.float32], int]]:

@@ -6,6 +6,7 @@ import errno
 import hashlib
 import math
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,24 +20,51 @@ from numpy.typing import NDArray
 
 from edgeprune.errors import OutputError, RecordError
 from edgeprune.records import SCHEMA, Record
+from edgeprune.version import __version__
 
 MAX_RECORD_BYTES = 64 << 20
 CODE = (".py", ".toml", ".j2", ".css")
 T = TypeVar("T", bound=Record)
 
 
+class _Origin(msgspec.Struct):
+    """What a file of any version says about itself."""
+
+    schema: int | None = None
+    edgeprune: str | None = None
+
+
 def decode(data: bytes, kind: type[T], source: str) -> T:
-    """A record from JSON bytes. Raises RecordError, which names the invalid field or the unknown schema."""
+    """A record from JSON bytes. Raises RecordError, which names the invalid field or the version that wrote it."""
     try:
         record = msgspec.json.decode(data, type=kind)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        _check_origin(data, source)
         raise RecordError(
             f"{source}: not a valid {kind.__name__.lower()} file ({error}): write it again with edgeprune"
         ) from None
-    schema = getattr(record, "schema", SCHEMA)
-    if schema != SCHEMA:
-        raise RecordError(f"{source}: schema {schema}, not {SCHEMA}: use the version of edgeprune that wrote it")
+    if getattr(record, "schema", SCHEMA) != SCHEMA:
+        _check_origin(data, source)
     return record
+
+
+def _check_origin(data: bytes, source: str) -> None:
+    """Raise RecordError for a file of another schema or another version of edgeprune."""
+    try:
+        found = msgspec.json.decode(data, type=_Origin)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return
+    wrote = found.edgeprune if re.fullmatch(r"[\w.+-]{1,40}", found.edgeprune or "") else None
+    if found.schema not in (None, SCHEMA):
+        named = f" ({wrote})" if wrote else ""
+        raise RecordError(
+            f"{source}: schema {found.schema}, not {SCHEMA}: use the version of edgeprune that wrote it{named}"
+        )
+    if wrote not in (None, __version__):
+        raise RecordError(
+            f"{source}: written by edgeprune {wrote}, which edgeprune {__version__} cannot read: use that version, "
+            "or write it again with this one"
+        )
 
 
 def load(path: Path, kind: type[T]) -> T:
@@ -124,7 +152,7 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def sha256_bytes(data: bytes) -> str:
+def sha256_bytes(data: bytes | memoryview) -> str:
     """SHA-256 of bytes, in hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +17,14 @@ from edgeprune.images import (
     ImageSet,
     batches,
     calibration_indices,
+    differently_sorted,
     drawn,
     labelled_for,
     load_images,
     load_pixels,
     normalise,
     read_image,
+    save_pixels,
 )
 from edgeprune.records import Pixels, Preprocessing, sides_of
 
@@ -96,12 +99,34 @@ def write_csv(folder: Path, text: str | bytes) -> Path:
         ("\ufeffimage,label\r\na.png,3\r\nsub/b.png,0\r\n", (3, 0)),
         ("label,other,image\n3,x,a.png\n0,,sub/b.png\n", (3, 0)),
         ('image\n"a.png"\nsub/../sub/b.png', None),
+        ("Image, Label \na.png,3\nsub/b.png,0\n", (3, 0)),
     ],
 )
 def test_csv(text: str, labels: tuple[int, ...] | None, tmp_path: Path) -> None:
     found = load_images(write_csv(tmp_path, text))
     assert [p.relative_to(tmp_path.resolve()) for p in found.paths] == [Path("a.png"), Path("sub/b.png")]
     assert (found.labels, found.class_names, len(found)) == (labels, None, 2)
+
+
+def test_a_column_that_may_be_meant_as_labels_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert load_images(write_csv(tmp_path, "image,class\na.png,3\n")).labels is None
+    assert "has no column `label`, only image, class: the pictures are taken without labels" in caplog.text
+    caplog.clear()
+    load_images(write_csv(tmp_path, "image\na.png\n"))
+    assert not caplog.records
+
+
+def test_links_of_a_csv_may_lead_elsewhere(tmp_path: Path) -> None:
+    """As those of DVC, git-annex and snapshots of Hugging Face do; a path out of the folder is refused as before."""
+    stored = picture(tmp_path / "store" / "1234.png")
+    path = write_csv(tmp_path / "set", f"image\nsub/link.png\n{tmp_path}/set/a.png\n")
+    (tmp_path / "set" / "sub" / "link.png").symlink_to(stored)
+    assert load_images(path).paths == (tmp_path / "set" / "sub" / "link.png", tmp_path / "set" / "a.png")
+    (tmp_path / "alias").symlink_to(tmp_path / "set")
+    assert len(load_images(tmp_path / "alias" / "labels.csv")) == 2
+    path.write_text("image\nsub/../../store/1234.png\n")
+    with pytest.raises(ImageError, match="is outside"):
+        load_images(path)
 
 
 @pytest.mark.parametrize(
@@ -135,11 +160,39 @@ def test_bad_csv(text: str | bytes, reason: str, tmp_path: Path) -> None:
 def test_class_folders_are_numbered_by_name(tmp_path: Path) -> None:
     for name in ("dog/2.jpg", "dog/1.JPG", "cat/9.png", ".hidden/1.png", "dog/._2.jpg", "._x.jpg", "dog/notes.txt"):
         picture(tmp_path / name) if name[-3:] != "txt" else (tmp_path / name).write_text("no picture")
-    (tmp_path / "emu").mkdir()
+    (tmp_path / "emu").mkdir()  # no class: timm does not count it, and torchvision refuses it
     found = load_images(tmp_path)
     assert [p.relative_to(tmp_path).as_posix() for p in found.paths] == ["cat/9.png", "dog/1.JPG", "dog/2.jpg"]
     assert found.labels == (0, 1, 1)
-    assert found.class_names == ("cat", "dog", "emu")
+    assert found.class_names == ("cat", "dog")
+
+
+def test_folders_that_cannot_be_read_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("cat/1.png", "lost+found/1.png"):
+        picture(tmp_path / name)
+    listed, closed = Path.iterdir, {"lost+found"}
+
+    def iterdir(folder: Path) -> Any:
+        if folder.name in closed:
+            raise PermissionError(13, "Permission denied", str(folder))
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert load_images(tmp_path).class_names == ("cat",)
+    assert "lost+found cannot be read (Permission denied) and is left out" in caplog.text
+    closed.add(tmp_path.name)
+    with pytest.raises(ImageError, match=r"cannot be read \(Permission denied\): check its permissions"):
+        load_images(tmp_path)
+
+
+def test_a_class_folder_whose_name_is_not_utf_8(tmp_path: Path) -> None:
+    os.mkdir(os.fsencode(tmp_path) + b"/caf\xe9")
+    [folder] = tmp_path.iterdir()
+    picture(tmp_path / "a.png").rename(folder / "a.png")
+    with pytest.raises(ImageError, match="the name of the class folder 'caf\ufffd' is not UTF-8: rename it"):
+        load_images(tmp_path)
 
 
 def test_loose_pictures_have_no_labels(tmp_path: Path) -> None:
@@ -160,6 +213,38 @@ def test_a_loose_picture_that_hides_class_folders_is_named(tmp_path: Path, caplo
 def folders(*names: str) -> ImageSet:
     """A picture in each of some class folders."""
     return ImageSet(tuple(Path(name) for name in names), tuple(range(len(names))), names)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        "cat dog",
+        "class_1 class_2 class_10",
+        "class_01 class_02 class_10",
+        "Zebra apple",
+        "Apple Zebra",
+        "n01 n02 n10",
+    ],
+)
+def test_orders_of_torchvision_and_timm(names: str) -> None:
+    from timm.utils.misc import natural_key
+
+    classes = names.split()
+    same = sorted(classes) == sorted(classes, key=natural_key)
+    assert (differently_sorted(classes) is None) is same
+    assert differently_sorted(["a1", "a01"]) == ("a01", "a1"), "timm takes these as they come"
+    assert differently_sorted(["²", "a"]) is None
+
+
+def test_class_folders_without_a_certain_order_give_no_labels(caplog: pytest.LogCaptureFixture) -> None:
+    unsure = folders("class_1", "class_10", "class_2")
+    assert labelled_for(unsure, "m", 3, ("class_10", "class_2", "class_1")).labels == (2, 0, 1)
+    assert labelled_for(unsure, "m", 3, ("x", "class_3", "y")).labels is None
+    assert len(caplog.records) == 1 and "class_10 and class_2 differently" in caplog.text
+    numbers = [str(index) for index in range(11)]
+    assert labelled_for(folders(*sorted(numbers)), "m", 11, numbers).labels is None, "the second may be class 10 or 1"
+    assert labelled_for(folders("3", "5"), "digits", 10, numbers[:10]).labels == (3, 5)
+    assert caplog.records[0].getMessage().endswith("name the classes by a CSV image,label for top-1")
 
 
 def test_class_folders_get_the_numbers_of_the_checkpoint(caplog: pytest.LogCaptureFixture) -> None:
@@ -213,6 +298,17 @@ def test_unreadable_picture_is_named(kind: str, tmp_path: Path) -> None:
         load_pixels([picture(tmp_path / "good.png"), path], HOW)
     with pytest.raises(ImageError, match=r"absent\.png"):
         read_image(tmp_path / "absent.png", HOW)
+
+
+def test_pixels_in_a_file_are_those_in_memory(tmp_path: Path) -> None:
+    paths = [picture(tmp_path / f"{index}.png", (30, 12 + index), seed=index) for index in range(3)]
+    save_pixels(paths, HOW, tmp_path / "pixels.npy")
+    np.save(tmp_path / "whole.npy", np.stack([read_image(path, HOW) for path in paths]))
+    assert (tmp_path / "pixels.npy").read_bytes() == (tmp_path / "whole.npy").read_bytes()
+    np.testing.assert_array_equal(load_pixels(paths, HOW), np.load(tmp_path / "pixels.npy"))
+    with pytest.raises(ImageError, match=r"broken\.png"):
+        save_pixels([*paths, broken(tmp_path / "broken.png", "text")], HOW, tmp_path / "none.npy")
+    assert not list(tmp_path.glob("*none*")) and not list(tmp_path.glob(".*"))
 
 
 def test_normalise() -> None:

@@ -14,9 +14,10 @@ import pytest
 
 from edgeprune import io
 from edgeprune.errors import OutputError, RecordError
-from edgeprune.io import key_of, load, read_bytes, replacing, save, write_bytes
-from edgeprune.records import CutCost, Latency, Schedule, Staircase, Vit
+from edgeprune.io import decode, key_of, load, read_bytes, replacing, save, write_bytes
+from edgeprune.records import CutCost, Latency, Manifest, Schedule, Staircase, Vit
 from edgeprune.stats import median_interval
+from edgeprune.version import __version__
 
 MakeVit = Callable[..., Vit]
 MakeStaircase = Callable[..., Staircase]
@@ -94,6 +95,27 @@ def test_bad_staircases_are_refused_by_their_fault(
     path.write_bytes(changed(staircase, **fields))
     with pytest.raises(RecordError, match=reason):
         load(path, Staircase)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            b'{"schema": 1, "edgeprune": "99.0", "new": 1}',
+            r"written by edgeprune 99\.0, which .* cannot read",
+        ),
+        (
+            b'{"schema": 2, "edgeprune": "99.0", "new": 1}',
+            r"schema 2, not 1: use .* that wrote it \(99\.0\)",
+        ),
+        (b'{"schema": 1, "edgeprune": "%s", "new": 1}' % __version__.encode(), "not a valid manifest file"),
+        (b'{"schema": 1, "edgeprune": "\\u001b[2J", "new": 1}', "not a valid manifest file"),
+        (b'{"new": 1}', "not a valid manifest file"),
+    ],
+)
+def test_a_file_of_another_version_says_which(content: bytes, reason: str) -> None:
+    with pytest.raises(RecordError, match=reason):
+        decode(content, Manifest, "manifest.json")
 
 
 def test_order_of_points(staircase: Staircase) -> None:

@@ -91,6 +91,14 @@ def test_no_pull_request_reaches_a_runner_of_ones_own() -> None:
             assert not [job for job in workflow["jobs"].values() if "self-hosted" in str(job["runs-on"])]
 
 
+def test_a_model_of_ones_own_has_pretrained_weights_by_default() -> None:
+    """GitHub's || and && are Python's or and and."""
+    for own, weights, wanted in (("", "", "embedded"), ("vit_b", "", "pretrained"), ("vit_b", "b.pth", "b.pth")):
+        expression = re.sub(r"vars\.EDGEPRUNE_(\w+)", r"\1", JOB["env"]["WEIGHTS"].strip("${} "))
+        python = expression.replace("||", "or").replace("&&", "and")
+        assert eval(python, {"MODEL": own, "WEIGHTS": weights}) == wanted
+
+
 def test_default_devices_can_be_built_for() -> None:
     found = re.fullmatch(
         r"\$\{\{ fromJSON\(vars\.EDGEPRUNE_DEVICES \|\| '(.+)'\) \}\}", JOB["strategy"]["matrix"]["device"]

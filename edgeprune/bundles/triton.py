@@ -53,9 +53,9 @@ def triton_entry(bundle: Path, repository: Path, name: str | None = None) -> Pat
             shutil.copyfile(engine, fresh / "1" / file)
             for weights in weights_of(bundle / ONNX) if engine.suffix == ".onnx" else ():
                 shutil.copyfile(weights, fresh / "1" / weights.name)
-            (fresh / "config.pbtxt").write_text(config)
+            (fresh / "config.pbtxt").write_text(config, encoding="utf-8")
             if manifest.labels:
-                (fresh / "labels.txt").write_text(labels)
+                (fresh / "labels.txt").write_text(labels, encoding="utf-8")
             os.chmod(fresh, 0o755)
             os.rename(fresh, out)
         finally:

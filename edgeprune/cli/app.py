@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 from typing import Annotated, Any
 
@@ -31,11 +32,19 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Entry point: an EdgepruneError is one line on stderr and exit 1; Ctrl-C exits 130."""
+    """Entry point: an EdgepruneError or a file that cannot be used is one line on stderr and exit 1; Ctrl-C 130."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # names that the terminal's encoding lacks
     try:
         app()
     except EdgepruneError as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        sys.exit(1)
+    except OSError as error:
+        if isinstance(error, ConnectionError | TimeoutError) or error.strerror is None:  # not about a file
+            raise
+        where = "" if error.filename is None else f"{error.filename}: "
+        typer.echo(f"error: {where}{error.strerror}: check the path and its permissions", err=True)
         sys.exit(1)
     except SystemExit as end:
         if end.code == 130:  # Ctrl-C, as Typer reports it

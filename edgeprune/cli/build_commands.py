@@ -171,6 +171,10 @@ def compare(
     search_images: SearchImages = 128,
     recover: Recover = None,
     rounds: Annotated[int, typer.Option(help="interleaved rounds of a measurement", min=5)] = 40,
+    crop_pct: CropPct = None,
+    interpolation: Interpolation = None,
+    mean: Mean = None,
+    std: Std = None,
     on_ray: OnRay = None,
     work: Work = WORK,
     plot: Annotated[Path | None, typer.Option(help="file for a plot of the results (.svg)")] = None,
@@ -208,6 +212,7 @@ def compare(
         layers=layers_from(layers),
         head=head,
         text_embeddings=text_embeddings,
+        overrides=overrides_from(crop_pct, interpolation, mean, std),
     )
     with connected(on_ray) as cluster, output.progress() as progress:
         options = replace(options, cluster=cluster)
@@ -237,6 +242,10 @@ def export(
     image_size: ImageSize = None,
     task: Task = None,
     layers: Layers = None,
+    crop_pct: CropPct = None,
+    interpolation: Interpolation = None,
+    mean: Mean = None,
+    std: Std = None,
     device: Annotated[
         str,
         typer.Option(help="device that will run the file; determines the form of INT8 and the possible cuts"),
@@ -262,7 +271,8 @@ def export(
     with output.progress() as progress:
         from edgeprune.vit.models import load_model
 
-        loaded = load_model(model, weights, task=task, layers=layers_from(layers), image_size=size_from(image_size))
+        overrides = overrides_from(crop_pct, interpolation, mean, std)
+        loaded = load_model(model, weights, overrides, task, size_from(image_size), layers_from(layers))
         if trunk:
             from edgeprune.vit.profiling_models import export_profiling_models
 

@@ -151,7 +151,8 @@ def context_for(options: Options, progress: Progress = silent, target: Target | 
         check_size(model.vit, len(found))
         check_memory(options, model, len(found))
         if model.task == "classify":
-            found = labelled_for(found, model.vit.name, model.vit.classes, model.labels)
+            names = model.labels_like(found.class_names)
+            found = labelled_for(found, model.vit.name, model.vit.classes, names)
     texts = None
     if options.text_embeddings is not None:
         texts = text_embeddings(options.text_embeddings, model, found.labels if found else None)

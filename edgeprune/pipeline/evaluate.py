@@ -12,7 +12,7 @@ import numpy as np
 
 from edgeprune import stats
 from edgeprune.distributed.engines import can_spread, spread_logits
-from edgeprune.errors import REPORT, ExportError
+from edgeprune.errors import REPORT, EngineError, ExportError
 from edgeprune.io import save_array, sha256_file
 from edgeprune.onnx_graph import attention_fusion
 from edgeprune.pipeline.context import Context
@@ -259,14 +259,21 @@ def logits_on(context: Context, pictures: Pictures, file: Path) -> NDArray[np.fl
     def make(path: Path) -> None:
         if context.options.cluster is not None and can_spread(context.target):
             engine = context.target.engine(file)
-            save_array(spread_logits(context.target, engine, pictures.stored, pictures.how), path)
-            return
-        with context.target.opener(file)() as session:
-            array = logits_of(
-                session, pictures.pixels, pictures.how, context.options.batch, context.progress, "evaluating images"
-            )
+            array = spread_logits(context.target, engine, pictures.stored, pictures.how)
+        else:
+            with context.target.opener(file)() as session:
+                batch, progress = context.options.batch, context.progress
+                array = logits_of(session, pictures.pixels, pictures.how, batch, progress, "evaluating images")
+        check_finite(array, context.target.setup.precision)
         save_array(array, path)
 
     parts = (sha256_file(file), context.target.setup, pictures.key, pictures.how)
     logits: NDArray[np.float32] = np.load(context.target.work.step("logits", ".npy", parts, make), allow_pickle=False)
     return logits
+
+
+def check_finite(outputs: NDArray[np.float32], precision: str) -> None:
+    """Raise EngineError for outputs (images, values) that are infinite or no numbers."""
+    if bad := len(outputs) - int(np.isfinite(outputs).all(axis=1).sum()):
+        advice = "pass other weights" if precision == "fp32" else "use --precision fp32"
+        raise EngineError(f"outputs are not finite in {precision} on {bad} of {len(outputs)} pictures: {advice}")

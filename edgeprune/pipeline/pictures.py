@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.distributed.engines import stored
-from edgeprune.images import ImageSet, calibration_indices, drawn, load_pixels
-from edgeprune.io import save_array, sha256_file
+from edgeprune.images import ImageSet, calibration_indices, drawn, save_pixels
+from edgeprune.io import sha256_file
 from edgeprune.onnx_graph.precision import QUANTISED
 from edgeprune.records import Preprocessing
 from edgeprune.runtimes.target import Target
@@ -38,14 +38,13 @@ class Pictures:
 
     @cached_property
     def pixels(self) -> NDArray[np.uint8]:
-        """All pictures, (images, P, P, 3) bytes. Raises ImageError, OutputError."""
+        """All pictures, (images, H, W, 3) bytes, mapped from their file. Raises ImageError, OutputError."""
 
         def make(path: Path) -> None:
-            save_array(load_pixels(self.files.paths, self.how, self.target.progress), path)
+            save_pixels(self.files.paths, self.how, path, self.target.progress)
 
         path = self.target.work.step("pixels", ".npy", (self.key, self.how), make)
-        pixels: NDArray[np.uint8] = np.load(path, allow_pickle=False)
-        return pixels
+        return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))  # not a np.memmap, which Ray would copy
 
     @cached_property
     def stored(self) -> list[Any]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from edgeprune.defaults import WORK
-from edgeprune.errors import InputError
+from edgeprune.errors import InputError, OutputError
 from edgeprune.io import code_key, key_of, writable
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,10 @@ class WorkFolder:
             except BlockingIOError:
                 raise InputError(
                     f"another edgeprune is using {self.path}: wait for it, or pass another --work"
+                ) from None
+            except OSError as error:  # some network file systems have no locks
+                raise OutputError(
+                    f"{self.path}: cannot be locked ({error.strerror}): pass a --work folder on a local disk"
                 ) from None
             for left in (*self.path.glob(".*.tmp"), *self.path.glob(f"{PROFILING_MODELS}-*/.*.tmp")):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()

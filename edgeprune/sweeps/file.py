@@ -13,6 +13,7 @@ from edgeprune.errors import InputError, RecordError
 from edgeprune.images import image_size
 from edgeprune.io import read_bytes
 from edgeprune.pipeline.context import check_counts, check_policy, check_task
+from edgeprune.preprocessing import checked
 from edgeprune.records import Record
 from edgeprune.scheduling.goals import Goal
 from edgeprune.vit.reducers import check_method
@@ -32,6 +33,7 @@ class ModelEntry(Record, frozen=True, kw_only=True):
     head: str | None = None
     text_embeddings: str | None = None
     recover: bool | str | None = None  # instead of that of the sweep
+    preprocessing: dict[str, Any] = msgspec.field(default_factory=dict)  # overrides, as in edgeprune.build
 
 
 class DeviceEntry(Record, frozen=True, kw_only=True):
@@ -113,6 +115,8 @@ def _check(sweep: SweepFile, path: Path) -> None:
             check_task(model.task)
             image_size(model.image_size, f"{path}: image_size")
     try:
+        for model in sweep.models:
+            checked({} if isinstance(model, str) else model.preprocessing)
         for entry in sweep.goals:
             goal = Goal(**msgspec.structs.asdict(entry))
             goal.check()

@@ -66,6 +66,7 @@ class Job(Record, frozen=True, kw_only=True):
             layers=model.layers,
             head=Path(model.head) if model.head else None,
             text_embeddings=Path(model.text_embeddings) if model.text_embeddings else None,
+            overrides=model.preprocessing,
             recover=Path(model.recover) if isinstance(model.recover, str) else bool(model.recover),
             images=Path(self.images) if self.images else None,
             method=self.method,
@@ -97,6 +98,7 @@ class Job(Record, frozen=True, kw_only=True):
         kind, _, folder = model.name.partition(":")
         places = [model.weights, folder if kind in LOCAL else model.name, model.head, model.text_embeddings]
         found = [Path(place) for place in places if place and Path(place).is_absolute()]
+        found += [Path(model.weights).parent / "config.json"] if model.weights and _is_file(model.weights) else []
         if model.head:
             found += weights_of(Path(model.head)) if Path(model.head).is_file() else []
         return sorted(f for p in found for f in ([p] if p.is_file() else p.glob("*")) if f.is_file())
@@ -181,6 +183,7 @@ def label_of(model: ModelEntry) -> str:
     parts += ["x".join(map(str, size))] if (size := image_size(model.image_size)) else []
     parts += ["-".join(("layers", *map(str, model.layers)))] if model.layers else []
     parts += [Path(file).stem for file in (model.head, model.text_embeddings) if file]
+    parts += [re.sub(r"[^\w.]+", "-", f"{key} {value}").strip("-") for key, value in model.preprocessing.items()]
     parts += ["recovered"] if model.recover else []
     return "-".join(parts)
 

@@ -12,6 +12,7 @@ import msgspec
 
 from edgeprune.errors import InputError, ModelError, WeightsError
 from edgeprune.io import read_bytes
+from edgeprune.vit.checkpoints import in_order
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -86,10 +87,8 @@ def _json(path: Path) -> dict[str, Any]:
 def _labels(config: Mapping[str, Any]) -> tuple[str, ...] | None:
     """Names of the classes; None if the config has only placeholders."""
     found = config.get("id2label")
-    if not isinstance(found, dict) or sorted(found, key=str) != sorted(map(str, range(len(found)))):
-        return None
-    labels = tuple(str(found[str(index)]) for index in range(len(found)))
-    return None if all(label == f"LABEL_{index}" for index, label in enumerate(labels)) else labels
+    labels = in_order(found) if isinstance(found, dict) else None
+    return None if all(label == f"LABEL_{index}" for index, label in enumerate(labels or ())) else labels
 
 
 def _tensors(folder: Path) -> dict[str, Tensor]:

@@ -6,22 +6,31 @@ import copy
 import difflib
 import hashlib
 import math
-import warnings
+import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import msgspec
-
 from edgeprune import zoo
 from edgeprune.errors import InputError, MissingError, ModelError, WeightsError, install
-from edgeprune.io import read_bytes
+from edgeprune.images import differently_sorted
+from edgeprune.preprocessing import checked
 from edgeprune.records import CROP_MODES, INTERPOLATIONS, Preprocessing, Vit, pixels_of, sides_of
 from edgeprune.vit import hugging_face
+from edgeprune.vit.checkpoints import (
+    check_finite,
+    class_names,
+    config_beside,
+    data_of,
+    described_by,
+    fill,
+    read_state,
+    shown_by,
+)
 from edgeprune.vit.families import Family, family_of
-from edgeprune.vit.image_size import POSITIONS, made_for, resize, square_side
+from edgeprune.vit.image_size import made_for, resize
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -40,10 +49,16 @@ class Model:
     preprocessing: Preprocessing
     task: str = "classify"  # of records.TASKS
     labels: tuple[str, ...] | None = None  # names of the classes, where the checkpoint has them
+    short_labels: tuple[str, ...] | None = None  # where `labels` are descriptions of these
+
+    def labels_like(self, folders: Sequence[str] | None) -> tuple[str, ...] | None:
+        """Names of the classes, those that class folders have too if there are two kinds."""
+        short = self.short_labels or ()
+        return self.short_labels if set(short) & set(folders or ()) else self.labels
 
 
 def load_model(
-    model: str | nn.Module,
+    model: str | os.PathLike[str] | nn.Module,
     weights: str | None = None,
     overrides: Mapping[str, Any] | None = None,
     task: str | None = None,
@@ -54,35 +69,43 @@ def load_model(
 
     Names are timm's, `hf-hub:ORG/NAME`, `local-dir:PATH`, the embedded model's, or the path of a folder in the format
     of transformers (vit/hugging_face.py). Weights are pretrained, embedded, random, or a file (.safetensors, or .pth
-    as tensors only); default: embedded for the embedded model, else pretrained. A module is copied, to fp32 on the
-    CPU. `overrides` replaces keys of the data config (crop_pct, interpolation, mean, std, crop_mode). `task` is what
-    the output is for, by default embed without a head, else classify. `image_size` (height, width) resizes the model
-    (vit/image_size.py); positions in a file are of the model's own size or of that one. With `layers`
-    (numbers of blocks, from 1) it is dense, and their patch features are outputs; dense alone means the last. Raises
-    ModelError, WeightsError, MissingError, InputError.
+    as tensors only) whose tensors, and a config.json next to it, shape the model (vit/checkpoints.py); default:
+    embedded for the embedded model, else pretrained. A module is copied, to fp32 on the CPU. `overrides` replaces
+    keys of the data config (preprocessing.py). `task` is what the output is for, by default embed without a head,
+    else classify. `image_size` (height, width) resizes the model (vit/image_size.py); positions in a file are of the
+    model's own size or of that one. With `layers` (numbers of blocks, from 1) it is dense, and their patch features
+    are outputs; dense alone means the last. Raises ModelError, WeightsError, MissingError, InputError.
     """
     _require_timm()
+    from torch import nn
+
     if layers and task not in (None, "dense"):
         raise InputError(f"--layers is for dense features: pass --task dense instead of {task}, or leave it out")
-    source = _source_of(model, weights, image_size)
+    model = str(os.fspath(model)) if isinstance(model, os.PathLike) else model
+    if not isinstance(model, str | nn.Module):
+        raise ModelError(f"a {type(model).__name__} is not a model: pass a name, a path or a timm module")
+    overrides = checked(overrides or {})
+    source = _source_of(model, weights, image_size, bool(layers) or task in ("embed", "dense"))
     module, state, name = source.module, source.state, source.name
     task = "dense" if layers else task or source.task
     key, family = family_of(module)
     if image_size is not None and state is not None and not made_for(module, state):
         resize(module, image_size, name)
     if state is not None:
-        _fill(module, state, str(source.weights))
+        fill(module, state, str(source.weights))
     if image_size is not None:
         resize(module, image_size, name)
+    check_finite(module, name if state is None else str(source.weights))
     vit = family.describe(module, name, weights_sha256(module))
     assert vit.family == key
     if task == "dense":
         from edgeprune.vit.pruned import with_layers
 
         vit = with_layers(vit, layers or (vit.depth,))
-    how = _preprocessing(module, vit, source.config, overrides or {})
-    names = source.labels if source.labels and len(source.labels) == vit.classes else None
-    return Model(module.eval(), family, vit, how, task or task_of(module), names)
+    how = _preprocessing(module, vit, source.config, overrides)
+    names = (source.labels, source.labels) if source.labels else class_names(_config_of(module))
+    labels, short = (each if each and len(each) == vit.classes else None for each in names)
+    return Model(module.eval(), family, vit, how, task or task_of(module), labels, short)
 
 
 class _Source(NamedTuple):
@@ -97,8 +120,10 @@ class _Source(NamedTuple):
     task: str | None = None
 
 
-def _source_of(model: str | nn.Module, weights: str | None, image_size: tuple[int, int] | None) -> _Source:
-    """What `load_model` starts from; arguments and errors are its own."""
+def _source_of(
+    model: str | nn.Module, weights: str | None, image_size: tuple[int, int] | None, headless: bool
+) -> _Source:
+    """What `load_model` starts from; `headless`: no head is needed. Other arguments and errors are its own."""
     if not isinstance(model, str):
         if weights is not None:
             raise WeightsError("a module already has weights: pass its timm name to load other weights")
@@ -113,12 +138,13 @@ def _source_of(model: str | nn.Module, weights: str | None, image_size: tuple[in
     weights, name = weights or ("embedded" if model == zoo.EMBEDDED else "pretrained"), _short_name(model)
     if weights == "embedded" and model != zoo.EMBEDDED:
         raise WeightsError(f"only {zoo.EMBEDDED} has embedded weights: pass --weights FILE or pretrained")
-    state = config = None
+    state: dict[str, Tensor] | None = None
+    config: dict[str, Any] = {}
     if weights == "embedded":
-        state = _read_state(zoo.WEIGHTS)
+        state = read_state(zoo.WEIGHTS)
     elif weights not in ("pretrained", "random"):
-        state, config = _read_state(Path(weights)), _checkpoint_config(Path(weights))
-    return _Source(_create(model, weights, state), name, weights, state, config)
+        state, config = read_state(Path(weights)), config_beside(Path(weights))
+    return _Source(_create(model, weights, state, config, headless), name, weights, state, data_of(config))
 
 
 def task_of(module: Any) -> str:
@@ -145,7 +171,9 @@ def _config_of(module: Any) -> dict[str, Any]:
 def _short_name(model: str) -> str:
     """The last part of a name from a hub or a folder; folders and files of a bundle are named after it."""
     source, colon, place = model.partition(":")
-    return Path(place).name or place if colon and source in SOURCES else model
+    if not colon or source not in SOURCES:
+        return model
+    return Path(os.path.abspath(place) if source.startswith("local") else place).name or place
 
 
 def _require_timm() -> None:
@@ -156,7 +184,10 @@ def _require_timm() -> None:
         raise MissingError(f"building a model needs torch and timm ({error}): {install('export')}") from None
 
 
-def _create(name: str, weights: str, state: dict[str, Tensor] | None) -> nn.Module:
+def _create(
+    name: str, weights: str, state: dict[str, Tensor] | None, config: Mapping[str, Any], headless: bool
+) -> nn.Module:
+    """A timm model by name, shaped by the tensors and the config.json that will fill it."""
     import timm
 
     if name == zoo.EMBEDDED:
@@ -166,7 +197,7 @@ def _create(name: str, weights: str, state: dict[str, Tensor] | None) -> nn.Modu
         raise ModelError(
             f"{name}: no such folder: for a model of the hub, `hf download {name} --local-dir DIR` first"
         )
-    options: dict[str, Any] = {}
+    options = described_by(config, name)
     if state is not None and "head.weight" in state and state["head.weight"].ndim == 2:
         options["num_classes"] = state["head.weight"].shape[0]
     if name.partition(":")[0] not in SOURCES and not timm.is_model(name.split(".")[0]):
@@ -176,6 +207,8 @@ def _create(name: str, weights: str, state: dict[str, Tensor] | None) -> nn.Modu
     try:
         if weights == "pretrained":  # before they are downloaded
             _check_family(name)
+        if state is not None:
+            options |= shown_by(state, name, options, headless)
         module: nn.Module = timm.create_model(name, pretrained=weights == "pretrained", **options)
     except ModelError:
         raise
@@ -186,7 +219,8 @@ def _create(name: str, weights: str, state: dict[str, Tensor] | None) -> nn.Modu
                 f"pretrained weights of {name} could not be fetched ({first[:160]}): "
                 "pass a local checkpoint with --weights FILE.safetensors"
             ) from None
-        raise ModelError(f"timm cannot create {name} ({first[:160]}): choose another model") from None
+        advice = "choose another model" + (", or remove the config.json next to the weights" if config else "")
+        raise ModelError(f"timm cannot create {name} ({first[:160]}): {advice}") from None
     return module
 
 
@@ -200,70 +234,6 @@ def _check_family(name: str) -> None:
         torch.device("meta"),
     ):  # some models need real tensors
         family_of(timm.create_model(name))
-
-
-def _read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint; nothing in the file is executed. Raises WeightsError."""
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file: pass --weights FILE (.safetensors or .pth)")
-    try:
-        import torch
-        from timm.models import load_state_dict
-
-        with warnings.catch_warnings():  # about an unusual pickle protocol
-            warnings.simplefilter("ignore")
-            state: dict[str, Tensor] = load_state_dict(str(path), weights_only=True)
-        if not all(isinstance(v, torch.Tensor) for v in state.values()):
-            raise ValueError("not a state dict of tensors")
-        return state
-    except Exception as error:  # safetensors, pickle, zip and torch each raise their own
-        first = str(error).strip().splitlines()[0][:160] if str(error).strip() else type(error).__name__
-        raise WeightsError(
-            f"{path}: not a checkpoint that can be read safely ({first}): save it as .safetensors"
-        ) from None
-
-
-def _fill(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load a state dict strictly; timm's filter first converts other authors' key names. Raises WeightsError."""
-    if set(state) != set(module.state_dict()):
-        from timm.models import eva, vision_transformer
-
-        convert = eva if isinstance(module, eva.Eva) else vision_transformer
-        with suppress(Exception):  # unknown key names: the checks below say what is wrong
-            state = convert.checkpoint_filter_fn(state, module)
-    own = module.state_dict()
-    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    if missing or extra:
-        raise WeightsError(
-            f"{source}: does not fit the model: {len(missing)} keys missing{_some(missing)}, "
-            f"{len(extra)} unexpected{_some(extra)}: pass a checkpoint of this model"
-        )
-    wrong = [k for k in own if own[k].shape != state[k].shape]
-    if wrong:
-        key = wrong[0]
-        side = square_side(module, state) if wrong == [POSITIONS] else None
-        advice = f"pass --image-size {side}" if side else "pass a checkpoint of this model"
-        raise WeightsError(
-            f"{source}: {key} has shape {tuple(state[key].shape)}, the model needs {tuple(own[key].shape)}: {advice}"
-        )
-    module.load_state_dict(state, strict=True)
-
-
-def _some(keys: list[str]) -> str:
-    return f" ({', '.join(keys[:2])}{', …' if len(keys) > 2 else ''})" if keys else ""
-
-
-def _checkpoint_config(weights: Path) -> dict[str, Any] | None:
-    """The data config of a hub checkpoint: pretrained_cfg in `config.json` next to it. Raises InputError."""
-    path = weights.parent / "config.json"
-    if not path.is_file():
-        return None
-    try:
-        config = msgspec.json.decode(read_bytes(path, 1 << 20))
-        found = config.get("pretrained_cfg")
-    except (msgspec.DecodeError, AttributeError) as error:
-        raise InputError(f"{path}: not a model config ({error}): remove or repair it") from None
-    return found if isinstance(found, dict) else None
 
 
 def _preprocessing(
@@ -291,12 +261,15 @@ def _triple(values: Any) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def class_labels(model: Model, class_names: tuple[str, ...] | None) -> tuple[str, ...]:
-    """Names of the classes: of the image folders, the checkpoint, the embedded model or ImageNet, else numbers."""
+def class_labels(model: Model, folders: tuple[str, ...] | None) -> tuple[str, ...]:
+    """Names of the classes: of the image folders, the checkpoint, the embedded model or ImageNet, else numbers.
+
+    Folders do not count where some of their names are the checkpoint's, nor where their order is not certain.
+    """
     vit = model.vit
-    names = set(class_names or ())
-    if class_names is not None and len(class_names) == vit.classes and not names <= set(model.labels or ()):
-        return class_names
+    known = {*(model.labels or ()), *(model.short_labels or ())}
+    if folders and len(folders) == vit.classes and not known & set(folders) and not differently_sorted(folders):
+        return folders
     if model.labels is not None:
         return model.labels
     if vit.name == zoo.EMBEDDED and vit.classes == len(zoo.CLASS_NAMES):

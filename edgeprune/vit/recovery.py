@@ -144,14 +144,15 @@ class _Run:
         self.student = with_own_weights(pruned).to(self.device).eval().requires_grad_(True)
         order = np.random.default_rng(recipe.seed).permutation(len(pixels))
         held, self.steps, self.epochs = recipe.lengths(len(pixels))
-        self.training, self.validation = pixels[np.sort(order[held:])], pixels[np.sort(order[:held])]
+        self.pixels, self.training = pixels, np.sort(order[held:])  # indices
+        self.validation = pixels[np.sort(order[:held])]
         self.wanted = self.answers(self.teacher)
         optimiser = torch.optim.AdamW(self.student.parameters(), lr=recipe.rate, weight_decay=0.0)
         start, loss = weights_of(self.student), self.held_out_loss()
         self.rate = recipe.rate * min(1.0, loss / FAR) ** 0.5 if task == "classify" else recipe.rate
         key = key_of(
-            recipe.parts, task, weights_sha256(pruned.model), pruned.tokens, how, sha256_bytes(pixels.tobytes()),
-            tuple(int8),
+            recipe.parts, task, weights_sha256(pruned.model), pruned.tokens, how,
+            sha256_bytes(pixels.reshape(-1).data), tuple(int8),
         )  # fmt: skip
         self.state = State(self.student, optimiser, dict(start), dict(start), 0, [loss], key)
 
@@ -166,7 +167,8 @@ class _Run:
             self.progress(what, step, steps)
             for group in state.optimiser.param_groups:
                 group["lr"] = self.rate * rate_at(step, recipe.warmup, steps)
-            images = augmented(self.training[part], self.how, random, recipe.augmentation).to(self.device)
+            pixels = self.pixels[self.training[part]]
+            images = augmented(pixels, self.how, random, recipe.augmentation).to(self.device)
             with self.mixed_precision():
                 with torch.no_grad():
                     wanted, passed = traced(self.teacher, images)

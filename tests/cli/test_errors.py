@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import re
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,9 @@ from support.builds import Shallow, Shared, call, few_digits, start
 from support.paths import ROOT
 
 from edgeprune import errors, zoo
+from edgeprune.cli import main
 from edgeprune.devices import this_machine
+from edgeprune.pipeline.context import Options
 
 VIT_TINY = "vit_tiny_patch16_224"
 STEP = ": done", ": reused ", " of 4: "  # parts of the log lines about steps
@@ -386,6 +390,61 @@ def test_no_bundle_to_bench(tmp_path: Path, fails: Callable[..., str]) -> None:
 def test_staircase_that_is_none(content: bytes, tmp_path: Path, fails: Callable[..., str]) -> None:
     (tmp_path / "staircase.json").write_bytes(content)
     assert "not a valid staircase" in fails("schedule", tmp_path / "staircase.json")
+
+
+# --- what no code expects ---
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError(13, "Permission denied", "x.png"), "x.png: Permission denied: check the path and its perm"),
+        (OSError(28, "No space left on device"), "error: No space left on device: check the path"),
+        (BrokenPipeError(32, "Broken pipe"), None),
+        (ConnectionResetError(104, "Connection reset by peer"), None),
+        (OSError("of another kind"), None),
+    ],
+)
+def test_an_error_of_a_file_is_one_line(
+    error: OSError, line: str | None, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def raises() -> None:
+        raise error
+
+    monkeypatch.setattr(import_module("edgeprune.cli.app"), "app", raises)
+    if line is not None:
+        assert line in fails("devices")
+    else:
+        with pytest.raises(type(error)):
+            fails("devices")
+
+
+def test_names_that_the_terminal_cannot_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr("sys.stdout", out)
+    monkeypatch.setattr(import_module("edgeprune.cli.app"), "app", lambda: print("caf\udce9 →", flush=True))
+    main()
+    assert out.buffer.getvalue() == b"caf? ?\n"  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("command", "function"),
+    [
+        ("schedule staircase.json", "pipeline.schedule.schedule_from_file"),
+        ("compare", "pipeline.compare.compare"),
+        ("export --dense", "vit.models.load_model"),
+    ],
+)
+def test_preprocessing_reaches_every_command(
+    command: str, function: str, fails: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def seen(*given: Any, **_: Any) -> None:
+        found = next(each for each in given if isinstance(each, Options | dict))
+        raise errors.InputError(f"seen: {found.overrides if isinstance(found, Options) else found}")
+
+    monkeypatch.setattr(f"edgeprune.{function}", seen)
+    line = fails(*command.split(), "--crop-pct", "0.9", "--mean", "0.1,0.2,0.3")
+    assert str({"crop_pct": 0.9, "mean": (0.1, 0.2, 0.3)}) in line
 
 
 # --- Ctrl-C ---

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import onnx.helper
@@ -14,8 +17,10 @@ import onnx.numpy_helper
 import onnxruntime
 import pytest
 from numpy.typing import NDArray
+from support.computed import HOW
+from support.records import SETUP
 
-from edgeprune.errors import ExportError
+from edgeprune.errors import EngineError, ExportError
 from edgeprune.features import Dense
 from edgeprune.images import normalise
 from edgeprune.pipeline.evaluate import (
@@ -23,11 +28,13 @@ from edgeprune.pipeline.evaluate import (
     below_bound,
     check_parity,
     gate,
+    logits_on,
     with_fidelity,
     with_unrecovered,
 )
 from edgeprune.pipeline.measure import Measured
 from edgeprune.records import Latency, Output, Report, Schedule
+from edgeprune.runtimes.steps import WorkFolder
 from edgeprune.runtimes.trt import TensorRT
 from edgeprune.scheduling.goals import Goal
 from edgeprune.tasks import BY_NAME, CLASSIFY
@@ -57,6 +64,24 @@ def test_parity_forgives_a_tie_and_nothing_else(
         order = check_parity(context, pictures, schedule, found)
         assert sorted(order) == list(range(PARITY_IMAGES))
         assert wrong == PARITY_IMAGES or order[-1] == 0, "an image with a tie is the last to be kept as golden input"
+
+
+def test_outputs_that_overflow_are_told(tmp_path: Path) -> None:
+    """And nothing of them is kept, so that they are computed again."""
+    (tmp_path / "model.onnx").write_bytes(b"")
+    logits = np.zeros((3, 4), np.float32)
+    logits[1, 2], session = np.inf, SimpleNamespace(infer=lambda images: logits)
+    target = SimpleNamespace(
+        setup=msgspec.structs.replace(SETUP, precision="fp16"), work=WorkFolder(tmp_path / "work"),
+        opener=lambda file: lambda: nullcontext(session),
+    )  # fmt: skip
+    options = SimpleNamespace(cluster=None, batch=3)
+    context: Any = SimpleNamespace(target=target, options=options, progress=lambda *_: None)
+    pictures: Any = SimpleNamespace(pixels=np.zeros((3, 2, 2, 3), np.uint8), how=HOW, key="k")
+    with pytest.raises(EngineError, match="not finite in fp16 on 1 of 3 pictures: use --precision fp32"):
+        logits_on(context, pictures, tmp_path / "model.onnx")
+    logits[1, 2] = 0
+    np.testing.assert_array_equal(logits_on(context, pictures, tmp_path / "model.onnx"), logits)
 
 
 @pytest.fixture(scope="module")

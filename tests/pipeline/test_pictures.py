@@ -10,7 +10,7 @@ import pytest
 from support.builds import few_digits
 
 from edgeprune.errors import InputError
-from edgeprune.images import calibration_indices
+from edgeprune.images import calibration_indices, load_pixels
 from edgeprune.pipeline.context import Context, Options, context_for
 from edgeprune.pipeline.scores import ScheduleScores
 from edgeprune.tasks import points_lost
@@ -71,6 +71,15 @@ def test_max_drop_is_judged_on_the_search_pictures(labelled: bool, digits: Path,
     scores.save()
     known = ScheduleScores(context)
     assert known.drop((2,) * 12) == found[0] and "evaluator" not in vars(known)
+
+
+def test_pixels_are_mapped_and_not_read(digits: Path, tmp_path: Path) -> None:
+    """A plain array, which Ray shares, and still the file's own pages; the next process maps the same file."""
+    pictures = context_on(digits, tmp_path).needed_pictures()
+    pixels = pictures.pixels
+    assert type(pixels) is np.ndarray and isinstance(pixels.base, np.memmap) and not pixels.flags.writeable
+    np.testing.assert_array_equal(pixels, load_pixels(pictures.files.paths, pictures.how))
+    np.testing.assert_array_equal(context_on(digits, tmp_path).needed_pictures().pixels, pixels)
 
 
 def test_pictures_that_were_tuned_on_give_no_figures(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from support.records import SETUP
 
 import edgeprune
 from edgeprune.devices import load_device
-from edgeprune.errors import DeviceError
+from edgeprune.errors import DeviceError, OutputError
 from edgeprune.io import code_key
 from edgeprune.runtimes.quiet import timing
 from edgeprune.runtimes.steps import WorkFolder
@@ -81,6 +82,16 @@ def test_whatever_is_timed_on_this_machine_takes_turns(tmp_path: Path) -> None:
     """Two work folders have two locks, but one processor."""
     assert target_for("cpu", work=tmp_path).alone is timing
     assert target_for("orin-nano", simulate=True, work=tmp_path).alone is nullcontext
+
+
+def test_a_work_folder_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    said = r"cannot be locked \(No locks .*\): pass a --work folder on a local disk"
+    with pytest.raises(OutputError, match=said), WorkFolder(tmp_path).lock():
+        pass
 
 
 @pytest.mark.parametrize(

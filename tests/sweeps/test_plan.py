@@ -79,18 +79,21 @@ def test_options_of_a_model(tmp_path: Path) -> None:
       { name = "vit_digits", layers = [3, 12], head = "head.onnx", image_size = [224, 192], recover = false },
       { name = "vit_digits", task = "embed", text_embeddings = "texts.npy", image_size = 224 },
       { name = "vit_digits", recover = true },
+      { name = "vit_digits", recover = false, preprocessing = { crop_pct = 0.9, mean = [0.5, 0.5, 0.4] } },
     ]
     devices = ["cpu"]
     goals = [{ alpha = 0.5 }]
     recover = "train/labels.csv"
     """
     jobs = jobs_of(sweep(tmp_path, text))
-    dense, embed, tuned = (job.options(tmp_path, tmp_path) for job in jobs)
+    dense, embed, tuned, other = (job.options(tmp_path, tmp_path) for job in jobs)
     assert (dense.layers, dense.head, dense.image_size) == ((3, 12), tmp_path / "head.onnx", (224, 192))
     assert (dense.recover, embed.recover, tuned.recover) == (False, tmp_path / "train" / "labels.csv", True)
+    assert other.overrides == {"crop_pct": 0.9, "mean": [0.5, 0.5, 0.4]} and not tuned.overrides
     assert (embed.task, embed.text_embeddings, embed.image_size) == ("embed", tmp_path / "texts.npy", (224, 224))
     assert [job.label for job in jobs] == [
         "vit_digits-224x192-layers-3-12-head", "vit_digits-embed-224x224-texts-recovered", "vit_digits-recovered",
+        "vit_digits-crop_pct-0.9-mean-0.5-0.5-0.4",
     ]  # fmt: skip
     before = jobs[1].key()
     (tmp_path / "texts.npy").write_bytes(b"2")
@@ -149,6 +152,7 @@ def test_a_board_that_is_not_there(tmp_path: Path) -> None:
         ("{ max_drop = 1 }", "{ max_drp = 1 }", "goals: unknown key 'max_drp': did you mean 'max_drop'?"),
         ("weights =", "zzz =", "models: unknown key 'zzz': known are name, weights, images, task"),
         ("weights =", "image_size = 0, weights =", "image_size 0: pass H,W in pixels"),
+        ("weights =", "preprocessing = { crop = 1 }, weights =", "preprocessing has no 'crop': choose from crop_pct"),
         ("weights =", 'task = "detect", weights =', "unknown task 'detect'"),
         ("weights =", "layers = 3, weights =", "Expected `array`, got `int` - at `$.models[1].layers`"),
         ("{ max_drop = 1 }", "{ max_drop = 1, speedup = 2 }", "speedup and max_drop are 2 goals: set only one"),
