@@ -19,7 +19,7 @@ from edgeprune.onnx_graph.value_types import computed_in
 from edgeprune.records import Progress, TrtOptions, silent
 from edgeprune.runtimes.interrupt import Interrupt, held_interrupts
 from edgeprune.runtimes.trt_layers import keep_islands
-from edgeprune.runtimes.trt_log import MIB, build_failure, is_mha_bug
+from edgeprune.runtimes.trt_log import build_failure, is_mha_bug
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,9 @@ def plan_from_onnx(
         plan = builder.build_serialized_network(network, config)
         if plan is None and not stop.asked and is_mha_bug(logger):
             level = other_level(options)
-            log.warning("%s: TensorRT failed to fuse attention, building at optimization level %d instead", onnx, level)
+            log.warning(
+                "%s: TensorRT failed to fuse attention, building at optimization level %d instead", onnx, level
+            )
             logger.lines.append(("WARNING", f"edgeprune: built again at optimization level {level}"))
             config.builder_optimization_level = level
             plan = builder.build_serialized_network(network, config)

@@ -47,8 +47,10 @@ class TrtSession:
         if engine is None:
             raise EngineError(f"{path}: TensorRT {trt.__version__} refuses it: {plan_refusal(self._logger)}")
         if any(OTHER_MODEL in text for _, text in self._logger.lines):
-            level = logging.INFO if built_here else logging.WARNING
-            log.log(level, "%s was built on another model of GPU: it may be slow, compile the ONNX here", path)
+            if built_here:
+                log.info("%s: TensorRT suspects another model of GPU, but it was built on one like this", path)
+            else:
+                log.warning("%s was built on another model of GPU: it may be slow, compile the ONNX here", path)
         context = engine.create_execution_context()
         if context is None:
             raise EngineError(f"{path}: its {_memory(engine) >> 20} MiB do not fit in memory: close other programs")

@@ -320,7 +320,9 @@ def tensorrt_module(fake: Fake) -> Any:  # noqa: C901 - a module's worth of smal
                 text = (
                     "Using an engine plan file across different models of devices is not recommended and is likely "
                 )
-                guarded(partial(self.logger.log, severity.WARNING, text + "to affect performance or even cause errors."))
+                guarded(
+                    partial(self.logger.log, severity.WARNING, text + "to affect performance or even cause errors.")
+                )
             return Engine(body)
 
         def refuse(self, text: str) -> None:
