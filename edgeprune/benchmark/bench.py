@@ -90,9 +90,7 @@ def bench_bundles(
         )
     peaks = {setup: _peak(gemm, samples[_name(gemm)]) for setup, gemm in gemms.items()}
     rows = [
-        _row(
-            candidate, samples, str(bundles[0]), peaks[_peak_setup(candidate)], cost, graphs.get(str(candidate.path))
-        )
+        _row(candidate, samples, str(bundles[0]), peaks[_peak_setup(candidate)], cost, graphs)
         for candidate, cost in zip(candidates, costs, strict=True)
     ]
     result = Bench(rows=tuple(rows), peaks=tuple(peaks.values()), end_to_end=end_to_end)
@@ -207,7 +205,7 @@ def _row(
     first: str,
     peak: Peak,
     cost: Costs,
-    cuda_graph: bool | None,
+    graphs: Mapping[str, bool | None],
 ) -> BenchRow:
     """The row of one bundle; `samples` in ms by bundle, `first` is the one that speed-ups are relative to."""
     mine, setup = samples[str(candidate.path)], candidate.setup
@@ -215,7 +213,7 @@ def _row(
         bundle=str(candidate.path),
         setup=setup,
         schedule=candidate.manifest.schedule,
-        latency=Latency(samples_ms=tuple(mine), cuda_graph=cuda_graph),
+        latency=Latency(samples_ms=tuple(mine), cuda_graph=graphs.get(str(candidate.path))),
         speedup=Ratio(*bootstrap_ratio(samples[first], mine, paired=True)),
         gflop=_gflop(candidate),
         peak_gflop_per_s=peak.gflop_per_s if peak.setup.precision == setup.precision else None,

@@ -32,7 +32,7 @@ def power_mode(device: Device) -> str | None:
 
 
 def locked() -> bool | None:
-    """Are the clocks of a Jetson's GPU fixed? None on other machines. Unlike jetson_clocks --show, it needs no root."""
+    """Are the clocks of a Jetson's GPU fixed? None elsewhere. Unlike jetson_clocks --show, this needs no root."""
     lowest, highest = gpu_clock_hz("min"), gpu_clock_hz("max")
     return None if lowest is None or highest is None else lowest == highest
 

@@ -159,7 +159,7 @@ def _load_timing(config: Any, path: Path) -> None:
 
 
 def make_monitor(trt: Any, progress: Progress, stop: Interrupt) -> Any:
-    """Reports the progress of a build, and ends it once `stop` is asked for; None where 8.6 has no IProgressMonitor."""
+    """Reports the progress of a build and ends it once `stop` is asked for; None on 8.6, without IProgressMonitor."""
     if not hasattr(trt, "IProgressMonitor"):
         return None
 
