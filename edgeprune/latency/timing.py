@@ -107,7 +107,7 @@ def _opened(
 def _warn_of_mixed(graphs: Sequence[bool | None]) -> None:
     if (without := graphs.count(False)) and True in graphs:
         log.warning(
-            "%d of %d engines run without a CUDA graph and may be slower for it: do not compare them with the others; "
+            "%d of %d engines run without a CUDA graph, so they may be slower: do not compare them with the others; "
             "update the GPU's driver or free memory, and measure again", without, len(graphs),
         )  # fmt: skip
 
