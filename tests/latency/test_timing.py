@@ -186,7 +186,7 @@ def test_engines_with_and_without_a_cuda_graph_are_not_compared_silently(caplog:
     clock = Clock()
     for names, warned in ((("plain a", "plain b"), False), (("a", "b"), False), (("a", "plain b"), True)):
         graphs: dict[str, bool | None] = {}
-        interleave({n: lambda n=n: Graphed(clock, n) for n in names}, 1, warmup_ms=0, graphs=graphs)  # type: ignore[misc]
+        interleave({n: partial(Graphed, clock, n) for n in names}, 1, warmup_ms=0, graphs=graphs)
         assert graphs == {n: not n.startswith("plain") for n in names}
         assert ("1 of 2 engines run without a CUDA graph" in caplog.text) is warned
 

@@ -254,7 +254,8 @@ def test_clocks_come_back_however_it_ends(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_worker_that_is_killed_may_have_run_out_of_memory(ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """ssh ends with 255 and says nothing where the process there was killed, a shell there with 137."""
     monkeypatch.setenv("EDGEPRUNE_SSH", f"sh -c '{ends}' ssh")
-    assert "out-of-memory killer" in str(Channel(Host("jetson@nano"), "edgeprune worker").failure())
+    with Channel(Host("jetson@nano"), "edgeprune worker") as channel:
+        assert "out-of-memory killer" in str(channel.failure())
 
 
 def test_a_board_in_use_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -338,7 +338,7 @@ def test_foreign_and_broken_plans_are_refused_by_name(
     caplog.clear()
     same = msgspec.structs.replace(SETUP, gpu=fake.gpu, sm_count=8, compute_capability="8.7")
     with caplog.at_level(logging.WARNING), runtime().open(plan, same):
-        assert not caplog.text, "TensorRT says it of the board that built the plan, too"
+        assert "another model" not in caplog.text, "TensorRT says it of the board that built the plan, too"
     fake.gpu = "Orin"
     Fake("10.9.0").install(monkeypatch)
     with pytest.raises(EngineError, match=r"10\.9\.0 refuses it: it was built for another TensorRT version"):
