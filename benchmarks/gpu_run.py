@@ -110,7 +110,7 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--simulated", default="h100", help="the device that step 6 compares with")
-    parser.add_argument("--jobs", type=int, default=8, help="processes that build engines")
+    parser.add_argument("--jobs", type=int, default=8, help="processes that build engines, at most: 1 on a Jetson")
     parser.add_argument("--samples", type=int, default=Run.samples, help="of each way in step 4")
     parser.add_argument("--rounds", type=int, default=Run.rounds, help="of step 7")
     parser.add_argument("--stairs", type=int, default=Run.stairs, help="rounds of step 5")

@@ -242,6 +242,7 @@ class Latency(Record, frozen=True, kw_only=True):
 
     samples_ms: tuple[float, ...]
     warmup: int = 0
+    cuda_graph: bool | None = None  # was an inference one CUDA graph? None: not on a GPU, or unknown
 
     def __post_init__(self) -> None:
         if not self.samples_ms:
@@ -303,7 +304,7 @@ class GpuState(Record, frozen=True, kw_only=True):
     clock_mhz: float | None = None
     temperature_c: float | None = None
     throttles: tuple[str, ...] = ()  # what lowers its clocks now
-    events: dict[str, int] = {}  # by cause: how often its clocks were lowered since the machine started
+    events: dict[str, int] = {}  # by cause: how often (Jetson) or for how many ms clocks were lowered so far
 
 
 class Conditions(Record, frozen=True, kw_only=True):
@@ -363,8 +364,10 @@ class Staircase(Record, frozen=True, kw_only=True):
 
     @property
     def throttled(self) -> bool | None:
-        """Were the GPU's clocks lowered while it was measured? None where that is unknown."""
-        return any(c.throttled for c in self.conditions) if self.conditions else None
+        """Were the GPU's clocks lowered while it was measured? None where that is unknown, for lack of counters."""
+        if any(c.throttled for c in self.conditions):
+            return True
+        return False if self.conditions and all(c.after.events for c in self.conditions) else None
 
 
 class Schedule(Record, frozen=True, kw_only=True):

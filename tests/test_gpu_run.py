@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import builtins
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ import pytest
 from gpu_steps import checks, depth, green_context, latencies
 from gpu_steps.kit import FP16_SCALES, STORE, chosen, onnx_in, overlap, read_json
 from gpu_steps.report import NOT_RUN, markdown
-from gpu_steps.run import ATTEMPTS, OutOfTime, Run, Skipped, carried_out
+from gpu_steps.run import ATTEMPTS, EngineSpec, OutOfTime, Run, Skipped, builds_at_once, carried_out
 from support.fake_trt import Fake
 from support.loopback import SSHD
 from support.paths import ROOT
@@ -182,6 +185,49 @@ def test_on_a_fake_tensorrt(
     joined = ",".join(fake.calls)
     assert "wait,wait,event,launch,event,wait" in joined, "idle: the stream is empty when the event is recorded"
     assert "launch,event,launch,event,wait" in joined, "queued: it is not"
+
+
+def test_a_jetson_compiles_one_engine_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = Fake().install(monkeypatch)
+    target = Run(tmp_path, tmp_path, tmp_path).target("fp32", 1)
+    for gib, jobs in ((64, 8), (9, 2), (1, 1)):  # each takes a workspace of 2 GiB and as much again
+        fake.free_bytes = gib << 30
+        assert builds_at_once(target, 8) == jobs
+    fake.free_bytes, fake.integrated = 64 << 30, True
+    assert builds_at_once(target, 8) == 1
+
+
+def test_seconds_to_build_profit_from_no_earlier_build(
+    kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = Fake().install(monkeypatch)
+    run, spec = Run(kit, tmp_path, tmp_path / "work"), EngineSpec(kit / "random", "dense-b1", "fp32", 1)
+    for _ in range(2):
+        assert depth.seconds_to_build(run, spec) is not None
+    assert [config.cache.data for config in fake.configs] == [b"", b""]
+
+
+def test_timings_taken_side_by_side_are_thrown_away(
+    kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Processes are played by this one, which has the fake TensorRT."""
+    fake = Fake().install(monkeypatch)
+    fake.free_bytes = 64 << 30
+    run, spec = Run(kit, tmp_path, tmp_path / "work"), EngineSpec(kit / "random", "dense-b1", "fp32", 1)
+    monkeypatch.setattr("gpu_steps.run.ProcessPoolExecutor", lambda *_: contextlib.nullcontext(builtins))
+    assert run.build([spec]) == {} and fake.configs
+    assert [*run.work.glob("*.engine")] and not [*run.work.glob("timing-*")]
+
+
+def test_a_builder_that_is_killed_is_an_error_of_its_part(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        @staticmethod
+        def map(*_: Any) -> Any:
+            raise BrokenProcessPool
+
+    monkeypatch.setattr("gpu_steps.run.ProcessPoolExecutor", lambda *_: contextlib.nullcontext(Broken))
+    found = carried_out(run, 1, "x", {"a": lambda: run.build([])})
+    assert "memory ran out" in found["failed"]["a"] and "--jobs 1" in found["failed"]["a"]
 
 
 # --- tests/gpu itself ---

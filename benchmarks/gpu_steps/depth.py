@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,7 @@ def _no_pairs(kit: Path) -> Any:
 def predicted(run: Run, folder: Path, batch: int) -> Any:
     """Error of the trunk's latency as two blocks tell it, at each count, and seconds to compile either.
 
-    Compiling is timed at two counts of one engine each, so that neither profits from tactics of the other; an engine
-    that an earlier call has built gives null.
+    Compiling is timed at the highest count, each in a new work folder, so that no tactics are known already.
     """
     counts = all_counts(vit_of(folder))
     places = sorted({*counts_at(counts, [i / (PLACES - 1) for i in range(PLACES)])})
@@ -47,8 +48,7 @@ def predicted(run: Run, folder: Path, batch: int) -> Any:
     def spec(name: str, tokens: int) -> EngineSpec:
         return EngineSpec(folder, f"{name}-b{batch}", PRECISION, batch, tokens)
 
-    apart = {"trunk": counts[-1], "pair": counts[-2]}
-    build_s = {name: seconds_to_build(run, spec(name, n)) for name, n in apart.items()}
+    build_s = {name: seconds_to_build(run, spec(name, counts[-1])) for name in NAMES}
     specs = {(name, n): spec(name, n) for n in places for name in NAMES}
     errors = run.build(list(specs.values()))
     if errors:
@@ -77,10 +77,11 @@ def predicted(run: Run, folder: Path, batch: int) -> Any:
 
 
 def seconds_to_build(run: Run, spec: EngineSpec) -> float | None:
-    """How long compiling takes while nothing else is compiled; None where the engine is there. Raises OutOfTime."""
-    target, onnx = run.target(spec.precision, spec.batch), run.onnx(spec)
-    if (before := time.time()) > run.until:
-        raise OutOfTime
-    run.opener(spec)
-    engine = target.engine(onnx, weights_key(spec.folder))
-    return round(time.time() - before, 2) if engine.stat().st_mtime >= before and engine != onnx else None
+    """How long compiling takes while nothing else is compiled; None where nothing is compiled. Raises OutOfTime."""
+    onnx = run.onnx(spec)
+    with tempfile.TemporaryDirectory() as folder:
+        target = replace(run, work=Path(folder)).target(spec.precision, spec.batch)
+        if (before := time.time()) > run.until:
+            raise OutOfTime
+        engine = target.engine(onnx, weights_key(spec.folder))
+        return round(time.time() - before, 2) if engine != onnx else None

@@ -40,7 +40,9 @@ def int8_with_fp16_scales(
     return fp16(raise_opset(int8(model, ranges, kept, fp32_weights=True)), islands(model))
 
 
-FP16_SCALES = "int8-fp16-scales"  # what step 7 compares with the form that edgeprune exports, int8-fp16
+# What step 7 compares with the form that edgeprune exports, int8-fp16. On an Orin it may fail to build, a known issue
+# of TensorRT (NVIDIA/TensorRT#4832).
+FP16_SCALES = "int8-fp16-scales"
 FORMS: dict[str, Callable[..., onnx.ModelProto]] = {**QUANTISED, FP16_SCALES: int8_with_fp16_scales}
 
 

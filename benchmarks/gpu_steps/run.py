@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,13 +16,16 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from edgeprune.errors import DeviceError, EdgepruneError, MissingError
+from edgeprune.errors import DeviceError, EdgepruneError, EngineError, MissingError
 from edgeprune.runtimes import Session
 from edgeprune.runtimes.target import Target, target_for
+from edgeprune.runtimes.trt import TensorRT
+from edgeprune.runtimes.trt_log import MIB
 from gpu_steps import green_context
 from gpu_steps.kit import onnx_in, read_json, static_onnx, weights_key, write_json
 
 ATTEMPTS = 2  # at a part that ended its process; then it counts as failed and the others go on
+BUILDER_BYTES = 2048 * MIB  # of a GPU, that a builder takes besides its workspace
 Parts = dict[str, Callable[[], Any]]
 
 
@@ -90,19 +95,30 @@ class Run:
         return self.target(spec.precision, spec.batch).opener(self.onnx(spec), weights_key(spec.folder))
 
     def build(self, specs: Sequence[EngineSpec]) -> dict[EngineSpec, str]:
-        """Compile engines in `jobs` processes; the errors of those that failed.
+        """Compile engines in up to `jobs` processes; the errors of those that failed.
 
-        Graphs are converted first, by this process. Tactics are timed while other builds use the GPU, so that an
-        engine may be slower than one that was built alone. Raises OutOfTime.
+        Graphs are converted first, by this process. With several processes tactics are timed while other builds use
+        the GPU: an engine may be slower than one that was built alone, and the timings are thrown away. Raises
+        OutOfTime, EngineError where a process was killed.
         """
         for spec in specs:
             self.onnx(spec)
-        if self.jobs == 1:
+        if (jobs := builds_at_once(self.target("fp32", 1), self.jobs)) == 1:
             results = [_built(self, spec) for spec in specs]
         else:
             context = multiprocessing.get_context("spawn")
-            with ProcessPoolExecutor(self.jobs, context, green_context.limit, (self.sm_limit,)) as pool:
-                results = list(pool.map(_built, [self] * len(specs), specs))
+            with (
+                tempfile.TemporaryDirectory() as timings,
+                ProcessPoolExecutor(jobs, context, green_context.limit, (self.sm_limit,)) as pool,
+            ):
+                count = len(specs)
+                try:
+                    results = list(pool.map(_built, [self] * count, specs, [Path(timings)] * count))
+                except BrokenProcessPool:
+                    raise EngineError(
+                        "a process that built engines was killed, probably because memory ran out: call this step "
+                        "again with --jobs 1"
+                    ) from None
         if None in results:
             raise OutOfTime
         return {spec: error for spec, error in zip(specs, results, strict=True) if error}
@@ -115,12 +131,28 @@ class Run:
         return {"device": self.device, "sm_limit": self.sm_limit} | {key: setup.get(key) for key in keys}
 
 
-def _built(run: Run, spec: EngineSpec) -> str | None:
-    """Compile one engine: "" where that succeeded, the error where not, None where the time is used up."""
+def builds_at_once(target: Target, most: int) -> int:
+    """How many engines can be compiled at the same time: one where the GPU uses the CPU's memory."""
+    runtime, setup = target.runtime, target.setup
+    if not isinstance(runtime, TensorRT):
+        return most
+    if runtime.shared:
+        return 1
+    return max(min(most, runtime.free_bytes() // ((setup.workspace_mib or 0) * MIB + BUILDER_BYTES)), 1)
+
+
+def _built(run: Run, spec: EngineSpec, timings: Path | None = None) -> str | None:
+    """Compile one engine: "" where that succeeded, the error where not, None where the time is used up.
+
+    `timings` is the folder of TensorRT's timing cache, if not that of the engine.
+    """
     if time.time() > run.until:
         return None
     try:
-        run.opener(spec)
+        target = run.target(spec.precision, spec.batch)
+        if isinstance(target.runtime, TensorRT):
+            target.runtime.timings = timings
+        target.engine(run.onnx(spec), weights_key(spec.folder))
     except EdgepruneError as error:
         return " ".join(str(error).split())
     return ""

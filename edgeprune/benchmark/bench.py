@@ -25,7 +25,7 @@ from edgeprune.errors import EngineError, InputError
 from edgeprune.latency.timing import WARMUP, WARMUP_MS, interleave
 from edgeprune.onnx_graph.operations import flops_of_onnx
 from edgeprune.records import Latency, Manifest, Progress, Setup, silent
-from edgeprune.runtimes import RUNS_PER_TIMING, CopiesTimed, OnDevice, Session
+from edgeprune.runtimes import RUNS_PER_TIMING, CopiesTimed, OnDevice, Session, cuda_graph_of
 from edgeprune.runtimes.inference import Open
 from edgeprune.runtimes.quiet import timing
 from edgeprune.stats import bootstrap_ratio
@@ -87,10 +87,13 @@ def bench_bundles(
         opened |= {_name(gemm): gemm.open for gemm in gemms.values()}
         rounds, warmup_ms = (1, 0.0) if noiseless else (rounds, WARMUP_MS)
         what = "timing bundles, round"
-        samples = interleave(opened, rounds, progress=progress, what=what, warmup_ms=warmup_ms, stable=not noiseless)
+        graphs: dict[str, bool | None] = {}
+        samples = interleave(
+            opened, rounds, progress=progress, what=what, warmup_ms=warmup_ms, stable=not noiseless, graphs=graphs
+        )
     peaks = {setup: _peak(gemm, samples[_name(gemm)]) for setup, gemm in gemms.items()}
     rows = [
-        _row(candidate, samples, str(bundles[0]), peaks[_peak_setup(candidate)], cost)
+        _row(candidate, samples, str(bundles[0]), peaks[_peak_setup(candidate)], cost, graphs)
         for candidate, cost in zip(candidates, costs, strict=True)
     ]
     result = Bench(rows=tuple(rows), peaks=tuple(peaks.values()), end_to_end=end_to_end)
@@ -155,7 +158,7 @@ class _WithCopies:
     """A session that is timed from its input in memory of the host to its output there."""
 
     def __init__(self, session: Session) -> None:
-        self._session = session
+        self._session, self.cuda_graph = session, cuda_graph_of(session)
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         return self._session.infer(images)
@@ -200,7 +203,12 @@ def _inferences(session: Session, seconds: float) -> int:
 
 
 def _row(
-    candidate: LocalBundle, samples: Mapping[str, Sequence[float]], first: str, peak: Peak, cost: Costs
+    candidate: LocalBundle,
+    samples: Mapping[str, Sequence[float]],
+    first: str,
+    peak: Peak,
+    cost: Costs,
+    graphs: Mapping[str, bool | None],
 ) -> BenchRow:
     """The row of one bundle; `samples` in ms by bundle, `first` is the one that speed-ups are relative to."""
     mine, setup = samples[str(candidate.path)], candidate.setup
@@ -208,7 +216,7 @@ def _row(
         bundle=str(candidate.path),
         setup=setup,
         schedule=candidate.manifest.schedule,
-        latency=Latency(samples_ms=tuple(mine)),
+        latency=Latency(samples_ms=tuple(mine), cuda_graph=graphs.get(str(candidate.path))),
         speedup=Ratio(*bootstrap_ratio(samples[first], mine, paired=True)),
         gflop=_gflop(candidate),
         peak_gflop_per_s=peak.gflop_per_s if peak.setup.precision == setup.precision else None,

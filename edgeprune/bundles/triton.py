@@ -21,7 +21,7 @@ BACKENDS = {".engine": ("tensorrt", "model.plan"), ".onnx": ("onnxruntime", "mod
 def triton_entry(bundle: Path, repository: Path, name: str | None = None) -> Path:
     """Write `repository`/NAME/{config.pbtxt, labels.txt, 1/model.plan or model.onnx}, completely or not at all.
 
-    A model without classes has no labels.txt.
+    A model without classes has no labels.txt. An engine runs as a CUDA graph, as it does where it is timed.
     The batch is part of the static shapes, so `max_batch_size` is 0 and it is the first of dims. Returns the folder.
     Raises InputError where the entry exists already, OutputError.
     """
@@ -39,10 +39,11 @@ def triton_entry(bundle: Path, repository: Path, name: str | None = None) -> Pat
     named = 'label_filename: "labels.txt"' if manifest.labels else ""
     shapes = vit.outputs or (Output(graph.output[0].name, (vit.classes,)),)
     outputs = "".join(_tensor("output", name, (setup.batch, *shape), named) for name, shape in shapes)
+    graphs = "optimization { cuda { graphs: true } }\n" if engine.suffix == ".engine" else ""
     kind = "KIND_CPU" if setup.runtime == "ort-cpu" else "KIND_GPU"
     config = (
         f"name: {json.dumps(name)}\nbackend: {json.dumps(backend)}\nmax_batch_size: 0\n"
-        f"{inputs}{outputs}instance_group [ {{ kind: {kind} count: 1 }} ]\n"
+        f"{inputs}{outputs}instance_group [ {{ kind: {kind} count: 1 }} ]\n{graphs}"
     )
     labels = "".join(" ".join(label.split()) + "\n" for label in manifest.labels)
     with writable(out):

@@ -97,7 +97,7 @@ Interpolation = Annotated[str | None, typer.Option(help="override the model's in
 Mean = Annotated[str | None, typer.Option(help="override the model's mean, as r,g,b")]
 Std = Annotated[str | None, typer.Option(help="override the model's std, as r,g,b")]
 LockClocks = Annotated[
-    bool, typer.Option("--lock-clocks", help="lock the clocks at their maximum while measuring (needs root)")
+    bool, typer.Option("--lock-clocks", help="lock the clocks at their maximum while measuring (needs root or sudo)")
 ]
 OnHost = Annotated[
     str | None,

@@ -49,6 +49,7 @@ def row_of(
         "probes": report.probes,
         "fusable_attention": report.fusable_attention,
         "fused_attention": report.fused_attention,
+        "cuda_graph": report.latency.cuda_graph,
         "recovery": msgspec.structs.asdict(recovery) if recovery else None,
         "unrecovered": msgspec.to_builtins(report.unrecovered) if report.unrecovered else None,
     }
@@ -177,6 +178,7 @@ def _bundle_row(row: BenchRow) -> dict[str, Any]:
         "simulated": row.setup.simulated,
         "setup": msgspec.structs.asdict(row.setup),
         "latency_ms": {**row.latency.summary(), "p90": row.p90_ms},
+        "cuda_graph": row.latency.cuda_graph,
         "speedup_to_first": row.speedup.value,
         "speedup_interval": list(row.speedup.interval),
         "images_per_s": row.images_per_s,

@@ -1,7 +1,8 @@
-"""Power mode, clocks and temperature of a board; clocks locked during a measurement and always restored."""
+"""Power mode, clocks and temperature of a board; its clocks locked during a measurement and always restored."""
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import tempfile
@@ -10,13 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from edgeprune.devices import run, smi
+from edgeprune.devices.gpu_state import gpu_clock_hz
 from edgeprune.errors import DeviceError
 from edgeprune.records import Device
 
 THERMAL = Path("/sys/class/thermal")
 NV_RELEASE = Path("/etc/nv_tegra_release")
-JETPACK_OF_L4T = {"35": "5", "36": "6", "38": "7"}  # NVIDIA, "Jetson Linux archive"
-SMI_QUERY = "--query-gpu=pstate,clocks.sm,clocks.mem,power.limit --format=csv,noheader"
+JETPACK_OF_L4T = {"35": "5", "36": "6", "38": "7", "39": "7"}  # NVIDIA, "Jetson Linux archive"
+SUDOERS = "%sudo ALL=(root) NOPASSWD: /usr/bin/jetson_clocks"
 
 
 def power_mode(device: Device) -> str | None:
@@ -24,21 +26,15 @@ def power_mode(device: Device) -> str | None:
     if device.power_query:
         text = run(device.power_query) or ""
         found = re.search(r"NV Power Mode:\s*(\S+)", text)
-        return found[1] + (", clocks locked" if locked(device) else "") if found else None
+        return found[1] + (", clocks locked" if locked() else "") if found else None
     limit = smi("--query-gpu=power.limit --format=csv,noheader")
     return f"power limit {limit.splitlines()[0].strip()}" if limit else None
 
 
-def clocks(device: Device) -> str | None:
-    """The clocks as the board reports them, on one line; None where it does not."""
-    text = run(device.clocks_query) if device.clocks_query else smi(SMI_QUERY)
-    return " | ".join(line.strip() for line in text.splitlines() if line.strip()) if text else None
-
-
-def locked(device: Device) -> bool | None:
-    """Are the GPU's clocks fixed? None where unknown (jetson_clocks needs root to show them)."""
-    found = re.search(r"GPU\s.*?MinFreq=(\d+)\s+MaxFreq=(\d+)", clocks(device) or "")
-    return found[1] == found[2] if found else None
+def locked() -> bool | None:
+    """Are the clocks of a Jetson's GPU fixed? None elsewhere. Unlike jetson_clocks --show, this needs no root."""
+    lowest, highest = gpu_clock_hz("min"), gpu_clock_hz("max")
+    return None if lowest is None or highest is None else lowest == highest
 
 
 def temperature_c() -> float | None:
@@ -68,31 +64,32 @@ def locked_clocks(device: Device) -> Iterator[None]:
     Raises DeviceError where they cannot be set, for example without root.
     """
     if device.clocks_query:
+        program = "jetson_clocks" if os.geteuid() == 0 else "sudo -n jetson_clocks"
         with tempfile.TemporaryDirectory() as folder:
             saved = shlex.quote(f"{folder}/clocks")
-            _run_or_raise(f"jetson_clocks --store {saved}")
+            _run_or_raise(f"{program} --store {saved}")
             try:
-                _run_or_raise("jetson_clocks")
+                _run_or_raise(program)
                 yield
             finally:
-                _run_or_raise(f"jetson_clocks --restore {saved}")
+                _run_or_raise(f"{program} --restore {saved}")
         return
-    top = smi("--query-gpu=clocks.max.sm --format=csv,noheader,nounits")
-    if not top:
+    top = (smi("--query-gpu=clocks.max.sm --format=csv,noheader,nounits") or "").partition("\n")[0].strip()
+    if not top.isdigit():  # "[N/A]"
         raise DeviceError(
             f"clocks of {device.name} cannot be locked (nvidia-smi reports no maximum): leave out --lock-clocks"
         )
     try:
-        _check(smi(f"--lock-gpu-clocks={int(float(top.splitlines()[0]))}"), "nvidia-smi --lock-gpu-clocks")
+        _check(smi(f"--lock-gpu-clocks={top}"), "nvidia-smi --lock-gpu-clocks")
         yield
     finally:
         _check(smi("--reset-gpu-clocks"), "nvidia-smi --reset-gpu-clocks")
 
 
 def _run_or_raise(command: str) -> None:
-    _check(run(command), command)
+    _check(run(command), command, f", put `{SUDOERS}` in /etc/sudoers.d/jetson_clocks there")
 
 
-def _check(output: str | None, command: str) -> None:
+def _check(output: str | None, command: str, also: str = "") -> None:
     if output is None:
-        raise DeviceError(f"`{command}` failed: run as root (sudo), or leave out --lock-clocks")
+        raise DeviceError(f"`{command}` failed: run as root (sudo){also}, or leave out --lock-clocks")

@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from edgeprune.records import Latency, Progress, silent
-from edgeprune.runtimes import RUNS_PER_TIMING, OnDevice, Session, TimedTogether
+from edgeprune.runtimes import RUNS_PER_TIMING, OnDevice, Session, TimedTogether, cuda_graph_of
 from edgeprune.runtimes.inference import Open
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ def interleave(
     what: str = "measuring, round",
     warmup_ms: float = WARMUP_MS,
     stable: bool = False,
+    graphs: dict[K, bool | None] | None = None,
 ) -> dict[K, list[float]]:
     """Time every candidate once in each round, so that drift of the machine hits all alike.
 
@@ -53,7 +54,8 @@ def interleave(
     measurement continues where it stopped. Candidates that do not fit into `room` together with those before them
     are opened again for each of their timings. Before the first round candidates run for `warmup_ms`; with `stable`,
     each until its latency is stable (see warm_up). On another machine several rounds are one request. `what`
-    describes the measurement in the progress. Returns samples in ms by the key of each candidate. Raises EngineError.
+    describes the measurement in the progress. `graphs` gets whether a candidate runs as one CUDA graph; a warning is
+    logged where some do and others do not. Returns samples in ms by the key of each candidate. Raises EngineError.
     """
     samples = {} if samples is None else samples
     for name in candidates:
@@ -61,6 +63,10 @@ def interleave(
     with ExitStack() as stack:
         todo = [name for name in candidates if len(samples[name]) < rounds]
         sessions = _opened(candidates, todo, room, stack, progress)
+        found = {name: cuda_graph_of(session) for name, session in sessions.items()}
+        _warn_of_mixed(list(found.values()))
+        if graphs is not None:
+            graphs.update(found)
         _warm(sessions, warmup_ms, stable)
         done = rounds - max((rounds - len(samples[n]) for n in todo), default=0)
         together = len(sessions) == len(todo) and all(isinstance(s, TimedTogether) for s in sessions.values())
@@ -96,6 +102,14 @@ def _opened(
         sessions[name] = session
         stack.push(opened)
     return sessions
+
+
+def _warn_of_mixed(graphs: Sequence[bool | None]) -> None:
+    if (without := graphs.count(False)) and True in graphs:
+        log.warning(
+            "%d of %d engines run without a CUDA graph, so they may be slower: do not compare them with the others; "
+            "update the GPU's driver or free memory, and measure again", without, len(graphs),
+        )  # fmt: skip
 
 
 def _warm(sessions: Mapping[K, Session], least_ms: float, stable: bool) -> None:
@@ -152,4 +166,5 @@ def _timed(
 def latency_of(session: Session, count: int) -> Latency:
     """`count` timings of one session by itself, after it has run WARMUP times and for WARMUP_MS."""
     _warm({"": session}, WARMUP_MS, stable=False)
-    return Latency(samples_ms=tuple(times_ms([session] * count)), warmup=WARMUP)
+    samples = tuple(times_ms([session] * count))
+    return Latency(samples_ms=samples, warmup=WARMUP, cuda_graph=cuda_graph_of(session))

@@ -65,17 +65,18 @@ def interleaved(engines: Sequence[tuple[Target, Path]], rounds: int, session: st
 
     def make(path: Path) -> None:
         openers = dict(enumerate(own.opener(file) for own, file in engines))
+        graphs: dict[int, bool | None] = {}
         warmup_ms = 0.0 if target.setup.noiseless else WARMUP_MS
         with target.alone():
-            samples = interleave(openers, rounds, progress=target.progress, what=what, warmup_ms=warmup_ms)
-        write_bytes(path, msgspec.json.encode([samples[i] for i in range(len(engines))]))
+            samples = interleave(
+                openers, rounds, progress=target.progress, what=what, warmup_ms=warmup_ms, graphs=graphs
+            )
+        found = [Latency(samples_ms=tuple(samples[i]), warmup=WARMUP, cuda_graph=graphs.get(i)) for i in openers]
+        write_bytes(path, msgspec.json.encode(found))
 
     parts = ([(sha256_file(file), own.setup) for own, file in engines], rounds, session)
     path = target.work.step("latency", ".json", parts, make)
-    return [
-        Latency(samples_ms=tuple(ms), warmup=WARMUP)
-        for ms in msgspec.json.decode(read_bytes(path), type=list[list[float]])
-    ]
+    return msgspec.json.decode(read_bytes(path), type=list[Latency])
 
 
 def measured_engines(

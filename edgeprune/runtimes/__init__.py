@@ -62,6 +62,21 @@ class Inspected(Protocol):
 
 
 @runtime_checkable
+class Captured(Protocol):
+    """A session that may run an inference as one CUDA graph, which saves kernel launches."""
+
+    @property
+    def cuda_graph(self) -> bool | None:
+        """Does it? None where that is unknown."""
+        ...
+
+
+def cuda_graph_of(session: object) -> bool | None:
+    """Does an inference of this session run as one CUDA graph? None where it is not on a GPU, or unknown."""
+    return session.cuda_graph if isinstance(session, Captured) else None
+
+
+@runtime_checkable
 class OnDevice(Protocol):
     """A session whose engine is in the memory of a device."""
 

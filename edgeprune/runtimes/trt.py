@@ -12,8 +12,9 @@ from edgeprune.devices import check_is_here, this_machine
 from edgeprune.devices.gpu_state import gpu_state
 from edgeprune.devices.memory import available_bytes
 from edgeprune.devices.power import power_mode
-from edgeprune.errors import DeviceError
+from edgeprune.errors import DeviceError, EngineError
 from edgeprune.io import writable, write_bytes
+from edgeprune.onnx_graph.graph import weights_of
 from edgeprune.records import Device, GpuState, Progress, Setup, TrtOptions, silent
 from edgeprune.runtimes.cuda import driver, errors_of, gpu
 from edgeprune.runtimes.trt_builder import plan_from_onnx, tensorrt
@@ -24,6 +25,10 @@ log = logging.getLogger(__name__)
 
 WORKSPACE_SHARE = 4  # the workspace is at most this part of all memory: the model and its weights need some, too
 WORKSPACE_STEP_MIB = 256
+LEAST_FREE = 256 * MIB  # with less, no ViT can be built
+# What a build takes besides its workspace, where GPU and CPU share the memory: TensorRT's builder (1.1 to 1.4 GiB in
+# logs of 8.6 and 10), and copies of the weights: of the parser, of the builder, in the plan.
+BUILDER_BYTES, COPIES_OF_WEIGHTS = 1536 * MIB, 3
 
 
 class TensorRT:
@@ -34,6 +39,7 @@ class TensorRT:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.options = device.trt or TrtOptions()
+        self.timings: Path | None = None  # folder of the timing cache; None: that of the engine
 
     def setup(self, device: Device, precision: str, batch: int) -> Setup:
         """The setup here. Raises DeviceError for another machine or TensorRT, MissingError."""
@@ -68,11 +74,13 @@ class TensorRT:
         """Build a plan; its log is written next to it as .log. Raises EngineError, OutputError."""
         logger = logger_of(tensorrt())
         logger.lines.clear()
-        timing = out.parent / f"timing-{slug_of(setup)}.cache"
+        timing = (self.timings or out.parent) / f"timing-{slug_of(setup)}.cache"
         workspace = (setup.workspace_mib or self.options.workspace_mib) * MIB
         try:
             with errors_of(str(onnx)):
-                plan = plan_from_onnx(onnx, self.options, workspace, self.free_bytes(), timing, logger, progress)
+                free = self.free_bytes()
+                self._check_memory(onnx, workspace, free)
+                plan = plan_from_onnx(onnx, self.options, workspace, free, timing, logger, progress)
         finally:
             with writable(out):
                 out.parent.mkdir(parents=True, exist_ok=True)
@@ -80,14 +88,30 @@ class TensorRT:
                 out.with_suffix(".log").write_text(text)
         write_bytes(out, plan)
 
+    def _check_memory(self, onnx: Path, workspace: int, free: int) -> None:
+        """Raise EngineError where a build would run out of memory, all in bytes."""
+        files = (onnx, *weights_of(onnx)) if self.shared else ()
+        besides = BUILDER_BYTES + COPIES_OF_WEIGHTS * sum(file.stat().st_size for file in files) if files else 0
+        needed = max(workspace, LEAST_FREE) + besides
+        if free < needed:
+            parts = f" (a workspace of {workspace // MIB}, the rest for TensorRT and the weights)" if besides else ""
+            raise EngineError(
+                f"only {free // MIB} MiB of GPU memory are free, and the builder may use {needed // MIB} MiB{parts}: "
+                "close other programs, or lower workspace_mib under [trt] of the device file"
+            )
+
+    @property
+    def shared(self) -> bool:
+        """Does the GPU use the memory of the CPU, as a Jetson's does?"""
+        return bool(gpu().get_attribute(driver().device_attribute.INTEGRATED))
+
     def free_bytes(self) -> int:
         """Free memory of the GPU, bytes.
 
         A Jetson's GPU uses the system's memory, and what CUDA calls free there leaves out what the kernel can
         reclaim (source: CUDA for Tegra, "Estimating Total Allocatable Device Memory"): MemAvailable counts instead.
         """
-        shared = gpu().get_attribute(driver().device_attribute.INTEGRATED)
-        available = available_bytes() if shared else None
+        available = available_bytes() if self.shared else None
         return int(driver().mem_get_info()[0]) if available is None else available
 
     def gpu_state(self) -> GpuState | None:
@@ -96,7 +120,10 @@ class TensorRT:
 
     def open(self, path: Path, setup: Setup) -> TrtSession:
         """Load a plan. Raises EngineError where it is truncated, or built for another TensorRT or GPU."""
-        return TrtSession(path)
+        card, sm_count = gpu(), driver().device_attribute.MULTIPROCESSOR_COUNT
+        capability = "{}.{}".format(*card.compute_capability())
+        here = (card.name(), card.get_attribute(sm_count), capability)
+        return TrtSession(path, built_here=here == (setup.gpu, setup.sm_count, setup.compute_capability))
 
 
 def workspace_mib(options: TrtOptions, total_bytes: int) -> int:
@@ -106,8 +133,9 @@ def workspace_mib(options: TrtOptions, total_bytes: int) -> int:
 
 
 def slug_of(setup: Setup) -> str:
-    """GPU and version of TensorRT in the name of a file: what timings of tactics belong to."""
-    parts = f"{setup.gpu} {setup.sm_count} {setup.compute_capability} {setup.runtime_version}"
+    """GPU, version of TensorRT and power mode in the name of a file: what timings of tactics belong to."""
+    gpu_here = f"{setup.gpu} {setup.sm_count} {setup.compute_capability}"
+    parts = f"{gpu_here} {setup.runtime_version} {setup.power_mode or ''}"
     return re.sub(r"[^a-z0-9]+", "-", parts.lower()).strip("-")[:120]
 
 

@@ -17,14 +17,14 @@ from edgeprune.io import write_bytes
 from edgeprune.onnx_graph.graph import load_graph, precision_of
 from edgeprune.onnx_graph.value_types import computed_in
 from edgeprune.records import Progress, TrtOptions, silent
+from edgeprune.runtimes.interrupt import Interrupt, held_interrupts
 from edgeprune.runtimes.trt_layers import keep_islands
-from edgeprune.runtimes.trt_log import MIB, build_failure, is_mha_bug
+from edgeprune.runtimes.trt_log import build_failure, is_mha_bug
 
 log = logging.getLogger(__name__)
 
 OLDEST = (8, 6)  # JetPack 6.0; JetPack 5 has 8.5 and Python 3.8
 DEFAULT_LEVEL = 3  # TensorRT's own optimization level
-LEAST_FREE = 256 * MIB  # with less, no ViT can be built
 # What a weakly typed network may use, by the precision of its file.
 TYPES = {"fp32": (), "fp16": ("FP16",), "int8": ("FP16", "INT8"), "fp8": ("FP16", "FP8")}
 
@@ -56,33 +56,29 @@ def plan_from_onnx(
     """The serialized engine. `workspace` is the builder's limit in bytes; `timing_cache` is updated.
 
     Raises EngineError with the nodes that TensorRT does not support, or with the reason why it could not build.
+    Ctrl-C stops it at the next step of the builder; 8.6, which reports no steps, finishes the engine first.
     """
     trt = tensorrt()
-    if free_bytes < max(workspace, LEAST_FREE):
-        raise EngineError(
-            f"only {free_bytes // MIB} MiB of GPU memory are free, and the builder may use {workspace // MIB} MiB: "
-            "close other programs, or lower workspace_mib under [trt] of the device file"
-        )
-    builder = trt.Builder(logger)
-    network = builder.create_network(network_flags(trt, options))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(os.fspath(onnx)):
-        raise EngineError(f"{onnx}: TensorRT {trt.__version__} cannot read it: {_parser_errors(parser, onnx)}")
-    config = _config(trt, builder, options, workspace, timing_cache)
-    if not is_strong(trt, options):
-        _weak_types(trt, network, config, onnx)
-    monitor = make_monitor(trt, progress)
-    if hasattr(config, "progress_monitor"):
-        config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, config)
-    if plan is None and is_mha_bug(logger):
-        level = other_level(options)
-        log.warning("%s: TensorRT failed to fuse attention, building at optimization level %d instead", onnx, level)
-        logger.lines.append(("WARNING", f"edgeprune: built again at optimization level {level}"))
-        config.builder_optimization_level = level
+    with held_interrupts() as stop:
+        builder = trt.Builder(logger)
+        network = builder.create_network(network_flags(trt, options))
+        parser = trt.OnnxParser(network, logger)
+        if not parser.parse_from_file(os.fspath(onnx)):
+            raise EngineError(f"{onnx}: TensorRT {trt.__version__} cannot read it: {_parser_errors(parser, onnx)}")
+        config = _config(trt, builder, options, workspace, timing_cache)
+        if not is_strong(trt, options):
+            _weak_types(trt, network, config, onnx)
+        if hasattr(config, "progress_monitor"):
+            config.progress_monitor = make_monitor(trt, progress, stop)
         plan = builder.build_serialized_network(network, config)
-    if monitor is not None and monitor.interrupted:
-        raise KeyboardInterrupt
+        if plan is None and not stop.asked and is_mha_bug(logger):
+            level = other_level(options)
+            log.warning(
+                "%s: TensorRT failed to fuse attention, building at optimization level %d instead", onnx, level
+            )
+            logger.lines.append(("WARNING", f"edgeprune: built again at optimization level {level}"))
+            config.builder_optimization_level = level
+            plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise EngineError(f"{onnx}: TensorRT could not build it: {build_failure(logger, workspace, free_bytes)}")
     cache = config.get_timing_cache()
@@ -161,15 +157,14 @@ def _load_timing(config: Any, path: Path) -> None:
         config.set_timing_cache(config.create_timing_cache(b""), False)
 
 
-def make_monitor(trt: Any, progress: Progress) -> Any:
-    """Reports the progress of a build and stops it on Ctrl-C; None where TensorRT (8.6) has no IProgressMonitor."""
+def make_monitor(trt: Any, progress: Progress, stop: Interrupt) -> Any:
+    """Reports the progress of a build and ends it once `stop` is asked for; None on 8.6, without IProgressMonitor."""
     if not hasattr(trt, "IProgressMonitor"):
         return None
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.interrupted = False
             self.steps: dict[str, int] = {}
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
@@ -182,8 +177,8 @@ def make_monitor(trt: Any, progress: Progress) -> Any:
             try:  # an exception must not pass through TensorRT
                 progress(f"TensorRT: {phase_name}", step, self.steps.get(phase_name, step))
             except KeyboardInterrupt:
-                self.interrupted = True
-            return not self.interrupted
+                stop.asked = True
+            return not stop.asked
 
     return Monitor()
 

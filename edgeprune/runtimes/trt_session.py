@@ -27,13 +27,18 @@ log = logging.getLogger(__name__)
 DTYPES = {"FLOAT": "f4", "HALF": "f2", "INT32": "i4", "INT64": "i8", "BOOL": "?"}  # by name: nptype is broken on 8.6
 MAX_PLAN_BYTES = 8 << 30
 GRAPH_WARMUP = 2  # inferences before a capture: kernels must not be loaded during it
-OTHER_MODEL = "different models of devices"  # TensorRT's warning for a plan of another GPU that it can run
+# TensorRT's warning for a plan of another GPU that it can run; it sometimes appears on the very board that built the
+# plan (source: dusty-nv/jetson-inference#883).
+OTHER_MODEL = "different models of devices"
 
 
 class TrtSession:
-    """A loaded plan; one input, one or more outputs, all static. GPU memory is freed on exit."""
+    """A loaded plan; one input, one or more outputs, all static. GPU memory is freed on exit.
 
-    def __init__(self, path: Path) -> None:
+    `built_here`: is it known to have been built on a GPU like this one?
+    """
+
+    def __init__(self, path: Path, built_here: bool = False) -> None:
         trt, cuda = tensorrt(), driver()
         self._path, self._cuda, self._logger = path, cuda, logger_of(trt)
         self._logger.lines.clear()
@@ -42,7 +47,10 @@ class TrtSession:
         if engine is None:
             raise EngineError(f"{path}: TensorRT {trt.__version__} refuses it: {plan_refusal(self._logger)}")
         if any(OTHER_MODEL in text for _, text in self._logger.lines):
-            log.warning("%s was built on another model of GPU: it may be slow, compile the ONNX here", path)
+            if built_here:
+                log.info("%s: TensorRT suspects another model of GPU, but it was built on one like this", path)
+            else:
+                log.warning("%s was built on another model of GPU: it may be slow, compile the ONNX here", path)
         context = engine.create_execution_context()
         if context is None:
             raise EngineError(f"{path}: its {_memory(engine) >> 20} MiB do not fit in memory: close other programs")
@@ -59,6 +67,11 @@ class TrtSession:
             self._fixed = np.random.default_rng(0).standard_normal(self.shape, dtype=np.float32)
             self._loaded = False
             self.graph = self._captured()
+
+    @property
+    def cuda_graph(self) -> bool:
+        """Does an inference run as one CUDA graph?"""
+        return self.graph is not None
 
     def _tensors(self, trt: Any, engine: Any) -> list[tuple[str, NDArray[Any]]]:
         """Name and an empty array of its shape and type for each tensor; sets the names of input and outputs."""

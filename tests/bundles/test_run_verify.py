@@ -184,6 +184,7 @@ def test_triton_entry(shared: Shared, tmp_path: Path, capsys: pytest.CaptureFixt
         assert all(model_config_pb2.DataType.Name(t.data_type) == "TYPE_FP32" for t in mine)
     assert sha256_file(entry / "1" / "model.onnx") == sha256_file(shared.bundle / "model.onnx")
     assert (entry / config.output[0].label_filename).read_text().splitlines() == list(zoo.CLASS_NAMES)
+    assert not config.HasField("optimization"), "only engines run as CUDA graphs"
     assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_CPU
 
 

@@ -252,6 +252,6 @@ def test_the_name_of_a_gpu_from_the_driver_itself(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("name", ["orin-nano", "orin-nx", "agx-orin"])
 def test_orin_takes_what_jetpack_6_and_7_bring(name: str) -> None:
-    """JetPack 7.2 brings TensorRT 11 to Orin."""
+    """JetPack 7.2 brings TensorRT 10.16 to Orin, and TensorRT 11 can be installed there."""
     device = devices.load_device(name)
     assert device.tensorrt == ">=8.6,<12" and device.gpu == "Orin"

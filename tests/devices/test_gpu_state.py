@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgeprune import devices
-from edgeprune.devices import gpu_state
+from edgeprune.devices import gpu_state, power
 from edgeprune.records import Conditions, GpuState
 
 
@@ -26,6 +26,8 @@ def jetson(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(devices, "NVIDIA_SMI", str(tmp_path / "nvidia-smi"))
     files = {
         "class/devfreq/17000000.gpu/cur_freq": "1020000000",
+        "class/devfreq/17000000.gpu/min_freq": "306000000",
+        "class/devfreq/17000000.gpu/max_freq": "1020000000",
         "class/devfreq/15340000.vic/cur_freq": "2000000000",
         "class/thermal/thermal_zone0/type": "cpu-thermal",
         "class/thermal/thermal_zone0/temp": "71000",
@@ -76,15 +78,45 @@ def test_what_lowered_clocks_between_two_states(
     assert Conditions(before=before, after=state()).throttled == reasons
 
 
+def test_the_clock_of_thor_is_not_that_of_its_video_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_state, "SYS", tmp_path)
+    for node, low, now, high in (("gpu-gpc-0", 315, 900, 1575), ("gpu-nvd-0", 1692, 1692, 1692)):
+        clocks = {"min": low, "cur": now, "max": high}
+        write(tmp_path, {f"class/devfreq/{node}/{kind}_freq": f"{mhz}000000" for kind, mhz in clocks.items()})
+    assert state().clock_mhz == 900 and power.locked() is False
+    write(tmp_path, {"class/devfreq/gpu-gpc-0/min_freq": "1575000000"})
+    assert power.locked() is True
+
+
+@pytest.mark.parametrize("node", ["17000000.gpu", "17000000.ga10b"])
+def test_locked_clocks_are_seen_without_root(node: str, jetson: Path) -> None:
+    (jetson / "class/devfreq/17000000.gpu").rename(jetson / "class/devfreq" / node)
+    assert power.locked() is False and state().clock_mhz == 1020
+    write(jetson, {f"class/devfreq/{node}/min_freq": "1020000000"})
+    assert power.locked() is True
+
+
+COUNTED = ("350000", "1999", "0", "[N/A]")  # us: power cap, heat (software, hardware), power brake
+
+
 @pytest.mark.parametrize(
     ("said", "reasons"),
     [("0x0000000000000001", ()), ("0x0000000000000044", ("power cap", "heat, hardware")), ("[N/A]", ())],
 )
-def test_a_card_tells(said: str, reasons: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("counts", [True, False])
+def test_a_card_tells(
+    said: str, reasons: tuple[str, ...], counts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An older driver refuses a query with fields that it does not know; then nobody knows what happened before."""
     monkeypatch.setattr(gpu_state, "SYS", tmp_path)
-    code = f"print('1980, 63, {said}')"
+    code = (
+        "import sys; asked = 'clocks_event_reasons_counters' in sys.argv[3]\n"
+        f"if asked and not {counts}: print('Field is not a valid field to query.'); sys.exit(2)\n"
+        f"print('1980, 63, {said}', *({COUNTED} if asked else ()), sep=', ')"
+    )
     monkeypatch.setattr(devices, "NVIDIA_SMI", shlex.join([sys.executable, "-c", code]))
-    assert state() == GpuState(clock_mhz=1980.0, temperature_c=63.0, throttles=reasons)
+    events = {"power cap": 350, "heat, software": 1, "heat, hardware": 0} if counts else {}
+    assert state() == GpuState(clock_mhz=1980.0, temperature_c=63.0, throttles=reasons, events=events)
 
 
 def test_nothing_tells_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -317,16 +317,23 @@ def test_fewest_rounds_can_tell_a_step() -> None:
 # --- conditions ---
 
 
-@pytest.mark.parametrize(("reasons", "throttled"), [((), False), (("heat, gpu",), True)])
+@pytest.mark.parametrize(
+    ("reasons", "events", "throttled"),
+    [((), {"heat, gpu": 2}, False), ((), {}, None), (("heat, gpu",), {}, True)],
+)
 def test_a_staircase_taken_while_clocks_were_lowered_is_marked(
-    reasons: tuple[str, ...], throttled: bool, make_vit: MakeVit
+    reasons: tuple[str, ...], events: dict[str, int], throttled: bool | None, make_vit: MakeVit
 ) -> None:
-    """The GPU is asked before and after each stage; the last stage of two or more shows what lowers its clocks."""
+    """The GPU is asked before and after each stage; the last stage of two or more shows what lowers its clocks.
+
+    Without counters nobody knows what happened in between.
+    """
     asked: list[GpuState] = []
     conditions: list[Conditions] = []
 
     def gpu_state() -> GpuState:
-        asked.append(GpuState(clock_mhz=1020.0, temperature_c=60.0, throttles=reasons if len(asked) > 2 else ()))
+        active = reasons if len(asked) > 2 else ()
+        asked.append(GpuState(clock_mhz=1020.0, temperature_c=60.0, throttles=active, events=events))
         return asked[-1]
 
     found, _ = probe(

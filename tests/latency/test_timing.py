@@ -176,6 +176,23 @@ def test_as_many_sessions_stay_open_as_say_that_they_fit() -> None:
         assert [clock.calls[int(v) - 1] for v in values] == [name] * 3
 
 
+class Graphed(Fake):
+    """A candidate on a GPU; those called "plain…" have no CUDA graph."""
+
+    @property
+    def cuda_graph(self) -> bool:
+        return not self.name.startswith("plain")
+
+
+def test_engines_with_and_without_a_cuda_graph_are_not_compared_silently(caplog: pytest.LogCaptureFixture) -> None:
+    clock = Clock()
+    for names, warned in ((("plain a", "plain b"), False), (("a", "b"), False), (("a", "plain b"), True)):
+        graphs: dict[str, bool | None] = {}
+        interleave({n: partial(Graphed, clock, n) for n in names}, 1, warmup_ms=0, graphs=graphs)
+        assert graphs == {n: not n.startswith("plain") for n in names}
+        assert ("1 of 2 engines run without a CUDA graph" in caplog.text) is warned
+
+
 def test_clocks_get_time_to_rise() -> None:
     """Candidates run in turn until so many milliseconds have been run, both inferences of a timing counted."""
     clock, samples = measured(1, warmup_ms=1000.0)

@@ -30,7 +30,7 @@ from edgeprune.records import GpuState
 from edgeprune.runtimes import TimedTogether
 from edgeprune.runtimes.remote import busy, protocol
 from edgeprune.runtimes.remote.runtime import RemoteSession
-from edgeprune.runtimes.remote.ssh import Host
+from edgeprune.runtimes.remote.ssh import Channel, Host
 from edgeprune.runtimes.remote.worker import RAMP_MS, Worker, serve
 from edgeprune.runtimes.target import target_for
 
@@ -259,6 +259,7 @@ def test_a_message_that_is_none_ends_the_worker(junk: bytes, tmp_path: Path) -> 
 def test_clocks_come_back_however_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Locked on request, restored when the workstation is gone."""
     ran: list[str] = []
+    monkeypatch.setattr("os.geteuid", lambda: 0)
     monkeypatch.setattr("edgeprune.devices.power.run", lambda line, timeout_s=20: ran.append(line) or "")
     device = msgspec.structs.replace(load_device("cpu"), clocks_query="jetson_clocks --show")
     spoken(tmp_path, prepare(device=device, lock_clocks=True))
@@ -267,6 +268,14 @@ def test_clocks_come_back_however_it_ends(tmp_path: Path, monkeypatch: pytest.Mo
         ["jetson_clocks"],
         ["jetson_clocks", "--restore"],
     ]
+
+
+@pytest.mark.parametrize("ends", ["exit 255", "echo Killed >&2; exit 137"])
+def test_a_worker_that_is_killed_may_have_run_out_of_memory(ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ssh ends with 255 and says nothing where the process there was killed, a shell there with 137."""
+    monkeypatch.setenv("EDGEPRUNE_SSH", f"sh -c '{ends}' ssh")
+    with Channel(Host("jetson@nano"), "edgeprune worker") as channel:
+        assert "out-of-memory killer" in str(channel.failure())
 
 
 def test_a_board_in_use_is_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

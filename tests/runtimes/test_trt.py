@@ -7,6 +7,7 @@ import ctypes
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +165,29 @@ def test_free_memory_of_a_jetson_is_what_the_kernel_can_give(fake: Fake, monkeyp
     assert runtime().free_bytes() == 5 << 30
 
 
+def test_a_build_on_a_jetson_needs_memory_for_the_builder_and_the_weights(
+    fake: Fake, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are in the memory that the GPU uses; elsewhere they are not."""
+    needed = (2048 + 1536 << 20) + 3 * model.stat().st_size
+    monkeypatch.setattr("edgeprune.runtimes.trt.available_bytes", lambda: needed - 1)
+    fake.free_bytes = 2 << 30
+    runtime().compile(model, SETUP, tmp_path / "out.engine")
+    fake.integrated = True
+    with pytest.raises(
+        EngineError, match=r"only 3584 MiB .* may use 3584 MiB \(a workspace of 2048, .*lower workspace"
+    ):
+        runtime().compile(model, SETUP, tmp_path / "out.engine")
+    monkeypatch.setattr("edgeprune.runtimes.trt.available_bytes", lambda: needed)
+    runtime().compile(model, SETUP, tmp_path / "out.engine")
+
+
+def test_timings_of_tactics_belong_to_a_power_mode(fake: Fake, model: Path, tmp_path: Path) -> None:
+    for mode in ("MAXN", "MAXN, clocks locked", None):
+        runtime().compile(model, msgspec.structs.replace(SETUP, power_mode=mode), tmp_path / "out.engine")
+    assert len([*tmp_path.glob("timing-*.cache")]) == 3
+
+
 def test_the_timed_inference_is_queued_while_the_gpu_is_busy(fake: Fake, model: Path, tmp_path: Path) -> None:
     """On an idle stream the first event passes at once, and the launch is in every sample."""
     runtime().compile(model, SETUP, tmp_path / "out.engine")
@@ -265,6 +289,34 @@ def test_interrupt_stops_a_build(fake: Fake, model: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "out.engine").exists()
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("version", "steps"), [("8.6.2", 0), ("10.3.0", 1)])
+def test_a_signal_during_a_build_is_not_swallowed(
+    version: str, steps: int, number: signal.Signals, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It arrives in a callback, where TensorRT's bindings catch every exception; 8.6 has no progress monitor."""
+    fake = Fake(version).install(monkeypatch)
+    fake.while_building = lambda: signal.raise_signal(number)
+    seen: list[int] = []
+    before = signal.signal(number, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runtime().compile(model, SETUP, tmp_path / "out.engine", lambda what, done, of: seen.append(done))
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, before)
+    assert len(seen) == steps and not (tmp_path / "out.engine").exists()
+
+
+def test_a_signal_that_is_ignored_stays_ignored(fake: Fake, model: Path, tmp_path: Path) -> None:
+    fake.while_building = lambda: signal.raise_signal(signal.SIGINT)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        runtime().compile(model, SETUP, tmp_path / "out.engine")
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_foreign_and_broken_plans_are_refused_by_name(
     fake: Fake, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -282,6 +334,10 @@ def test_foreign_and_broken_plans_are_refused_by_name(
     fake.capability, fake.gpu = (8, 7), "Orin of another size"
     with caplog.at_level(logging.WARNING), runtime().open(plan, SETUP):
         assert "built on another model of GPU" in caplog.text
+    caplog.clear()
+    same = msgspec.structs.replace(SETUP, gpu=fake.gpu, sm_count=8, compute_capability="8.7")
+    with caplog.at_level(logging.WARNING), runtime().open(plan, same):
+        assert "another model" not in caplog.text, "TensorRT says it of the board that built the plan, too"
     fake.gpu = "Orin"
     Fake("10.9.0").install(monkeypatch)
     with pytest.raises(EngineError, match=r"10\.9\.0 refuses it: it was built for another TensorRT version"):
@@ -409,7 +465,7 @@ def test_a_cuda_graph_is_launched_and_freed(
     with runtime().open(tmp_path / "out.engine", SETUP) as session:
         launched = fake.launches
         session.time_ms()
-        assert fake.launches == launched, "the graph was not used"
+        assert fake.launches == launched and session.cuda_graph, "the graph was not used"
     assert libcuda.calls[-2:] == ["cuGraphLaunch", "cuGraphExecDestroy"]
     assert libcuda.calls.index("cuStreamBeginCapture_v2") < libcuda.calls.index("cuStreamEndCapture")
 
@@ -472,6 +528,7 @@ def test_whole_build_and_bench(fake: Fake, shallow: Shallow, tmp_path: Path, mon
     """The pipeline of `build --device cuda`: every probe compiled, the plan beside its ONNX in the bundle."""
     from edgeprune.benchmark.bench import bench_bundles
     from edgeprune.bundles.format import load_bundle
+    from edgeprune.bundles.triton import triton_entry
     from edgeprune.pipeline.build import build
     from edgeprune.pipeline.compile import Inputs, compile_onnx
     from edgeprune.pipeline.context import Options
@@ -494,6 +551,9 @@ def test_whole_build_and_bench(fake: Fake, shallow: Shallow, tmp_path: Path, mon
     assert build(options).manifest == manifest and len(fake.configs) == compiled, "engines were built twice"
     [row] = bench_bundles([built.path], 5).rows
     assert row.setup.runtime == "trt" and fake.launches > launches
+    assert manifest.report.latency.cuda_graph is row.latency.cuda_graph is False  # the fake GPU has no graphs
+    entry = triton_entry(built.path, tmp_path / "repository")
+    assert "optimization { cuda { graphs: true } }" in (entry / "config.pbtxt").read_text()
     before = len(fake.configs)
     again = Inputs(built.path / "model.onnx", rounds=5, out=tmp_path / "again")
     _, rebuilt = compile_onnx(target_for("cuda", work=tmp_path / "other"), again)

@@ -11,6 +11,8 @@ import json
 import sys
 import time
 import types
+from collections.abc import Callable
+from functools import partial
 from importlib.machinery import ModuleSpec
 from typing import Any
 
@@ -40,6 +42,7 @@ class Fake:
         self.fail_cuda = ""  # the name of a CUDA call that fails
         self.networks: list[Any] = []
         self.loggers: list[Any] = []  # TensorRT keeps the first and ignores others
+        self.while_building: Callable[[], None] = lambda: None  # runs in a callback of the builder
         self.layers: list[Any] = [{"Name": "a", "TacticName": "_gemm_mha_v2"}, {"Name": "b", "TacticName": "x"}]
         self.launches = 0
         self.contexts = 0  # pushed and not popped: pycuda aborts a process that ends so
@@ -57,6 +60,15 @@ class Fake:
         trt_log.logger_of.cache_clear()
         monkeypatch.setattr("edgeprune.devices.nvidia_gpu", lambda: self.gpu)
         return self
+
+
+def guarded(call: Callable[[], Any]) -> Any:
+    """A call into Python as NVIDIA's bindings make it (pyCore.cpp): every exception is swallowed, also Ctrl-C."""
+    try:
+        return call()
+    except BaseException as error:
+        print(f"[ERROR] Exception caught: {error}", file=sys.stderr)
+        return False
 
 
 def tensorrt_module(fake: Fake) -> Any:  # noqa: C901 - a module's worth of small classes
@@ -198,18 +210,19 @@ def tensorrt_module(fake: Fake) -> Any:  # noqa: C901 - a module's worth of smal
             return Config()
 
         def build_serialized_network(self, network: Network, config: Config) -> bytes | None:
+            skipped = "Skipping tactic 1: insufficient memory"
+            guarded(lambda: (fake.while_building(), self.logger.log(severity.VERBOSE, skipped)))
             monitor = getattr(config, "progress_monitor", None)
             if monitor is not None:
-                monitor.phase_start("tactics", None, 3)
+                guarded(lambda: monitor.phase_start("tactics", None, 3))
                 for step in range(3):
-                    if not monitor.step_complete("tactics", step):
+                    if not guarded(partial(monitor.step_complete, "tactics", step)):
                         return None
-                monitor.phase_finish("tactics")
-            self.logger.log(severity.VERBOSE, "Skipping tactic 1: insufficient memory")
+                guarded(lambda: monitor.phase_finish("tactics"))
             level = getattr(config, "builder_optimization_level", None)
             if fake.fail_build and (fake.fail_levels is None or level in fake.fail_levels):
                 for line in fake.fail_build:
-                    self.logger.log(severity.ERROR, line)
+                    guarded(partial(self.logger.log, severity.ERROR, line))
                 return None
             head = json.dumps({"version": fake.version, "gpu": fake.gpu, "capability": fake.capability}).encode()
             body = network.model.SerializeToString()
@@ -307,13 +320,15 @@ def tensorrt_module(fake: Fake) -> Any:  # noqa: C901 - a module's worth of smal
                 text = (
                     "Using an engine plan file across different models of devices is not recommended and is likely "
                 )
-                self.logger.log(severity.WARNING, text + "to affect performance or even cause errors.")
+                guarded(
+                    partial(self.logger.log, severity.WARNING, text + "to affect performance or even cause errors.")
+                )
             return Engine(body)
 
         def refuse(self, text: str) -> None:
-            self.logger.log(severity.ERROR, f"6: {text}")
+            guarded(partial(self.logger.log, severity.ERROR, f"6: {text}"))
             what = "Error Code 4: Internal Error (Engine deserialization failed.)"
-            self.logger.log(severity.ERROR, f"4: [runtime.cpp::deserializeCudaEngine::65] {what}")
+            guarded(partial(self.logger.log, severity.ERROR, f"4: [runtime.cpp::deserializeCudaEngine::65] {what}"))
 
     if not old:
         trt.IProgressMonitor = type("IProgressMonitor", (), {"__init__": lambda self: None})

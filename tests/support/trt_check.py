@@ -35,12 +35,13 @@ def main() -> None:
     from edgeprune.records import TrtOptions
     from edgeprune.runtimes import trt as runtime
     from edgeprune.runtimes import trt_builder, trt_log, trt_session
+    from edgeprune.runtimes.interrupt import Interrupt
 
     assert trt_builder.tensorrt() is trt and runtime.TensorRT.suffix == ".engine"
     logger = trt_log.logger_of(trt)  # subclasses TensorRT's own: wrong signatures fail here
     logger.log(trt.ILogger.Severity.WARNING, "text")
     assert logger.lines == [("WARNING", "text")], logger.lines
-    monitor = trt_builder.make_monitor(trt, lambda what, done, of: None)
+    monitor = trt_builder.make_monitor(trt, lambda what, done, of: None, Interrupt())
     if monitor is not None:
         monitor.phase_start("phase", None, 2)
         assert monitor.step_complete("phase", 1) is True

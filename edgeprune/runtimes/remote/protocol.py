@@ -120,10 +120,11 @@ class Compiled(Message, frozen=True):
 
 
 class Opened(Message, frozen=True):
-    """A session's number, and the memory of the device that it takes; None is unknown."""
+    """A session's number, the memory of the device that it takes, and if it runs as a CUDA graph; None is unknown."""
 
     session: int
     memory_bytes: int | None
+    cuda_graph: bool | None = None
 
 
 class Times(Message, frozen=True):

@@ -147,6 +147,7 @@ class RemoteSession:
 
     def __init__(self, runtime: RemoteRuntime, opened: protocol.Opened) -> None:
         self._runtime, self._number, self._memory_bytes = runtime, opened.session, opened.memory_bytes
+        self.cuda_graph = opened.cuda_graph
 
     def infer(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
         """(B, values) fp32 outputs of one batch, fp32. Raises EngineError on a wrong shape, HostError."""

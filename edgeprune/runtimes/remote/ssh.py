@@ -15,7 +15,9 @@ from edgeprune.errors import HostError
 OPTIONS = ("-T", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=15")
 PROGRAM = "EDGEPRUNE_SSH"  # like GIT_SSH_COMMAND: "ssh -F file"
 ADDRESS = r"([\w.-]+@)?[\w.:\[\]%-]+"
-FAILED, NOT_FOUND = 255, 127  # exit codes of ssh itself, and of a shell that has no such command
+# Exit codes: of ssh itself, also where the process there was killed; of a shell that has no such command, and of one
+# whose command was killed.
+FAILED, NOT_FOUND, KILLED = 255, 127, 137
 CLOSING_S = 20  # time for a process to end after its input is closed
 
 
@@ -68,8 +70,13 @@ class Channel:
         code = self.end()
         self._errors.seek(0)
         lines = [line.strip() for line in self._errors.read()[-4096:].decode(errors="replace").splitlines()]
-        said = next((line for line in reversed(lines) if line), f"exit code {code}")[:300]
+        said = next((line for line in reversed(lines) if line), "")[:300] or f"exit code {code}"
         name = self.host.address
+        if code == KILLED or (code == FAILED and not any(lines)):
+            return HostError(
+                f"{name} ended early without a word ({said}): if `dmesg` there names the out-of-memory killer, close "
+                "other programs there; then run the command again"
+            )
         if code == NOT_FOUND:
             return HostError(
                 f"{name} has no {self.host.program}: install edgeprune there, or pass --host-program PATH"

@@ -16,7 +16,16 @@ import numpy as np
 from edgeprune.devices.power import locked_clocks
 from edgeprune.errors import REPORT, EdgepruneError, EngineError, HostError, InputError
 from edgeprune.io import key_of, sha256_file, writable
-from edgeprune.runtimes import RUNS_PER_TIMING, Inspected, Observed, OnDevice, Runtime, Session, runtime_for
+from edgeprune.runtimes import (
+    RUNS_PER_TIMING,
+    Inspected,
+    Observed,
+    OnDevice,
+    Runtime,
+    Session,
+    cuda_graph_of,
+    runtime_for,
+)
 from edgeprune.runtimes.remote import protocol
 from edgeprune.runtimes.remote.busy import machine
 from edgeprune.version import __version__
@@ -175,7 +184,8 @@ class Worker:
         session = self.runtime.open(self._placed(files, main), self.setup)
         number = next(self.numbers)
         self.opened[number] = session.__enter__()
-        return protocol.Opened(number, session.memory_bytes() if isinstance(session, OnDevice) else None)
+        memory_bytes = session.memory_bytes() if isinstance(session, OnDevice) else None
+        return protocol.Opened(number, memory_bytes, cuda_graph_of(session))
 
     def _time(self, numbers: tuple[int, ...]) -> protocol.Times:
         """Time sessions in this order, once clocks that fell between two requests have had RAMP_MS to rise."""
