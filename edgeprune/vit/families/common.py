@@ -48,7 +48,7 @@ def size_bias(sizes: Tensor) -> Tensor:
 def attention(
     attn: Any, queries: Tensor, keys: Tensor, values: Tensor, sizes: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output (B, n, H * D), the weights (B, H, n, N), and keys and values with one of each per head.
+    """The output (B, n, H, D), the weights (B, H, n, N), and keys and values with one of each per head.
 
     The scale is before the first matmul, as TensorRT's fusion requires.
     """
@@ -59,5 +59,5 @@ def attention(
     if sizes is not None:
         logits = logits + size_bias(sizes)
     weights = logits.softmax(dim=-1)
-    out = (attn.attn_drop(weights) @ values).transpose(1, 2).flatten(2)
+    out = (attn.attn_drop(weights) @ values).transpose(1, 2)
     return out, weights, keys, values

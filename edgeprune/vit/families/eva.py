@@ -78,7 +78,7 @@ def attend(block: Any, x: Tensor, sizes: Tensor | None, rows: Tensor | None = No
     queries, keys, values = _projected(block.attn, y, None)
     queries, keys = _rotated(block.attn, queries, rows), _rotated(block.attn, keys, rows)
     out, weights, keys, values = attention(block.attn, queries, keys, values, sizes)
-    return Attended(x + _project(block, out, y), weights, keys, values)
+    return Attended(x + _project(block, out.flatten(2), y), weights, keys, values)
 
 
 def prefix_only(block: Any, x: Tensor, sizes: Tensor | None, prefix: int, rows: Tensor | None = None) -> Tensor:
@@ -89,6 +89,7 @@ def prefix_only(block: Any, x: Tensor, sizes: Tensor | None, prefix: int, rows: 
     y = block.norm1(x) if isinstance(block, EvaBlock) else x
     queries, keys, values = _projected(block.attn, y, prefix)
     out, *_ = attention(block.attn, queries, _rotated(block.attn, keys, rows), values, sizes)
+    out = out.flatten(2)
     return mlp(block, x[:, :prefix] + _project(block, out, y[:, :prefix]))
 
 

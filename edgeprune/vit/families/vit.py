@@ -64,6 +64,7 @@ def attend(block: Any, x: Tensor, sizes: Tensor | None, rows: Tensor | None = No
     """timm's attention step by step."""
     y = block.norm1(x) if isinstance(block, Block) else x
     out, weights, keys, values = attention(block.attn, *_projected(block.attn, y, None), sizes)
+    out = out.reshape(*y.shape[:2], block.attn.num_heads * block.attn.head_dim)
     return Attended(x + _project(block, out, y), weights, keys, values)
 
 
@@ -74,6 +75,7 @@ def prefix_only(block: Any, x: Tensor, sizes: Tensor | None, prefix: int, rows: 
     """
     y = block.norm1(x) if isinstance(block, Block) else x
     out, *_ = attention(block.attn, *_projected(block.attn, y, prefix), sizes)
+    out = out.reshape(len(y), prefix, block.attn.num_heads * block.attn.head_dim)
     return mlp(block, x[:, :prefix] + _project(block, out, y[:, :prefix]))
 
 
@@ -89,8 +91,9 @@ def _projected(attn: Any, y: Tensor, asking: int | None) -> tuple[Tensor, Tensor
     else:
         weight, bias, inner = attn.qkv.weight, attn.qkv.bias, attn.num_heads * attn.head_dim
         first = linear(y[:, :asking], weight[:inner], None if bias is None else bias[:inner])
+        both = linear(y, weight[inner:], None if bias is None else bias[inner:])
         queries = first.reshape(batch, asking, attn.num_heads, attn.head_dim).transpose(1, 2)
-        keys, values = heads(linear(y, weight[inner:], None if bias is None else bias[inner:]), 2).unbind(0)
+        keys, values = heads(both, 2).unbind(0)
     return attn.q_norm(queries), attn.k_norm(keys), values
 
 
