@@ -17,6 +17,10 @@ from edgeprune.runtimes.steps import WorkFolder
 from edgeprune.runtimes.target import Target
 
 
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [each.getMessage() for each in caplog.records if each.levelname == "WARNING"]
+
+
 def test_lowered_clocks_are_named_until_the_file_is_deleted(
     make_staircase: Callable[..., Staircase],
     tmp_path: Path,
@@ -34,8 +38,8 @@ def test_lowered_clocks_are_named_until_the_file_is_deleted(
         caplog.clear()
         profiling.measured_staircase(target, found.vit, (), lambda: tmp_path)
         [file] = tmp_path.glob("staircase-*.json")
-        [said] = [each for each in caplog.records if each.levelname == "WARNING"]
-        assert said.getMessage().endswith(f"mode, delete {file} and run the same command again")
+        [said] = warnings(caplog)
+        assert said.endswith(f"mode, delete {file} and run the same command again")
         if delete:
             file.unlink()
     assert len(measured) == 2
