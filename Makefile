@@ -6,8 +6,9 @@ LOWEST := $(VENV)-lowest
 PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python
 RUN := -e ".[export,ort]"
-# uv takes a third of pip's time, but does not read pip's configuration (an index of one's own).
-install = $(UV) -c constraints.txt $(1) || { echo "uv could not install, so pip does"; $(PIP) -c constraints.txt $(1); }
+# uv takes a third of pip's time, but does not read pip's configuration: pip installs where that names another index.
+install = if ! $(BIN)/python -m pip config list | grep -q "[.]index-url" && $(UV) -c constraints.txt $(1); then :; \
+  else echo "installing with pip"; $(PIP) -c constraints.txt $(1); fi
 # Compiled modules are kept: without them every test that starts a Python compiles PyTorch's 2,000 files.
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -61,7 +62,7 @@ $(LOWEST)/stamp: pyproject.toml
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) uv
+	-$(PIP) uv
 
 $(VENV)/run.stamp: pyproject.toml constraints.txt | $(BIN)/python
 	$(call install,$(RUN))

@@ -91,8 +91,8 @@ def build(
         host_program: Path of edgeprune on that host.
         ray: `local`, `auto` (the cluster of this machine, or the connection of this process) or HOST:PORT: evaluate
             schedules on a Ray cluster, with the same results. Needs the extra `ray`.
-        work: Folder of finished steps, so that the same call continues or reuses them; of INT8 ranges, too, which
-            are otherwise in `calib`.
+        work: Folder of finished steps, so that the same call continues or reuses them; of INT8 ranges, too, unless it
+            is the default (they are in `calib` then).
         out: Folder of the bundle; default `engines/<device>/<model>/<method>-<precision>-b<batch>`.
         progress: Called with (current activity, items done, total number of items).
 
@@ -130,7 +130,6 @@ def build(
         text_embeddings=_path(text_embeddings),
         overrides=preprocessing or {},
         host=Host(host, host_program) if host else None,
-        calib=Options.calib if Path(work) == WORK else Path(work),
     )
     with connected(ray) as cluster:
         built = run(replace(options, cluster=cluster), progress)

@@ -89,15 +89,15 @@ def load_images(source: Path, option: str = "--images", anywhere: bool = False) 
         folders = sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith("."))
     except OSError as error:
         raise ImageError(f"{source}: cannot be read ({error.strerror}): check its permissions") from None
-    classes = {folder.name: pictures for folder in folders if (pictures := _readable(folder))}
+    classes = {folder.name: pictures for folder in folders if (pictures := _readable(folder)) is not None}
     if loose:
-        if classes:
+        if any(classes.values()):
             log.warning(
                 "%s has pictures beside its class folders (%s): only these are used, without labels; "
                 "remove them to use the class folders", source, loose[0].name,
             )  # fmt: skip
         return ImageSet(loose, None, None)
-    if not classes:
+    if not any(classes.values()):
         raise ImageError(f"{source}: no pictures ({', '.join(SUFFIXES)}) in it or in its class folders")
     for name in classes:
         if (shown := os.fsencode(name).decode(errors="replace")) != name:
@@ -111,13 +111,13 @@ def _pictures(folder: Path) -> tuple[Path, ...]:
     return tuple(sorted(p for p in found if p.is_file()))
 
 
-def _readable(folder: Path) -> tuple[Path, ...]:
-    """The pictures of a class folder; none, and a warning, where it cannot be read."""
+def _readable(folder: Path) -> tuple[Path, ...] | None:
+    """The pictures of a class folder; None, and a warning, where it cannot be read."""
     try:
         return _pictures(folder)
     except OSError as error:
         log.warning("%s cannot be read (%s) and is left out: check its permissions", folder, error.strerror)
-        return ()
+        return None
 
 
 def labelled_for(found: ImageSet, model: str, classes: int, names: Sequence[str] | None) -> ImageSet:
@@ -130,8 +130,9 @@ def labelled_for(found: ImageSet, model: str, classes: int, names: Sequence[str]
     labels, folders = found.labels, found.class_names
     if labels is None:
         return found
-    if names is not None and len(names) > 10 and list(names) == list(map(str, range(len(names)))):
-        names = None  # only numbers, which class folders that are numbers need not mean
+    if folders is not None and len(folders) != classes and len(used := sorted({*labels})) < len(folders):
+        found = ImageSet(found.paths, tuple(map(used.index, labels)), tuple(folders[label] for label in used))
+        labels, folders = found.labels, found.class_names  # empty folders are no classes
     if folders is not None and names is not None and set(folders) <= set(names):
         return replace(found, labels=tuple(names.index(folders[label]) for label in labels))
     if folders is not None and (why := _no_numbers(folders, model, classes, names or ())):

@@ -22,6 +22,8 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
             raise InputError(f"preprocessing has no {name!r}: choose from {', '.join(OVERRIDES)}")
         if name in CHOICES and value not in CHOICES[name]:
             raise InputError(f"{name} {value!r} is not supported: use {' or '.join(CHOICES[name])}")
+        if isinstance(value, str) and name not in CHOICES:
+            raise InputError(f"{name} {value!r} is text: pass numbers")
         if name in ("mean", "std"):
             value = _numbers(value)
             if len(value) != 3 or (name == "std" and min(value) <= 0):

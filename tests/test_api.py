@@ -20,6 +20,7 @@ import edgeprune
 from edgeprune import zoo
 from edgeprune.errors import InputError, ModelError, ScheduleError, WeightsError
 from edgeprune.images import load_images, load_pixels, normalise
+from edgeprune.pipeline.context import Context
 from edgeprune.records import Schedule, Staircase
 
 HEAVY = ("torch", "timm", "onnx", "onnxruntime", "numpy", "msgspec", "PIL", "typer")
@@ -206,7 +207,7 @@ def test_int8_ranges_are_kept_in_a_work_folder_that_is_named(tmp_path: Path, mon
     places: tuple[dict[str, Any], ...] = ({}, {"work": tmp_path / "work"}, {"work": str(tmp_path)})
 
     def build(options: Any, progress: Any) -> Any:
-        given.append(options.calib)
+        given.append(Context(options, None, None, None).calib)  # type: ignore[arg-type]
         return SimpleNamespace(path=options.work, manifest=None, precisions=())
 
     monkeypatch.setattr("edgeprune.pipeline.build.build", build)

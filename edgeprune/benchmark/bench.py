@@ -27,7 +27,7 @@ from edgeprune.onnx_graph.operations import flops_of_onnx
 from edgeprune.records import Latency, Manifest, Progress, Setup, silent
 from edgeprune.runtimes import RUNS_PER_TIMING, CopiesTimed, OnDevice, Session, cuda_graph_of
 from edgeprune.runtimes.inference import Open
-from edgeprune.runtimes.quiet import timing
+from edgeprune.runtimes.quiet import clocks_turn, timing
 from edgeprune.stats import bootstrap_ratio
 
 if TYPE_CHECKING:
@@ -70,15 +70,17 @@ def bench_bundles(
         raise InputError("a simulated device has no copies to time: leave out --end-to-end")
     devices = {path: device_of(path, manifest) for path, manifest in manifests.items()}
     with ExitStack() as stack:
+        noiseless = all(manifest.engine.setup.noiseless for manifest in manifests.values())
+        if lock_clocks:
+            stack.enter_context(clocks_turn())
+        if not noiseless:
+            stack.enter_context(timing())
         for device in {device.name: device for device in devices.values()}.values() if lock_clocks else ():
             stack.enter_context(locked_clocks(device))
         candidates = [open_bundle(path, manifest) for path, manifest in manifests.items()]
         named = [(str(c.path), c.manifest.vit.name, c.setup) for c in candidates]
         stored = check_comparable(baseline, named, end_to_end) if baseline is not None else None
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        noiseless = all(candidate.setup.noiseless for candidate in candidates)
-        if not noiseless:
-            stack.enter_context(timing())
         gemms = _gemms(candidates, folder, stored, progress)
         costs = [_costs(candidate) for candidate in candidates]
         opened: dict[str, Open] = {

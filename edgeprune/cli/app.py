@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import sys
 from typing import Annotated, Any
@@ -41,10 +42,10 @@ def main() -> None:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
     except OSError as error:
-        if isinstance(error, ConnectionError | TimeoutError) or error.strerror is None:  # not about a file
+        if error.filename is None or error.strerror is None:  # not about a file
             raise
-        where = "" if error.filename is None else f"{error.filename}: "
-        typer.echo(f"error: {where}{error.strerror}: check the path and its permissions", err=True)
+        advice = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
+        typer.echo(f"error: {error.filename}: {error.strerror}: {advice}", err=True)
         sys.exit(1)
     except SystemExit as end:
         if end.code == 130:  # Ctrl-C, as Typer reports it

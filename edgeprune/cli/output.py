@@ -31,10 +31,11 @@ def clocks(device: str, lock: bool, host: str | None = None) -> Iterator[None]:
         return
     from edgeprune.devices import check_is_here, load_device
     from edgeprune.devices.power import locked_clocks
+    from edgeprune.runtimes.quiet import clocks_turn
 
     found = load_device(device)
     check_is_here(found)
-    with locked_clocks(found):
+    with clocks_turn(), locked_clocks(found):
         yield
 
 

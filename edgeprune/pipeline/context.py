@@ -11,7 +11,7 @@ import numpy as np
 
 from edgeprune import zoo
 from edgeprune.bundles.format import default_folder
-from edgeprune.defaults import WORK
+from edgeprune.defaults import CALIB, WORK
 from edgeprune.devices.memory import available_bytes
 from edgeprune.errors import InputError
 from edgeprune.images import ImageSet, drawn, labelled_for, load_images
@@ -64,7 +64,7 @@ class Options:
     recover: Path | bool = False  # pictures to tune the weights on; True: half of `images`
     rounds: int = ROUNDS
     neighbours: int = 3  # similar schedules to build and time in addition to the best
-    calib: Path = Path("calib")  # where INT8 ranges are kept
+    calib: Path | None = None  # where INT8 ranges are kept; None: CALIB, or `work` where that is not the default
     host: Host | None = None  # the device, if it is another machine
     lock_clocks: bool = False  # of that host
     overrides: Mapping[str, Any] = field(default_factory=dict)
@@ -93,6 +93,11 @@ class Context:
     def judged_by(self) -> str:
         """Key of the head, on which every figure depends; empty without one."""
         return self.head.key if self.head else ""
+
+    @property
+    def calib(self) -> Path:
+        """Where INT8 ranges are kept."""
+        return self.options.calib or (CALIB if self.options.work == WORK else self.options.work)
 
     @property
     def method(self) -> str:

@@ -85,7 +85,7 @@ def int8_ranges(context: Context, file: Path) -> Int8Ranges:
     images = calibration_indices(len(pictures.files))
     task = (context.model.task, context.judged_by)
     key = key_of(code_key(), sha256_file(file), pictures.key, how, images.tolist(), task)
-    path = context.options.calib / f"int8-{key}.json"
+    path = context.calib / f"int8-{key}.json"
     if path.exists():
         log.info("INT8 ranges: reusing %s", path)
         return load(path, Int8Ranges)

@@ -53,7 +53,9 @@ def recover_best(
         for run in runs[half:]:
             run.checkpoint.unlink(missing_ok=True)
         runs = runs[:half]
-    return runs[0].schedule, recover(context, runs[0].schedule, runs[0].int8)
+    found = recover(context, runs[0].schedule, runs[0].int8)
+    runs[0].checkpoint.unlink(missing_ok=True)  # where its weights were known already
+    return runs[0].schedule, found
 
 
 def recover(context: Context, schedule: Schedule, int8: Sequence[Int8Layer] = ()) -> Recovered | None:
@@ -99,13 +101,14 @@ class _Run:
         """The module with the best weights after all epochs, or after `until`."""
         from edgeprune.distributed.evaluate import SpreadOutputs
         from edgeprune.vit.fidelity import outputs_of, pruned_module
-        from edgeprune.vit.recovery import recovered
+        from edgeprune.vit.recovery import device, recovered
 
         context, schedule, pictures = self.context, self.schedule, self.pictures
+        spread = context.options.cluster is not None and device().type == "cpu"  # a GPU has other bits
         pruned = pruned_module(context.model, schedule.method, schedule.tokens, schedule.prefix_last)
         return recovered(
             pruned, pictures.pixels, pictures.how, self.recipe, self.checkpoint, context.progress,
-            context.model.task, self.int8, outputs_of if context.options.cluster is None else SpreadOutputs(), until,
+            context.model.task, self.int8, SpreadOutputs() if spread else outputs_of, until,
         )  # fmt: skip
 
     def loss_after(self, share: int) -> float:

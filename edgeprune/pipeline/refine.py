@@ -9,7 +9,7 @@ from typing import NamedTuple
 from edgeprune.errors import ScheduleError
 from edgeprune.latency.staircase import treads
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.measure import MeasuredSchedule, corrected_goal, measured_schedules, meets
+from edgeprune.pipeline.measure import MISS, MeasuredSchedule, corrected_goal, measured_schedules, meets
 from edgeprune.pipeline.profile import confirmed
 from edgeprune.pipeline.scores import ScheduleScores
 from edgeprune.pipeline.solve import solve, with_tread_ends
@@ -30,7 +30,7 @@ class Refined(NamedTuple):
     staircase: Staircase
     measured: tuple[MeasuredSchedule, ...]
     candidates: tuple[Candidate, ...]
-    rivals: tuple[Schedule, ...] = ()  # others that were timed and meet the goal, for recovery to choose from
+    rivals: tuple[Schedule, ...] = ()  # others that were timed and are as good for the goal, for recovery
 
 
 def refine(context: Context, staircase: Staircase, scores: ScheduleScores) -> Refined:
@@ -40,11 +40,12 @@ def refine(context: Context, staircase: Staircase, scores: ScheduleScores) -> Re
     engine affect each other. Raises ScheduleError where no schedule meets the goal even by prediction.
     """
     asked = goal = context.options.goal
+    recovers = context.recovery is not None and asked.limits_latency and context.options.neighbours > 0
     measured: list[MeasuredSchedule] = []
     seen: dict[Tokens, Candidate] = {}
     for _ in range(CORRECTIONS + 1):
         try:
-            solution = solve(context, staircase, scores, goal)
+            solution = solve(context, staircase, scores, goal, recovers)
         except ScheduleError:
             if not measured:
                 raise
@@ -61,7 +62,7 @@ def refine(context: Context, staircase: Staircase, scores: ScheduleScores) -> Re
             break
         goal = corrected
     best = pick(asked, measured, scores)
-    if recovers := context.recovery is not None and asked.limits_latency:
+    if recovers:
         others = ending_differently(context, staircase, best, seen.values())
     else:
         others = most_promising(context, staircase, scores, best, measured)
@@ -69,7 +70,12 @@ def refine(context: Context, staircase: Staircase, scores: ScheduleScores) -> Re
         schedules = [best.schedule, *others]
         together = with_fidelity(measured_schedules(context, staircase, schedules), staircase, scores)
         best = pick(asked, together, scores)
-        others = [m.schedule for m in together if m is not best and recovers and meets(asked, m.measured)]
+        slowest = best.measured.latency.median_ms * (1 + MISS)  # as fast, but for noise
+        others = [
+            m.schedule
+            for m in together
+            if recovers and m is not best and (meets(asked, m.measured) or m.measured.latency.median_ms <= slowest)
+        ]
         measured = [m for m in measured if m.schedule.tokens != together[0].schedule.tokens] + together
     seen |= {m.fidelity.tokens: m.fidelity for m in measured if m.fidelity is not None}
     last, *rivals = (
@@ -89,7 +95,7 @@ def ending_differently(
     whose number at the end is left out.
     """
     schedule, limit_ms = best.schedule, context.options.goal.limit_ms(best.speedup * best.measured.latency.median_ms)
-    if best.fidelity is None or limit_ms is None:
+    if best.fidelity is None or limit_ms is None or not schedule.cuts:
         return []
     scale = best.measured.latency.median_ms / best.fidelity.predicted_ms
     found: dict[int, Candidate] = {}

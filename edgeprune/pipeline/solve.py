@@ -24,14 +24,19 @@ class Solution(NamedTuple):
     candidates: tuple[Candidate, ...]
 
 
-def solve(context: Context, staircase: Staircase, scores: ScheduleScores, goal: Goal) -> Solution:
-    """The schedule for a goal. Raises ScheduleError where the goal is out of reach, InputError without pictures."""
+def solve(
+    context: Context, staircase: Staircase, scores: ScheduleScores, goal: Goal, every_end: bool = False
+) -> Solution:
+    """The schedule for a goal; `every_end` as in `searched`.
+
+    Raises ScheduleError where the goal is out of reach, InputError without pictures.
+    """
     options, prefix_last = context.options, context.prefix_last
     if context.method == "none":
         return Solution(finished(staircase, "none", options.policy, context.dense_tokens, prefix_last), ())
     candidates: tuple[Candidate, ...] = ()
     if options.policy == "search":
-        candidates = searched(context, staircase, scores, goal.limit_ms(staircase.dense.median_ms))
+        candidates = searched(context, staircase, scores, goal.limit_ms(staircase.dense.median_ms), every_end)
 
     def make(path: Path) -> None:
         if options.policy == "paper":
@@ -44,15 +49,17 @@ def solve(context: Context, staircase: Staircase, scores: ScheduleScores, goal: 
             found = finished(staircase, context.method, "search", best.tokens, prefix_last)
         save(found, path)
 
-    parts = (encode(staircase), goal, options.policy, options.block, context.recovery is not None, *scores.key)
+    parts = (encode(staircase), goal, options.policy, options.block, every_end, *scores.key)
     return Solution(load(context.target.work.step("schedule", ".json", parts, make), Schedule), candidates)
 
 
 def searched(
-    context: Context, staircase: Staircase, scores: ScheduleScores, limit_ms: float | None
+    context: Context, staircase: Staircase, scores: ScheduleScores, limit_ms: float | None, every_end: bool = False
 ) -> tuple[Candidate, ...]:
-    """All schedules that the search evaluates within `limit_ms`; over all latencies where that is None."""
-    every_end = context.recovery is not None  # they recover differently
+    """All schedules that the search evaluates within `limit_ms`; over all latencies where that is None.
+
+    `every_end`: the best with each number of tokens at the end, too, for recovery to choose from.
+    """
 
     def make(path: Path) -> None:
         search = Search(

@@ -34,6 +34,13 @@ def timing() -> Iterator[None]:
 
 
 @contextmanager
+def clocks_turn() -> Iterator[None]:
+    """Change the clocks of this machine while no other process has changed them: each restores what it found."""
+    with _locked("clocks", fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
 def _locked(name: str, kind: int) -> Iterator[None]:
     """Hold a lock of this user; without a folder that takes it, a warning says what may go wrong."""
     with ExitStack() as stack:
@@ -41,17 +48,17 @@ def _locked(name: str, kind: int) -> Iterator[None]:
             path = Path(tempfile.gettempdir(), f"edgeprune-{os.getuid()}-{name}.lock")
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
             stack.callback(os.close, handle)
-            _wait(handle, kind)
+            _wait(handle, kind, path)
         except OSError as error:
             _warn(error.strerror or str(error))
         yield
 
 
-def _wait(handle: int, kind: int) -> None:
+def _wait(handle: int, kind: int, path: Path) -> None:
     try:
         fcntl.flock(handle, kind | fcntl.LOCK_NB)
     except BlockingIOError:
-        log.info("waiting for another edgeprune that uses this machine")
+        log.info("waiting for another edgeprune that measures on this machine (`fuser -v %s` shows it)", path)
         fcntl.flock(handle, kind)
 
 

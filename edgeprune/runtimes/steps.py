@@ -29,7 +29,7 @@ LABELS = {  # of the steps in log lines
     "engine": "compiling the engine",
     "latency": "timing engines",
     "logits": "evaluating images",
-    "trial": "recovering for a while",
+    "trial": "recovery trial",
     "recovered": "recovering accuracy",
 }
 

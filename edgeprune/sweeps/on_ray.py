@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from edgeprune.defaults import CALIB
 from edgeprune.distributed.cluster import Cluster, on_node, ray_module
 from edgeprune.errors import HostError
-from edgeprune.pipeline.context import Options
 from edgeprune.sweeps.plan import HERE, Job
 from edgeprune.sweeps.run import Outcome, Watch, outcome_of, words
 
@@ -64,7 +64,7 @@ class Boards:
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster, self.ray = cluster, ray_module()
-        self.calib = Options.calib.resolve()
+        self.calib = CALIB.resolve()
 
     def run(self, boards: Mapping[str, Sequence[Job]], work: Path, out: Path, watch: Watch) -> Iterator[Outcome]:
         """As in run.Executor."""

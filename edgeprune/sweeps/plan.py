@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
@@ -144,7 +145,8 @@ def jobs_of(path: Path) -> tuple[Job, ...]:
                     )
                 )
     if len({job.name for job in jobs}) < len(jobs):
-        raise InputError(f"{path}: a model, device or goal appears twice: remove one of the two")
+        twice = next(name for name, count in Counter(job.name for job in jobs).items() if count > 1)
+        raise InputError(f"{path}: {twice} appears twice: remove one of the two, or rename a device's file")
     return tuple(jobs)
 
 

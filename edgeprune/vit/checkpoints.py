@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOADING = {  # options of timm.create_model that load something, which a config.json must not
+    "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path", "cache_dir", "scriptable",
+    "exportable", "no_jit",
+}  # fmt: skip
 # Tensors that only a checkpoint has, tensors that only timm's default model has, and the options that they show.
 SHOWN: tuple[tuple[set[str], set[str], dict[str, Any]], ...] = (
     ({"fc_norm"}, {"norm"}, {"global_pool": "avg", "fc_norm": True}),
@@ -123,7 +127,8 @@ def described_by(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     options: dict[str, Any] = {"img_size": tuple(size[1:])} if isinstance(size, list) and len(size) == 3 else {}
     if config.get("global_pool"):
         options["global_pool"] = config["global_pool"]
-    return {"pretrained_cfg_overlay": own} | options | (args if isinstance(args, dict) else {})
+    shape = {key: value for key, value in args.items() if key not in LOADING} if isinstance(args, dict) else {}
+    return {"pretrained_cfg_overlay": own} | options | shape
 
 
 def shown_by(state: Mapping[str, Tensor], name: str, options: dict[str, Any], headless: bool) -> dict[str, Any]:

@@ -135,7 +135,9 @@ def _source_of(
         found = hugging_face.read(Path(model), weights == "random", image_size)
         name, task = Path(model).resolve().name, "classify" if found.classifies else "embed"
         return _Source(found.module, name, model, found.state, found.data, found.labels, task)
-    weights, name = weights or ("embedded" if model == zoo.EMBEDDED else "pretrained"), _short_name(model)
+    weights, name = weights or "pretrained", _short_name(model)
+    if model == zoo.EMBEDDED and weights == "pretrained":
+        weights = "embedded"
     if weights == "embedded" and model != zoo.EMBEDDED:
         raise WeightsError(f"only {zoo.EMBEDDED} has embedded weights: pass --weights FILE or pretrained")
     state: dict[str, Tensor] | None = None

@@ -26,6 +26,7 @@ from edgeprune.runtimes import (
     cuda_graph_of,
     runtime_for,
 )
+from edgeprune.runtimes.quiet import clocks_turn
 from edgeprune.runtimes.remote import protocol
 from edgeprune.runtimes.remote.busy import machine
 from edgeprune.version import __version__
@@ -106,6 +107,7 @@ class Worker:
                 folder.mkdir(parents=True, exist_ok=True)
         self.runtime = runtime_for(request.device)
         if request.lock_clocks:
+            self.stack.enter_context(clocks_turn())
             self.stack.enter_context(locked_clocks(request.device))
         self.setup = self.runtime.setup(request.device, request.precision, request.batch)
         return protocol.Ready(self.setup, self.runtime.suffix, self.runtime.parity, self.runtime.free_bytes())
