@@ -42,10 +42,12 @@ def main() -> None:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         sys.exit(1)
     except OSError as error:
-        if error.filename is None or error.strerror is None:  # not about a file
+        full = error.errno == errno.ENOSPC
+        if not full and (error.filename is None or error.strerror is None):  # not about a file
             raise
-        advice = "free some space" if error.errno == errno.ENOSPC else "check the path and its permissions"
-        typer.echo(f"error: {error.filename}: {error.strerror}: {advice}", err=True)
+        where = "" if error.filename is None else f"{error.filename}: "
+        advice = "free some space" if full else "check the path and its permissions"
+        typer.echo(f"error: {where}{error.strerror}: {advice}", err=True)
         sys.exit(1)
     except SystemExit as end:
         if end.code == 130:  # Ctrl-C, as Typer reports it

@@ -399,7 +399,7 @@ def test_staircase_that_is_none(content: bytes, tmp_path: Path, fails: Callable[
     ("error", "line"),
     [
         (PermissionError(13, "Permission denied", "x.png"), "x.png: Permission denied: check the path and its perm"),
-        (OSError(28, "No space left on device"), "error: No space left on device: check the path"),
+        (OSError(28, "No space left on device"), "error: No space left on device: free some space"),
         (BrokenPipeError(32, "Broken pipe"), None),
         (ConnectionResetError(104, "Connection reset by peer"), None),
         (OSError("of another kind"), None),

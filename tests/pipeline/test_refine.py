@@ -325,3 +325,6 @@ def test_rivals_end_with_other_numbers_of_tokens_and_meet_the_goal(run: Refining
 def test_without_recovery_or_a_latency_goal_there_are_no_rivals(run: Refining) -> None:
     assert run(Goal(speedup=1.5)).refined.rivals == ()
     assert run(Goal(alpha=0.5), recovery=True).refined.rivals == ()
+    assert run(Goal(speedup=1.5), recovery=True, neighbours=0).refined.rivals == ()
+    unpruned = run(Goal(budget_ms=1000.0), recovery=True).refined
+    assert not unpruned.schedule.cuts and unpruned.rivals == () and len(unpruned.measured) == 1

@@ -62,6 +62,14 @@ def test_a_config_beside_the_weights_is_honoured(options: Any, config: Any, tmp_
     same(found, module)
 
 
+def test_a_config_loads_nothing(tmp_path: Path) -> None:
+    """A checkpoint_path would be unpickled by older versions of timm."""
+    (tmp_path / "x.pth").write_bytes(b"not a checkpoint")
+    loads = {"checkpoint_path": str(tmp_path / "x.pth"), "pretrained": True, "img_size": 96}
+    found = load_model(NAME, saved(tmp_path, made(img_size=96), model_args=loads))
+    assert found.vit.image_px == 96
+
+
 def test_a_config_of_another_model_gives_preprocessing_alone(tmp_path: Path) -> None:
     config = {
         "architecture": "vit_tiny_patch16_224",
