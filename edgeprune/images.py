@@ -131,8 +131,8 @@ def labelled_for(found: ImageSet, model: str, classes: int, names: Sequence[str]
     if labels is None:
         return found
     if folders is not None and len(folders) != classes and len(used := sorted({*labels})) < len(folders):
-        found = ImageSet(found.paths, tuple(map(used.index, labels)), tuple(folders[label] for label in used))
-        labels, folders = found.labels, found.class_names  # empty folders are no classes
+        labels, folders = tuple(map(used.index, labels)), tuple(folders[label] for label in used)
+        found = ImageSet(found.paths, labels, folders)  # empty folders are no classes
     if folders is not None and names is not None and set(folders) <= set(names):
         return replace(found, labels=tuple(names.index(folders[label]) for label in labels))
     if folders is not None and (why := _no_numbers(folders, model, classes, names or ())):
