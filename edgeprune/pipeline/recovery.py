@@ -17,7 +17,7 @@ from edgeprune.tasks import BY_NAME
 
 if TYPE_CHECKING:
     from edgeprune.vit.models import Model
-    from edgeprune.vit.recovery import Recovered as Tuned
+    from edgeprune.vit.recovery import Tuned
 
 log = logging.getLogger(__name__)
 
@@ -38,24 +38,24 @@ def recover_best(
     another eighth, until one is left, which is tuned to the end: at most twice the time of one schedule. `layers`
     gives what will be INT8. Raises as `recover`.
     """
-    runs, share = [_Run(context, schedule, layers(schedule)) for schedule in schedules], 0
-    while len(runs) > 1:
+    rivals, share = [_Rival(context, schedule, layers(schedule)) for schedule in schedules], 0
+    while len(rivals) > 1:
         share += 1
         losses = {}
-        for number, run in enumerate(runs, 1):
-            losses[run] = run.loss_after(share)
+        for number, rival in enumerate(rivals, 1):
+            losses[rival] = rival.loss_after(share)
             log.info(
                 "recovery: schedule %d of %d, with %d tokens at the end: %s %.3g",
-                number, len(runs), run.schedule.tokens[-1], BY_NAME[context.model.task].loss_name, losses[run],
+                number, len(rivals), rival.schedule.tokens[-1], BY_NAME[context.model.task].loss_name, losses[rival],
             )  # fmt: skip
-        runs.sort(key=lambda run: losses[run])
-        half = max(1, len(runs) // 2)
-        for run in runs[half:]:
-            run.checkpoint.unlink(missing_ok=True)
-        runs = runs[:half]
-    found = recover(context, runs[0].schedule, runs[0].int8)
-    runs[0].checkpoint.unlink(missing_ok=True)  # where its weights were known already
-    return runs[0].schedule, found
+        rivals.sort(key=lambda rival: losses[rival])
+        half = max(1, len(rivals) // 2)
+        for rival in rivals[half:]:
+            rival.checkpoint.unlink(missing_ok=True)
+        rivals = rivals[:half]
+    found = recover(context, rivals[0].schedule, rivals[0].int8)
+    rivals[0].checkpoint.unlink(missing_ok=True)  # where its weights were known already
+    return rivals[0].schedule, found
 
 
 def recover(context: Context, schedule: Schedule, int8: Sequence[Int8Layer] = ()) -> Recovered | None:
@@ -69,7 +69,7 @@ def recover(context: Context, schedule: Schedule, int8: Sequence[Int8Layer] = ()
     if not schedule.cuts:
         log.warning("this schedule removes no tokens, so nothing is recovered: choose a faster goal to use --recover")
         return None
-    run = _Run(context, schedule, int8)
+    run = _Rival(context, schedule, int8)
 
     def make(path: Path) -> None:
         found = run.tuned()
@@ -82,8 +82,8 @@ def recover(context: Context, schedule: Schedule, int8: Sequence[Int8Layer] = ()
     return found
 
 
-class _Run:
-    """The recovery of one schedule; another of the same continues it."""
+class _Rival:
+    """A schedule and its recovery; another object for the same schedule continues it."""
 
     def __init__(self, context: Context, schedule: Schedule, int8: Sequence[Int8Layer]) -> None:
         from edgeprune.vit.recovery import Recipe

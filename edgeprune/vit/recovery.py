@@ -67,7 +67,7 @@ class Recipe:
         return {**asdict(self), "trained_on": device().type}
 
 
-class Recovered(NamedTuple):
+class Tuned(NamedTuple):
     """A pruned model with the best weights, on the CPU, and how they came about."""
 
     module: PrunedViT
@@ -90,7 +90,7 @@ def recovered(
     int8: Sequence[Int8Layer] = (),
     outputs: Outputs = outputs_of,
     until: int | None = None,
-) -> Recovered:
+) -> Tuned:
     """Self-distillation: `pruned` with weights with which it answers most like the unpruned model.
 
     pixels: (images, P, P, 3). The loss is the KL divergence from the unpruned model's class probabilities for the
@@ -205,7 +205,7 @@ class _Run:
             state.best, state.best_epoch = {name: value.clone() for name, value in best.items()}, state.epoch + 1
         state.curve.append(loss)
 
-    def finished(self) -> Recovered:
+    def finished(self) -> Tuned:
         """The module with the best weights."""
         state, kl = self.state, self.task == "classify"
         self.student.load_state_dict(state.best)
@@ -223,7 +223,7 @@ class _Run:
             seed=self.recipe.seed,
             weights_sha256=weights_sha256(self.student.model),
         )
-        return Recovered(self.student, record)
+        return Tuned(self.student, record)
 
     def answers(self, module: PrunedViT) -> Tensor:
         """Outputs (images, values) on the held-out pictures."""

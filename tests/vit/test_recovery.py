@@ -48,12 +48,12 @@ def pictures(count: int = 48) -> NDArray[np.uint8]:
     return load_pixels(load_images(zoo.images_dir() / "labels.csv").paths[:count], digits_model().preprocessing)
 
 
-def run(recipe: Recipe = QUICK, **options: Any) -> recovery.Recovered:
+def run(recipe: Recipe = QUICK, **options: Any) -> recovery.Tuned:
     model = digits_model()
     return recovered(pruned_module(model, "topk", TOKENS), pictures(), model.preprocessing, recipe, **options)
 
 
-def same(one: recovery.Recovered, other: recovery.Recovered) -> bool:
+def same(one: recovery.Tuned, other: recovery.Tuned) -> bool:
     """Equal records, which name the hash of the weights."""
     return one.record == other.record
 
