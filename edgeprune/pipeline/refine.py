@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 CORRECTIONS = 2  # times that solving is repeated for a schedule whose measured latency misses the goal
 RIVALS = 6  # schedules, the best one included, that recovery may choose from
+WORST = 1.5  # loss of such a schedule before recovery, compared with the best one
 
 
 class Refined(NamedTuple):
@@ -100,6 +101,8 @@ def ending_differently(
     scale = best.measured.latency.median_ms / best.fidelity.predicted_ms
     found: dict[int, Candidate] = {}
     for candidate in sorted(candidates, key=lambda c: (c.loss, c.tokens)):
+        if candidate.loss > WORST * best.fidelity.loss:
+            break
         if candidate.predicted_ms * scale <= limit_ms and candidate.tokens[-1] != schedule.tokens[-1]:
             found.setdefault(candidate.tokens[-1], candidate)
     return [
