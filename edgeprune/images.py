@@ -76,9 +76,9 @@ def calibration_indices(images: int) -> NDArray[np.int64]:
 def load_images(source: Path, option: str = "--images", anywhere: bool = False) -> ImageSet:
     """A CSV `image[,label]`, a folder of class folders, or a folder of loose pictures.
 
-    Class folders are numbered in sorted order of their names; those without pictures, and those that cannot be read,
-    do not count. `option` is named in the advice of an error. The pictures of a CSV are in its folder, or, with
-    `anywhere`, at any path. Raises ImageError.
+    Class folders are numbered in sorted order of their names; those that cannot be read do not count. `option` is
+    named in the advice of an error. The pictures of a CSV are in its folder, or, with `anywhere`, at any path. Raises
+    ImageError.
     """
     if os.path.isfile(source):  # unlike Path's own, False for a name that is too long
         return ImageSet(*pictures_of_csv(source, anywhere), None)

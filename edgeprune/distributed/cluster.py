@@ -8,9 +8,13 @@ import socket
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from edgeprune.errors import EdgepruneError, HostError, InputError, MissingError, install
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
@@ -162,6 +166,11 @@ def difference(own: Mapping[str, str], found: Mapping[str, str]) -> str | None:
         if found[name] != own[name]:
             return f"{name} {found[name]}, not {own[name]}"
     return f"other sources of edgeprune {own['edgeprune']}" if found["code"] != own["code"] else None
+
+
+def stored(pixels: NDArray[np.uint8], step: int) -> list[Any]:
+    """Pictures (images, H, W, 3) in Ray's object store, as blocks of `step`, which tasks get by reference."""
+    return [ray_module().put(pixels[start : start + step]) for start in range(0, len(pixels), step)]
 
 
 def received(answers: Sequence[Any]) -> list[Any]:

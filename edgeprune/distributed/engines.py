@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgeprune.distributed import cluster
 from edgeprune.distributed.cluster import ray_module, received
 from edgeprune.onnx_graph.graph import weights_of
 from edgeprune.onnx_graph.onnx_runtime import threads
@@ -42,8 +43,7 @@ def can_spread(target: Target) -> bool:
 
 def stored(pixels: NDArray[np.uint8], batch: int) -> list[Any]:
     """Pictures (images, H, W, 3) in Ray's object store, as blocks of whole batches for `spread_logits`."""
-    step = -(-LEAST // batch) * batch
-    return [ray_module().put(pixels[start : start + step]) for start in range(0, len(pixels), step)]
+    return cluster.stored(pixels, -(-LEAST // batch) * batch)
 
 
 def spread_logits(target: Target, file: Path, blocks: Sequence[Any], how: Preprocessing) -> NDArray[np.float32]:

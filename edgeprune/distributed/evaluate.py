@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from edgeprune.distributed.cluster import ray_module, received
+from edgeprune.distributed.cluster import ray_module, received, stored
 from edgeprune.io import key_of
 from edgeprune.records import Fidelity, Preprocessing, Progress, silent
 from edgeprune.runtimes.quiet import evaluating
@@ -54,7 +54,7 @@ class SpreadEvaluator:
         self._key = key_of(model.vit, model.preprocessing, model.task, method, prefix_last)
         self._how = (method, prefix_last)
         self._model = self.ray.put(packed(model, self.ray.cloudpickle.Pickler))
-        self._blocks = [self.ray.put(pixels[start : start + BLOCK]) for start in range(0, len(pixels), BLOCK)]
+        self._blocks = stored(pixels, BLOCK)
         self._remote = self.ray.remote(num_cpus=1, max_retries=-1)(evaluate)
         dense = (model.vit.tokens,) * model.vit.depth
         [(_, self.dense_logits)] = self.logits([(dense, dense)])
@@ -130,8 +130,7 @@ class SpreadOutputs:
         from edgeprune.vit.packing import packed
 
         if pixels is not self._pixels:
-            self._pixels = pixels
-            self._blocks = [self.ray.put(pixels[start : start + BLOCK]) for start in range(0, len(pixels), BLOCK)]
+            self._pixels, self._blocks = pixels, stored(pixels, BLOCK)
         model = self.ray.put(packed(pruned, self.ray.cloudpickle.Pickler))
         return np.concatenate(received([self._remote.remote([model], block, how) for block in self._blocks]))
 

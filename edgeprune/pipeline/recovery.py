@@ -53,9 +53,7 @@ def recover_best(
         for rival in rivals[half:]:
             rival.checkpoint.unlink(missing_ok=True)
         rivals = rivals[:half]
-    found = recover(context, rivals[0].schedule, rivals[0].int8)
-    rivals[0].checkpoint.unlink(missing_ok=True)  # where its weights were known already
-    return rivals[0].schedule, found
+    return rivals[0].schedule, recover(context, rivals[0].schedule, rivals[0].int8)
 
 
 def recover(context: Context, schedule: Schedule, int8: Sequence[Int8Layer] = ()) -> Recovered | None:
@@ -74,9 +72,9 @@ def recover(context: Context, schedule: Schedule, int8: Sequence[Int8Layer] = ()
     def make(path: Path) -> None:
         found = run.tuned()
         save_recovered(found.module.model, found.record, path)
-        run.checkpoint.unlink(missing_ok=True)
 
     path = context.target.work.step("recovered", ".safetensors", run.parts, make)
+    run.checkpoint.unlink(missing_ok=True)
     found = Recovered(*load_recovered(context.model, path))
     tell(found.record)
     return found
