@@ -18,6 +18,8 @@ from edgeprune.runtimes.kernel_times import latency_ms
 from edgeprune.runtimes.simulated import operations_of_ends, operations_of_trunk
 
 LAUNCH_A100_US = 1.5  # as in devices/h100.toml
+# 5.4 TB/s on 108 SMs at 1410 MHz: github.com/te42kyfo/gpu-benches, gpu-l2-cache/a100_80.txt, commit 3088b33
+L2_A100 = 35.5
 
 
 ONNXSIM = "onnxsim"  # github.com/onnxsim/onnxsim, scripts/nvidia/README.md, commit 5208cea
@@ -77,8 +79,9 @@ def boards() -> tuple[Device, Device, Device]:
     before = msgspec.structs.replace(nano, name="orin-nano, 625 MHz", simulation=slower)
     rates = {"fp32": 64, "tf32": 512, "fp16": 1024, "int8": 2048}  # "NVIDIA A100 Tensor Core GPU" data sheet, dense
     figures = Simulation(
-        clock_mhz=1410, fma_per_clock_per_sm=rates, bandwidth_gb_per_s=1555, launch_us=LAUNCH_A100_US
-    )
+        clock_mhz=1410, fma_per_clock_per_sm=rates, bandwidth_gb_per_s=1555, launch_us=LAUNCH_A100_US,
+        l2_bytes_per_clock_per_sm=L2_A100,
+    )  # fmt: skip
     a100 = Device(
         name="a100", title="NVIDIA A100", runtime="trt", compute_capability="8.0", sm_count=108, simulation=figures
     )

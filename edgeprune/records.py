@@ -39,6 +39,8 @@ class Simulation(Record, frozen=True, kw_only=True):
     fma_per_clock_per_sm: dict[str, int]  # by precision: fp32, tf32 (only for comparisons), fp16, int8, fp8
     bandwidth_gb_per_s: float
     launch_us: float  # of each kernel, in a CUDA graph
+    # While all SMs read; one alone takes 64 ("NVIDIA A100 Tensor Core GPU Architecture" whitepaper)
+    l2_bytes_per_clock_per_sm: float = 64
 
 
 class TrtOptions(Record, frozen=True, kw_only=True):

@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 MAX_TOML_BYTES = 64 << 10
 DEVICE_TREE = Path("/proc/device-tree/model")
 CPUINFO = Path("/proc/cpuinfo")
-SIMULATION_FIGURES = ("clock_mhz", "bandwidth_gb_per_s", "launch_us")
+SIMULATION_FIGURES = ("clock_mhz", "bandwidth_gb_per_s", "launch_us", "l2_bytes_per_clock_per_sm")
 NVIDIA_SMI, LIBCUDA = "nvidia-smi", "libcuda.so.1"
 UNMASKED = "docker run --security-opt systempaths=unconfined"  # shows /proc/device-tree in a container
 

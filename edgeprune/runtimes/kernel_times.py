@@ -6,20 +6,20 @@ of TILES and SPLITS:
 
     tiles      = ceil(rows / tile_rows) · ceil(cols / tile_cols) · count
     waves      = ceil(tiles · split / sm_count)
-    step       = tile_rows · tile_cols / (fma_per_clock · ISSUED) + (tile_rows + tile_cols) · bytes / LOAD
+    step       = tile_rows · tile_cols / (fma_per_clock · ISSUED) + (tile_rows + tile_cols) · bytes / load
     clocks     = waves · (K · step + WAVE)
     compute_us = clocks / clock_mhz
     memory_us  = bytes of both operands and the output / (bandwidth · REACHED)
     time_us    = launch_us + max(compute_us, memory_us), and for split > 1 launch_us + the partial sums' memory_us
 
-K is the inner dimension over `split`, in whole steps of SLICE. Rows are counted in whole tiles for memory, too.
+`load` is what the L2 cache gives one SM per clock. K is the inner dimension over `split`, in whole steps of SLICE. Rows are counted in whole tiles for memory, too.
 Fused attention has one tile per QUERIES queries and head, which passes over all keys, with one exponential for each
 pair of query and key. An elementwise kernel takes launch_us plus its memory_us, with rows in whole groups of ROWS.
 There are no caches, no overlap of kernels and no limit by power.
 
 ISSUED, WAVE and REACHED were set by hand to suit four published latencies of an Orin Nano; launch_us is an
 assumption, TILES, SPLITS and ROWS are simplifications. docs/benchmarks.md, "Simulated against published latencies",
-says how far off it is: within 25 % for an Orin Nano, up to 57 % too fast for an A100.
+says how far off it is: within 25 % for an Orin Nano, and for an A100 but for ViT-B in fp16 at batch 1.
 
 Sources: NVIDIA, "Matrix Multiplication Background User's Guide" (tiles, waves, split-K); arXiv 2407.05941 on the tail
 effect behind token pruning.
@@ -40,7 +40,6 @@ BYTES = {"fp32": 4, "tf32": 4, "fp16": 2, "int8": 1, "fp8": 1}
 TILES = ((32, 64), (64, 32), (64, 64), (64, 128), (128, 64), (128, 128), (64, 256), (256, 64), (128, 256), (256, 128))
 SPLITS = (1, 2, 4, 8)  # blocks that share the inner dimension of one tile
 SLICE = 32  # inner elements per step of a block's main loop
-LOAD = 64  # bytes per clock from the L2 cache to one SM ("NVIDIA A100 Tensor Core GPU Architecture" whitepaper)
 EXPONENTIALS = 16  # per clock and SM ("CUDA C++ Programming Guide", arithmetic throughput of special functions)
 QUERIES = 64  # of one tile of fused attention; keys are taken in steps of this number, too
 WAVE = 1500  # clocks per wave before the main loop and after it
@@ -84,7 +83,7 @@ class _Gpu:
 
     def __init__(self, device: Device, precision: str) -> None:
         self.model, self.sm_count = model_of(device, precision)
-        rates = self.model.fma_per_clock_per_sm
+        rates, self.load = self.model.fma_per_clock_per_sm, self.model.l2_bytes_per_clock_per_sm
         self.linear = precision  # of linear layers in blocks
         self.other = "fp16" if BYTES[precision] == 1 and "fp16" in rates else precision
         self.fuses = self.other == "fp16" and devices.has_capability(device.compute_capability, FUSES_FROM)
@@ -110,7 +109,7 @@ class _Gpu:
         best = float("inf")
         for tile_rows, tile_cols in TILES:
             down, across = ceil(matmul.rows / tile_rows), ceil(matmul.cols / tile_cols)
-            clocks = tile_rows * tile_cols / (rate * ISSUED) + (tile_rows + tile_cols) * size / LOAD
+            clocks = tile_rows * tile_cols / (rate * ISSUED) + (tile_rows + tile_cols) * size / self.load
             values = down * tile_rows * (matmul.inner + matmul.cols) + matmul.inner * matmul.cols
             memory_us = self._memory_us(values * matmul.count * size)
             sums_us = self._memory_us(2 * 4 * down * tile_rows * matmul.cols * matmul.count)  # fp32, write and read
@@ -127,7 +126,7 @@ class _Gpu:
         down = ceil(attention.queries / QUERIES)
         waves = ceil(down * attention.count / self.sm_count)
         clocks = 2 * QUERIES * keys * attention.dim / (rate * ISSUED) + QUERIES * keys / EXPONENTIALS
-        clocks += 2 * (QUERIES + keys) * attention.dim * size / LOAD
+        clocks += 2 * (QUERIES + keys) * attention.dim * size / self.load
         values = 2 * (down * QUERIES + keys) * attention.dim * attention.count
         return max(waves * (clocks + WAVE) / self.model.clock_mhz, self._memory_us(values * size))
 
