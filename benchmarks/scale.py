@@ -23,7 +23,7 @@ import numpy as np
 
 from edgeprune import zoo
 from edgeprune.distributed.cluster import connected
-from edgeprune.distributed.evaluate import BLOCK, GROUP, SpreadEvaluator
+from edgeprune.distributed.evaluate import BLOCK, GROUP, SpreadEvaluator, group_size
 from edgeprune.images import load_images, load_pixels
 from edgeprune.scheduling.goals import single_cut
 
@@ -129,7 +129,8 @@ def main() -> None:
             overheads.append(found["task_overhead_s"])
             same &= bool(np.array_equal(alone["rows"], found["rows"]))
     middle = {name: median(values) for name, values in seconds.items()}
-    tasks = ceil(len(pixels) / BLOCK) * ceil(len(schedules) / GROUP)
+    blocks = ceil(len(pixels) / BLOCK)
+    tasks = blocks * ceil(len(schedules) / group_size(len(schedules), blocks, 1))  # with one worker
     sent = {
         "weights_bytes": float(sum(array.nbytes for array in packed(model).arrays)),
         "picture_bytes": pixels[0].nbytes,

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from edgeprune.vit.pruned import PrunedViT
 
 BLOCK = 32  # pictures of a task; a multiple of vit.fidelity.CHUNK, so that chunks are those of one process
-GROUP = 8  # schedules of a task: they share the activations of their base
+GROUP = 8  # schedules of a task, at most: they share the activations of their base
+TASKS = 4  # for each CPU, at least, where there are schedules enough: at the end a CPU waits for one of another's
 AHEAD = 3  # tasks in flight for each CPU of the cluster
 KEPT = 2  # evaluators that a worker keeps: each holds the activations of one block of pictures
 
@@ -33,9 +34,9 @@ Pairs = Sequence[tuple[Tokens, Tokens]]  # schedules, each with the base whose a
 class SpreadEvaluator:
     """Fidelity of schedules of one model and method on fixed images, as vit.fidelity.Evaluator.
 
-    Weights and pictures go to Ray's object store once, and from there once to each node. A task evaluates GROUP
-    schedules on BLOCK pictures; its rows are put together in the order of the pictures, and the figures are computed
-    here. A task whose node is lost runs again elsewhere. Needs a connection to Ray.
+    Weights and pictures go to Ray's object store once, and from there once to each node. A task evaluates up
+    to GROUP schedules on BLOCK pictures; its rows are put together in the order of the pictures, and the figures are
+    computed here. A task whose node is lost runs again elsewhere. Needs a connection to Ray.
     """
 
     def __init__(
@@ -68,8 +69,10 @@ class SpreadEvaluator:
 
     def logits(self, schedules: Pairs) -> Iterator[tuple[Tokens, NDArray[np.float32]]]:
         """Schedules with their logits (images, classes), in order. Raises HostError, EdgepruneError."""
-        groups = deque(schedules[start : start + GROUP] for start in range(0, len(schedules), GROUP))
-        most = AHEAD * max(int(self.ray.cluster_resources().get("CPU", 1)), 1)
+        cpus = max(int(self.ray.cluster_resources().get("CPU", 1)), 1)
+        size = group_size(len(schedules), len(self._blocks), cpus)
+        groups = deque(schedules[start : start + size] for start in range(0, len(schedules), size))
+        most = AHEAD * cpus
         sent: deque[tuple[Pairs, list[Any]]] = deque()
         try:
             while groups or sent:
@@ -85,6 +88,11 @@ class SpreadEvaluator:
 
     def _send(self, block: int, group: Pairs) -> Any:
         return self._remote.remote(f"{self._key}-{block}", [self._model], self._blocks[block], *self._how, group)
+
+
+def group_size(schedules: int, blocks: int, cpus: int) -> int:
+    """Schedules of a task, for so many schedules, blocks of pictures, and CPUs."""
+    return max(1, min(GROUP, schedules * blocks // (TASKS * cpus)))
 
 
 _evaluators: dict[str, Evaluator] = {}  # of this worker, the one used last at the end

@@ -243,6 +243,15 @@ def test_bits_are_those_of_one_process(joined: Any, evaluation: Any, alone: Any)
     np.testing.assert_array_equal(logits, evaluator.logits(WHOLE[0][0]))
 
 
+@pytest.mark.parametrize(
+    ("schedules", "blocks", "cpus", "size"), [(64, 2, 2, 8), (32, 1, 2, 4), (3, 1, 2, 1), (200, 4, 64, 3)]
+)
+def test_every_cpu_gets_several_tasks(schedules: int, blocks: int, cpus: int, size: int) -> None:
+    from edgeprune.distributed.evaluate import group_size
+
+    assert group_size(schedules, blocks, cpus) == size
+
+
 def test_recovery_is_that_of_one_process(joined: Any, evaluation: Any) -> None:
     from edgeprune.distributed.evaluate import SpreadOutputs
     from edgeprune.vit.fidelity import pruned_module

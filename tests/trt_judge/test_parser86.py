@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,9 +22,31 @@ from support.trt_files import PRECISIONS, controls, converted, every
 
 from edgeprune.onnx_graph.graph import onnx_precision_of
 from edgeprune.onnx_graph.int8 import int8
+from edgeprune.onnx_graph.precision import onnx_precision
+from edgeprune.onnx_graph.value_types import computed_in
+from edgeprune.runtimes.trt_layers import keep_islands
 
 # Of 8.6 on any model of ours, and without effect: shapes and indices are INT64 in ONNX.
 KNOWN = ("generated with INT64 weights", "outside the range of INT32 was clamped")
+
+
+UNTYPED = ("Constant", "Cast", "Quantize", "Dequantize")  # kinds that take no type from the builder
+TRT86 = SimpleNamespace(
+    BuilderFlag=SimpleNamespace(OBEY_PRECISION_CONSTRAINTS="obey"),
+    DataType=SimpleNamespace(FLOAT="FLOAT", HALF="HALF"),
+    LayerType=SimpleNamespace(**{kind.upper(): kind for kind in UNTYPED}),
+)
+
+
+def as_binding(row: dict[str, Any]) -> SimpleNamespace:
+    """A layer that the parser added, as TensorRT's Python API shows it."""
+    outputs = [SimpleNamespace(name=name, dtype=kind) for name, _, kind in row["outputs"]]
+    inputs = [SimpleNamespace(dtype=kind) for kind in row["inputs"]]
+    return SimpleNamespace(
+        type=row["type"], precision=None, num_inputs=len(inputs), num_outputs=len(outputs),
+        get_input=inputs.__getitem__, get_output=outputs.__getitem__, set_output_type=lambda i, kind: None,
+        kinds=[output.dtype for output in outputs], ends=row["inputs"],
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +91,25 @@ def test_every_file_is_taken(
         assert types["TopK"] == {"FLOAT"}
     if precision != "fp32":
         assert "HALF" in types["SoftMax"] and types["Convolution"] == {"HALF"}
+
+
+@every([onnx_precision(name, "trt") for name in ("fp16", "int8")])
+def test_fp32_islands_are_constrained(
+    method: str, prefix_last: bool, batch: int, precision: str,
+    network: Callable[..., onnx.ModelProto], parser: Path, tmp_path: Path,
+) -> None:  # fmt: skip
+    """8.6 types weakly: of the layers that its parser adds, those that give fp32 are fixed to it, and no others."""
+    model = network(method, prefix_last, batch, precision)
+    rows = verdict(model, parser, tmp_path / "model.onnx")["layers"]
+    layers, config = [as_binding(row) for row in rows], SimpleNamespace(set_flag=set().add)
+    asked = SimpleNamespace(num_layers=len(layers), get_layer=layers.__getitem__)
+    count = keep_islands(TRT86, asked, config, computed_in(model))
+    fixed = [layer for layer in layers if layer.precision]
+    assert len(fixed) == count > 0 and {layer.precision for layer in fixed} == {"FLOAT"}
+    floats = [layer for layer in layers if "FLOAT" in layer.kinds and layer.type not in UNTYPED]
+    assert all(layer.precision for layer in floats), [layer.type for layer in floats if not layer.precision]
+    halves = [layer for layer in layers if layer.kinds == ["HALF"] and "FLOAT" not in layer.ends]
+    assert halves and not any(layer.precision for layer in halves)
 
 
 @pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "fp8"])

@@ -73,10 +73,12 @@ def judge(folder: Path, path: Path) -> dict[str, Any]:
         try:
             made = zip(layer.made, layer.outputs(), strict=True)
             outputs = [[tensor.name, list(dims), DTYPES[dtype]] for tensor, (dims, dtype) in made]
+            inputs = [DTYPES[tensor.dtype] for tensor in layer.inputs if tensor is not None]
         except Exception as error:  # of the stand-in, whatever it is: no verdict
             network.failures.append(str(error))
             continue
-        rows.append({"name": layer.name, "type": layer.kind, "detail": detail(layer), "outputs": outputs})
+        row = {"name": layer.name, "type": layer.kind, "detail": detail(layer), "inputs": inputs, "outputs": outputs}
+        rows.append(row)
     return {
         "parsed": parsed,
         "errors": parser.errors(),
