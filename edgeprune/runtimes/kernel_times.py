@@ -12,8 +12,8 @@ of TILES and SPLITS:
     memory_us  = bytes of both operands and the output / (bandwidth · REACHED)
     time_us    = launch_us + max(compute_us, memory_us), and for split > 1 launch_us + the partial sums' memory_us
 
-`load` is what the L2 cache gives one SM per clock. K is the inner dimension over `split`, in whole steps of SLICE. Rows
-are counted in whole tiles for memory, too.
+`load` is what the L2 cache gives one SM per clock. K is the inner dimension over `split`, in whole steps of SLICE.
+Rows are counted in whole tiles for memory, too.
 Fused attention has one tile per QUERIES queries and head, which passes over all keys, with one exponential for each
 pair of query and key. An elementwise kernel takes launch_us plus its memory_us, with rows in whole groups of ROWS.
 There are no caches, no overlap of kernels and no limit by power.
