@@ -37,7 +37,7 @@ from edgeprune.vit.export import (
     onnx_of_schedule,
     save_trunk,
     trunk_from_module,
-    weights_of,
+    weight_arrays,
 )
 from edgeprune.vit.fidelity import logits_of_schedule
 from edgeprune.vit.models import Model
@@ -106,7 +106,7 @@ def prepare_latency(
         block = graph_of_block(middle, family, first, rotation)
         for name, part in (("trunk", blocks), ("pair", blocks[vit.depth // 2 - 1 : vit.depth // 2 + 1])):
             if block is not None:
-                chain = partial(chained, block, [weights_of(each) for each in part])
+                chain = partial(chained, block, [weight_arrays(each) for each in part])
                 _export(folder, f"{name}-b{batches[0]}", store, lambda p, c=chain: save_trunk(c(), p))
     for batch in batches:
         stream = torch.zeros(batch, vit.tokens, vit.width)

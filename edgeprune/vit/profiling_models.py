@@ -105,7 +105,7 @@ class _Trunks:
         if self.block is None:
             export.trunk_from_module(Trunk(blocks, self.family, self.rotation), self.stream, path, self.convert)
             return
-        model = chained(self.block, [export.weights_of(each) for each in blocks])
+        model = chained(self.block, [export.weight_arrays(each) for each in blocks])
         export.save_trunk(model if self.convert is None else self.convert(model), path)
 
 

@@ -233,7 +233,7 @@ def test_one_block_repeated_is_the_trunk(tiny: Callable[..., Any], tmp_path: Pat
     assert rotation is not None and rotation.heads == 3
     block = export.graph_of_block(blocks[1], model.family, torch.zeros(2, 17, 48), rotation)
     assert block is not None
-    export.save_trunk(chained(block, [export.weights_of(each) for each in blocks]), tmp_path / "trunk.onnx")
+    export.save_trunk(chained(block, [export.weight_arrays(each) for each in blocks]), tmp_path / "trunk.onnx")
     assert attention_forms(onnx.load(tmp_path / "trunk.onnx")) == [True] * 3
     compare_at_two_counts(tmp_path / "trunk.onnx", Trunk(blocks, model.family, rotation), 1)
 
