@@ -41,10 +41,9 @@ from edgeprune.vit.export import (
 )
 from edgeprune.vit.fidelity import logits_of_schedule
 from edgeprune.vit.models import Model
-from edgeprune.vit.profiling_models import alike
+from edgeprune.vit.profiling_models import alike, rotation_of
 from edgeprune.vit.pruned import CutBlock, Trunk
 from edgeprune.vit.reducers import reducer_named
-from edgeprune.vit.rotary import rotation_of
 from gpu_steps.kit import ABOUT, LATENCY, PARITY, STORE, pruned, ranking_graph, read_json, variant, write_json
 
 PICTURES = 64

@@ -25,9 +25,10 @@ from edgeprune.records import Schedule
 from edgeprune.vit import export
 from edgeprune.vit.families import family_of
 from edgeprune.vit.models import load_model
+from edgeprune.vit.profiling_models import rotation_of
 from edgeprune.vit.pruned import LastBlock, PrunedViT, Trunk, pruned_from_module, step
 from edgeprune.vit.reducers import reducer_named
-from edgeprune.vit.rotary import rotation_of, rows_of
+from edgeprune.vit.rotary import rows_of
 from edgeprune.vit.tokens import Attended, Reduced, Stream
 
 REAL: dict[str, tuple[int, int, dict[str, Any]]] = {  # prefix, tokens, options
