@@ -74,7 +74,7 @@ class Machine:
 
     def opener(self, samples_ms: Sequence[float]) -> Open:
         """A candidate whose times are drawn from these samples."""
-        return lambda: Candidate(self, samples_ms)
+        return lambda: KnownSession(self, samples_ms)
 
     def disturbed(self, ms: float) -> float:
         """A time under the noise: 5 % jitter, and beside it what its name says."""
@@ -92,7 +92,7 @@ class Machine:
         return float(ms)
 
 
-class Candidate:
+class KnownSession:
     """What `interleave` opens and times."""
 
     def __init__(self, machine: Machine, samples_ms: Sequence[float]) -> None:
@@ -107,7 +107,7 @@ class Candidate:
         """Raises AssertionError."""
         raise AssertionError("probing infers nothing")
 
-    def __enter__(self) -> Candidate:
+    def __enter__(self) -> KnownSession:
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import msgspec
 import numpy as np
 
-from edgeprune.records import DenseFidelity, LayerFidelity, Output
+from edgeprune.errors import InputError
+from edgeprune.records import DenseFidelity, LayerFidelity, Output, Vit
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -18,6 +20,16 @@ if TYPE_CHECKING:
 Head = Callable[[Mapping[str, "NDArray[np.float32]"]], "NDArray[np.float32]"]  # of outputs by name, to (images, …)
 LEAST = 1e-12
 AT_ONCE = 16  # pictures at a time: differences are as large as the features themselves
+
+
+def with_layers(vit: Vit, layers: Sequence[int]) -> Vit:
+    """The record of a model with patch features of `layers` as outputs. Raises InputError for one out of range."""
+    if not layers:
+        return vit
+    if not 1 <= min(layers) <= max(layers) <= vit.depth:
+        wrong = min(layers) if min(layers) < 1 else max(layers)
+        raise InputError(f"layer {wrong} is out of range: pass --layers of the blocks 1 to {vit.depth} of {vit.name}")
+    return msgspec.structs.replace(vit, layers=tuple(sorted(set(layers))), prefix_pooled=False)
 
 
 def packed(outputs: Mapping[str, NDArray[np.float32]]) -> NDArray[np.float32]:

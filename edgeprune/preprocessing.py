@@ -27,7 +27,8 @@ def checked(given: Mapping[str, Any]) -> dict[str, Any]:
         if name in ("mean", "std"):
             value = _numbers(value)
             if len(value) != 3 or (name == "std" and min(value) <= 0):
-                raise InputError(f"{name} {given[name]!r}: pass three numbers for red, green and blue")
+                above = ", above 0" if name == "std" else ""
+                raise InputError(f"{name} {given[name]!r}: pass three numbers for red, green and blue{above}")
         if name == "crop_pct" and not 0.05 <= (_numbers([value]) or (0,))[0] <= MOST_CROP_PCT:
             raise InputError(f"crop_pct {value!r} is out of range: pass 0.05 to {MOST_CROP_PCT}")
         found[name] = value

@@ -37,14 +37,13 @@ from edgeprune.vit.export import (
     onnx_of_schedule,
     save_trunk,
     trunk_from_module,
-    weights_of,
+    weight_arrays,
 )
 from edgeprune.vit.fidelity import logits_of_schedule
 from edgeprune.vit.models import Model
-from edgeprune.vit.profiling_models import alike
+from edgeprune.vit.profiling_models import alike, rotation_of
 from edgeprune.vit.pruned import CutBlock, Trunk
 from edgeprune.vit.reducers import reducer_named
-from edgeprune.vit.rotary import rotation_of
 from gpu_steps.kit import ABOUT, LATENCY, PARITY, STORE, pruned, ranking_graph, read_json, variant, write_json
 
 PICTURES = 64
@@ -106,7 +105,7 @@ def prepare_latency(
         block = graph_of_block(middle, family, first, rotation)
         for name, part in (("trunk", blocks), ("pair", blocks[vit.depth // 2 - 1 : vit.depth // 2 + 1])):
             if block is not None:
-                chain = partial(chained, block, [weights_of(each) for each in part])
+                chain = partial(chained, block, [weight_arrays(each) for each in part])
                 _export(folder, f"{name}-b{batches[0]}", store, lambda p, c=chain: save_trunk(c(), p))
     for batch in batches:
         stream = torch.zeros(batch, vit.tokens, vit.width)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -34,6 +34,7 @@ class StoredRow(Stored, frozen=True, kw_only=True, forbid_unknown_fields=False):
 
     bundle: str
     model: str
+    cuda_graph: bool | None = None  # None: not on a GPU, or of an earlier version
 
 
 class StoredPeak(Stored, frozen=True, kw_only=True, forbid_unknown_fields=False):
@@ -82,11 +83,23 @@ def check_comparable(source: Path, bundles: Sequence[tuple[str, str, Setup]], en
         pairs += [(field, getattr(old.setup, field), getattr(setup, field)) for field in Setup.__struct_fields__]
         for field, expected, found in pairs:
             if expected != found:
-                raise InputError(
-                    f"{source}: {name} was measured with {field} {expected!r}, here it is {found!r}: bench under the "
-                    "same setup, or store a new baseline with --out"
-                )
+                raise _other_setup(source, name, field, expected, found)
     return baseline
+
+
+def check_graphs(source: Path, baseline: Baseline, graphs: Mapping[str, bool | None]) -> None:
+    """Raise InputError for a bundle of which only one bench runs as a CUDA graph; `graphs` are of this one."""
+    for row in baseline.rows:
+        here = graphs.get(row.bundle)
+        if None not in (row.cuda_graph, here) and row.cuda_graph != here:
+            raise _other_setup(source, row.bundle, "cuda_graph", row.cuda_graph, here)
+
+
+def _other_setup(source: Path, bundle: str, field: str, expected: object, found: object) -> InputError:
+    return InputError(
+        f"{source}: {bundle} was measured with {field} {expected!r}, here it is {found!r}: bench under the same "
+        "setup, or store a new baseline with --out"
+    )
 
 
 def with_ratios(bench: Bench, baseline: Baseline) -> Bench:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import msgspec
 import numpy as np
 
-from edgeprune.benchmark.baseline import Baseline, check_comparable, drift, with_ratios
+from edgeprune.benchmark.baseline import Baseline, check_comparable, check_graphs, drift, with_ratios
 from edgeprune.benchmark.peak import Gemm, largest_useful
 from edgeprune.benchmark.result import Bench, BenchRow, Peak, Ratio
 from edgeprune.bundles.format import ONNX, load_bundle
@@ -39,10 +39,11 @@ ENERGY_S = 2.0  # at full rate, after a quarter of it for the sensors to follow
 
 
 class Costs(NamedTuple):
-    """What a bundle takes besides time, running alone; None is unknown."""
+    """What a bundle takes besides time, running alone, and whether as a CUDA graph; None is unknown."""
 
     peak_memory_mib: float | None
     energy_per_image_mj: float | None
+    cuda_graph: bool | None
 
 
 def bench_bundles(
@@ -83,19 +84,19 @@ def bench_bundles(
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         gemms = _gemms(candidates, folder, stored, progress)
         costs = [_costs(candidate) for candidate in candidates]
+        if baseline is not None and stored is not None:
+            found = {str(c.path): cost.cuda_graph for c, cost in zip(candidates, costs, strict=True)}
+            check_graphs(baseline, stored, found)
         opened: dict[str, Open] = {
             str(c.path): _with_copies(c.open_engine) if end_to_end else c.open_engine for c in candidates
         }
         opened |= {_name(gemm): gemm.open for gemm in gemms.values()}
         rounds, warmup_ms = (1, 0.0) if noiseless else (rounds, WARMUP_MS)
         what = "timing bundles, round"
-        graphs: dict[str, bool | None] = {}
-        samples = interleave(
-            opened, rounds, progress=progress, what=what, warmup_ms=warmup_ms, stable=not noiseless, graphs=graphs
-        )
+        samples = interleave(opened, rounds, progress=progress, what=what, warmup_ms=warmup_ms, stable=not noiseless)
     peaks = {setup: _peak(gemm, samples[_name(gemm)]) for setup, gemm in gemms.items()}
     rows = [
-        _row(candidate, samples, str(bundles[0]), peaks[_peak_setup(candidate)], cost, graphs)
+        _row(candidate, samples, str(bundles[0]), peaks[_peak_setup(candidate)], cost)
         for candidate, cost in zip(candidates, costs, strict=True)
     ]
     result = Bench(rows=tuple(rows), peaks=tuple(peaks.values()), end_to_end=end_to_end)
@@ -151,9 +152,10 @@ def _costs(candidate: LocalBundle) -> Costs:
         for _ in range(WARMUP):
             session.time_ms()
         on_device = session.memory_bytes() if isinstance(session, OnDevice) else None
+        graph = cuda_graph_of(session)
         energy_mj = None if candidate.setup.simulated else _energy_mj(session, candidate.setup.batch)
     used = resident.bytes if candidate.setup.runtime == "ort-cpu" else on_device
-    return Costs(None if used is None else used / 2**20, energy_mj)
+    return Costs(None if used is None else used / 2**20, energy_mj, graph)
 
 
 class _WithCopies:
@@ -210,7 +212,6 @@ def _row(
     first: str,
     peak: Peak,
     cost: Costs,
-    graphs: Mapping[str, bool | None],
 ) -> BenchRow:
     """The row of one bundle; `samples` in ms by bundle, `first` is the one that speed-ups are relative to."""
     mine, setup = samples[str(candidate.path)], candidate.setup
@@ -218,7 +219,7 @@ def _row(
         bundle=str(candidate.path),
         setup=setup,
         schedule=candidate.manifest.schedule,
-        latency=Latency(samples_ms=tuple(mine), cuda_graph=graphs.get(str(candidate.path))),
+        latency=Latency(samples_ms=tuple(mine), cuda_graph=cost.cuda_graph),
         speedup=Ratio(*bootstrap_ratio(samples[first], mine, paired=True)),
         gflop=_gflop(candidate),
         peak_gflop_per_s=peak.gflop_per_s if peak.setup.precision == setup.precision else None,

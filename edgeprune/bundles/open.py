@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,8 +11,10 @@ from edgeprune.bundles.format import DEVICE, ONNX, load_bundle
 from edgeprune.devices import check_is_here, load_device
 from edgeprune.errors import DeviceError
 from edgeprune.io import load
-from edgeprune.records import Device, Manifest, Setup
+from edgeprune.latency.timing import latency_of
+from edgeprune.records import Device, Latency, Manifest, Setup
 from edgeprune.runtimes import Runtime, Session, runtime_for
+from edgeprune.runtimes.quiet import timing
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +41,11 @@ class LocalBundle:
     def open_engine(self) -> Session:
         """Load its engine. Raises EngineError."""
         return self.runtime.open(self.path / self.manifest.engine.path, self.setup)
+
+    def latency(self, session: Session, count: int) -> Latency:
+        """`count` timings of its engine while nothing else on this machine is timed or evaluated."""
+        with nullcontext() if self.setup.noiseless else timing():
+            return latency_of(session, count)
 
     def warnings(self) -> list[str]:
         """Parts of the setup that differ from those of a compiled engine, but on which it runs."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -17,9 +16,7 @@ from edgeprune.errors import EngineError, InputError
 from edgeprune.features import unpacked
 from edgeprune.images import batches, load_images, read_image
 from edgeprune.io import write_bytes
-from edgeprune.latency.timing import latency_of
 from edgeprune.records import Latency, Progress, Setup, Vit, silent
-from edgeprune.runtimes.quiet import timing
 from edgeprune.stats import log_softmax
 from edgeprune.tasks import output_names
 
@@ -112,8 +109,7 @@ def predict(
             for row, output, file in zip(found, outputs, files[start : start + batch], strict=True):
                 rows.append(row if file is None else _saved(row, output, named[-1], file))
         progress("running pictures", len(paths), len(paths))
-        with timing() if timed and not opened.setup.noiseless else nullcontext():
-            latency = latency_of(session, TIMED) if timed else None
+        latency = opened.latency(session, TIMED) if timed else None
     return Predictions(bundle, manifest.vit.name, opened.setup, tuple(rows), latency, manifest.task)
 
 

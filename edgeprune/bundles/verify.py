@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +10,7 @@ from edgeprune.bundles.format import GOLDEN, load_bundle
 from edgeprune.bundles.open import MUST_MATCH, SHOULD_MATCH, LocalBundle, compile_again, local_bundle
 from edgeprune.errors import EdgepruneError
 from edgeprune.io import load_array
-from edgeprune.latency.timing import latency_of
 from edgeprune.records import Latency
-from edgeprune.runtimes.quiet import timing
 from edgeprune.tasks import task_of, typically_off
 from edgeprune.version import __version__
 
@@ -114,8 +111,7 @@ def _run(bundle: LocalBundle, advice: str) -> Iterator[Check]:
         what = f"within {manifest.tolerance:g} of the golden output", f"{typical:.2g} from it"
         good = typical <= manifest.tolerance  # NaN is not
         yield Check("output", "ok", *what) if good else Check("output", "failed", *what, advice)
-        with nullcontext() if bundle.setup.noiseless else timing():
-            latency = latency_of(session, TIMED)
+        latency = bundle.latency(session, TIMED)
     yield _latency(report.latency, latency, bundle.setup.noiseless)
 
 

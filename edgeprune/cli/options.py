@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -151,6 +150,9 @@ def goal_from(alpha: Any, speedup: Any, budget_ms: Any, max_drop: Any, min_cosin
 def overrides_from(
     crop_pct: float | None, interpolation: str | None, mean: str | None, std: str | None
 ) -> dict[str, Any]:
+    """The preprocessing for Options. Raises InputError."""
+    from edgeprune.preprocessing import checked
+
     found: dict[str, Any] = {}
     if crop_pct is not None:
         found["crop_pct"] = crop_pct
@@ -159,10 +161,7 @@ def overrides_from(
     for name, text in (("mean", mean), ("std", std)):
         if text is not None:
             try:
-                values = tuple(float(part) for part in text.split(","))
+                found[name] = tuple(float(part) for part in text.split(","))
             except ValueError:
-                values = ()
-            if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
-                raise InputError(f"--{name} {text!r}: pass three numbers as r,g,b")
-            found[name] = values
-    return found
+                raise InputError(f"--{name} {text!r}: pass three numbers as r,g,b") from None
+    return checked(found)

@@ -28,7 +28,7 @@ OBSTACLES = (DeviceError, EngineError, ExportError, MissingError, ScheduleError)
 
 
 @dataclass(frozen=True)
-class Candidate:
+class PrecisionBuild:
     """A build in one precision that lacks nothing but its bundle."""
 
     context: Context
@@ -47,20 +47,20 @@ def build_fastest(options: Options, progress: Progress = silent) -> Built:
     first.needed_pictures()
     with first.target.work.lock():
         results: list[PrecisionResult] = []
-        built: dict[str, Candidate] = {}
+        built: dict[str, PrecisionBuild] = {}
         obstacles: list[Exception] = []
         for precision in PRECISIONS:
             log.info("precision auto: %s", precision)
             try:
-                candidate = _candidate(first, precision, results)
+                build = _build_at(first, precision, results)
             except OBSTACLES as error:
                 if precision == PRECISIONS[0] and not isinstance(error, ScheduleError):
                     raise
                 obstacles.append(error)
                 results.append(PrecisionResult(precision=precision, reason=str(error)))
             else:
-                built[precision] = candidate
-                results.append(result_of(precision, candidate.evaluated))
+                built[precision] = build
+                results.append(result_of(precision, build.evaluated))
         if not any(result.accepted for result in results):
             raise next(error for error in reversed(obstacles) if isinstance(error, ScheduleError))
         engines = [(each.context.target, each.evaluated.onnx) for each in built.values()]
@@ -73,11 +73,11 @@ def build_fastest(options: Options, progress: Progress = silent) -> Built:
         return replace(finished, precisions=explained(timed, best, options.goal))
 
 
-def _candidate(first: Context, precision: str, results: Sequence[PrecisionResult]) -> Candidate:
+def _build_at(first: Context, precision: str, results: Sequence[PrecisionResult]) -> PrecisionBuild:
     """Everything but the bundle in one precision; `results` are those of the precisions before."""
     context = first.at(precision)
     check_out(context.out)
-    return Candidate(context, *evaluated_schedule(context, wider_of(precision, results)))
+    return PrecisionBuild(context, *evaluated_schedule(context, wider_of(precision, results)))
 
 
 def wider_of(precision: str, results: Sequence[PrecisionResult]) -> tuple[str, ...]:
@@ -101,9 +101,9 @@ def error_of(report: Report) -> float | None:
     return report.fidelity.error if isinstance(report.fidelity, DenseFidelity) else None
 
 
-def common_losses(built: Mapping[str, Candidate]) -> dict[str, float]:
+def common_losses(built: Mapping[str, PrecisionBuild]) -> dict[str, float]:
     """Mean loss (KL) of each precision on the pictures that the reports of all have in common."""
-    each = {precision: candidate.evaluated.losses or {} for precision, candidate in built.items()}
+    each = {precision: build.evaluated.losses or {} for precision, build in built.items()}
     common = sorted(set.intersection(*map(set, each.values())))
     return {precision: fmean(losses[i] for i in common) for precision, losses in each.items()}
 

@@ -57,7 +57,7 @@ def refine(context: Context, staircase: Staircase, scores: ScheduleScores) -> Re
         schedule = within_bound(staircase, solution.schedule, scores, goal)
         if any(m.schedule.tokens == schedule.tokens for m in measured):
             break
-        measured += with_fidelity(measured_schedules(context, staircase, [schedule]), staircase, scores)
+        measured += with_search_fidelity(measured_schedules(context, staircase, [schedule]), staircase, scores)
         corrected = corrected_goal(asked, goal, measured[-1].measured)
         if corrected is None:
             break
@@ -69,7 +69,7 @@ def refine(context: Context, staircase: Staircase, scores: ScheduleScores) -> Re
         others = most_promising(context, staircase, scores, best, measured)
     if others:
         schedules = [best.schedule, *others]
-        together = with_fidelity(measured_schedules(context, staircase, schedules), staircase, scores)
+        together = with_search_fidelity(measured_schedules(context, staircase, schedules), staircase, scores)
         best = pick(asked, together, scores)
         slowest = best.measured.latency.median_ms * (1 + MISS)  # as fast, but for noise
         others = [
@@ -121,7 +121,7 @@ def within_bound(staircase: Staircase, schedule: Schedule, scores: ScheduleScore
     return finished(staircase, schedule.method, schedule.policy, schedule.tokens, schedule.prefix_last)
 
 
-def with_fidelity(
+def with_search_fidelity(
     measured: Sequence[MeasuredSchedule], staircase: Staircase, scores: ScheduleScores
 ) -> list[MeasuredSchedule]:
     """Measured schedules with their fidelity on the search pictures, if the search found them."""

@@ -118,10 +118,10 @@ def graph_of_block(
     with tempfile.TemporaryDirectory() as folder:
         model = _exported(Trunk([own], family, rotation), example, ("x", "y"), 1, None, Path(folder))
         load_external_data_for_model(model, folder)
-    return repeatable(model, weights_of(own))
+    return repeatable(model, weight_arrays(own))
 
 
-def weights_of(block: nn.Module) -> dict[str, NDArray[np.float32]]:
+def weight_arrays(block: nn.Module) -> dict[str, NDArray[np.float32]]:
     """The weights of a block by name."""
     return {name: tensor.numpy() for name, tensor in block.state_dict().items() if tensor.is_floating_point()}
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from edgeprune import zoo
 from edgeprune.errors import InputError, MissingError, ModelError, WeightsError, install
+from edgeprune.features import with_layers
 from edgeprune.images import differently_sorted
 from edgeprune.preprocessing import checked
 from edgeprune.records import CROP_MODES, INTERPOLATIONS, Preprocessing, Vit, pixels_of, sides_of
@@ -99,8 +100,6 @@ def load_model(
     vit = family.describe(module, name, weights_sha256(module))
     assert vit.family == key
     if task == "dense":
-        from edgeprune.vit.pruned import with_layers
-
         vit = with_layers(vit, layers or (vit.depth,))
     how = _preprocessing(module, vit, source.config, overrides)
     names = (source.labels, source.labels) if source.labels else class_names(_config_of(module))

@@ -20,7 +20,7 @@ from edgeprune.vit import export
 from edgeprune.vit.models import Model
 from edgeprune.vit.pruned import CutBlock, Fixed, LastBlock, PrunedViT, Trunk
 from edgeprune.vit.reducers import reducer_named
-from edgeprune.vit.rotary import rotation_of
+from edgeprune.vit.rotary import Rotation
 
 
 def export_profiling_models(
@@ -105,7 +105,7 @@ class _Trunks:
         if self.block is None:
             export.trunk_from_module(Trunk(blocks, self.family, self.rotation), self.stream, path, self.convert)
             return
-        model = chained(self.block, [export.weights_of(each) for each in blocks])
+        model = chained(self.block, [export.weight_arrays(each) for each in blocks])
         export.save_trunk(model if self.convert is None else self.convert(model), path)
 
 
@@ -117,3 +117,9 @@ def alike(blocks: Sequence[torch.nn.Module]) -> bool:
         return layers + [(name, tuple(tensor.shape)) for name, tensor in block.state_dict().items()]
 
     return all(shape(block) == shape(blocks[0]) for block in blocks)
+
+
+def rotation_of(model: Model) -> Rotation | None:
+    """The Rotation of a model; None without rotary positions."""
+    table = model.family.rotary(model.module)
+    return None if table is None else Rotation(table.shape[1], table.shape[3] // 2, model.vit.prefix)

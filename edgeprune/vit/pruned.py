@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 
 from edgeprune.errors import InputError
+from edgeprune.features import with_layers
 from edgeprune.records import Schedule, Vit, check_tokens, text_of
 from edgeprune.vit.families import Family, family_of
 from edgeprune.vit.reducers import reducer_named
 from edgeprune.vit.reducers.common import take
-from edgeprune.vit.restore import Grid, after_cut, features, patches
+from edgeprune.vit.restore import after_cut, features, patches
 from edgeprune.vit.rotary import Rotation, moved, rows_of
-from edgeprune.vit.tokens import Reducer, Stream
+from edgeprune.vit.tokens import Grid, Reducer, Stream
 
 
 class PrunedViT(nn.Module):
@@ -202,16 +202,6 @@ def flattened(outputs: Tensor | Sequence[Tensor]) -> Tensor:
     """The output of a module, or its several outputs side by side, (B, values)."""
     several = [outputs] if isinstance(outputs, Tensor) else outputs
     return torch.cat([each.flatten(1) for each in several], dim=1)
-
-
-def with_layers(vit: Vit, layers: Sequence[int]) -> Vit:
-    """The record of a model with patch features of `layers` as outputs. Raises InputError for one out of range."""
-    if not layers:
-        return vit
-    if not 1 <= min(layers) <= max(layers) <= vit.depth:
-        wrong = min(layers) if min(layers) < 1 else max(layers)
-        raise InputError(f"layer {wrong} is out of range: pass --layers of the blocks 1 to {vit.depth} of {vit.name}")
-    return msgspec.structs.replace(vit, layers=tuple(sorted(set(layers))), prefix_pooled=False)
 
 
 def pruned_from_module(model: nn.Module, schedule: Schedule) -> PrunedViT:

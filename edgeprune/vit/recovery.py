@@ -26,7 +26,7 @@ from edgeprune.vit.fake_int8 import FakeInt8
 from edgeprune.vit.fidelity import CHUNK, outputs_of
 from edgeprune.vit.models import weights_sha256
 from edgeprune.vit.pruned import PrunedViT, flattened
-from edgeprune.vit.recovery_files import State, weights_of
+from edgeprune.vit.recovery_files import State, state_copy
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -148,7 +148,7 @@ class _Run:
         self.validation = pixels[np.sort(order[:held])]
         self.wanted = self.answers(self.teacher)
         optimiser = torch.optim.AdamW(self.student.parameters(), lr=recipe.rate, weight_decay=0.0)
-        start, loss = weights_of(self.student), self.held_out_loss()
+        start, loss = state_copy(self.student), self.held_out_loss()
         self.rate = recipe.rate * min(1.0, loss / FAR) ** 0.5 if task == "classify" else recipe.rate
         key = key_of(
             recipe.parts, task, weights_sha256(pruned.model), pruned.tokens, how,
@@ -193,7 +193,7 @@ class _Run:
 
     def judge(self) -> None:
         """Add the held-out loss to the curve, of the weights or of their average; keep the best state so far."""
-        state, weights = self.state, weights_of(self.student)
+        state, weights = self.state, state_copy(self.student)
         found = [(self.held_out_loss(), weights)]
         if self.recipe.average:
             self.student.load_state_dict(state.average)

@@ -66,14 +66,14 @@ class State:
             setattr(self, name, value)
 
 
-def weights_of(module: nn.Module) -> dict[str, Tensor]:
+def state_copy(module: nn.Module) -> dict[str, Tensor]:
     """A copy of a module's state on the CPU."""
     return {name: value.detach().cpu().clone() for name, value in module.state_dict().items()}
 
 
 def save_recovered(module: nn.Module, record: Recovery, path: Path) -> None:
     """Write the weights of a timm model, and how they came about, as one safetensors file. Raises OutputError."""
-    weights = {name: value.contiguous() for name, value in weights_of(module).items()}
+    weights = {name: value.contiguous() for name, value in state_copy(module).items()}
     with replacing(path) as temporary:
         save_file(weights, temporary, {"recovery": msgspec.json.encode(record).decode()})
 

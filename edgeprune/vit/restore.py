@@ -9,23 +9,16 @@ worse or no better (docs/benchmarks.md).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from edgeprune.records import Vit
 from edgeprune.vit.reducers.common import take
+from edgeprune.vit.tokens import Grid, Stream
 
 if TYPE_CHECKING:
     from edgeprune.vit.families import Family
-    from edgeprune.vit.tokens import Stream
-
-
-class Grid(NamedTuple):
-    """Where the patches are after cuts."""
-
-    held: Tensor  # (B, patches) the body token that stands for each patch
-    apart: Tensor  # (B, patches, C) what each patch's own stream had beyond that token's, at the last cut
 
 
 def patches(body: Tensor, grid: Grid | None) -> Tensor:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from edgeprune.vit.reducers.common import take
-
-if TYPE_CHECKING:
-    from edgeprune.vit.models import Model
 
 # A table has the shape (L, H, P + 1, 2 D): for each of P patches D sines and D cosines, and last a row of sines 0 and
 # cosines 1, which does not rotate. L is 1 or the number of blocks, H is 1 or the number of heads.
@@ -64,9 +61,3 @@ class Rotation(NamedTuple):
         still = x[..., :width].reshape(batch, count, self.heads, self.channels).transpose(1, 2)
         sines = still[:, :, self.prefix :] * 0
         return torch.cat([sines, sines + 1], dim=3)
-
-
-def rotation_of(model: Model) -> Rotation | None:
-    """The Rotation of a model; None without rotary positions."""
-    table = model.family.rotary(model.module)
-    return None if table is None else Rotation(table.shape[1], table.shape[3] // 2, model.vit.prefix)

@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from edgeprune.vit.restore import Grid
+
+class Grid(NamedTuple):
+    """Where the patches are after cuts (vit/restore.py)."""
+
+    held: Tensor  # (B, patches) the body token that stands for each patch
+    apart: Tensor  # (B, patches, C) what each patch's own stream had beyond that token's, at the last cut
 
 
 class Stream(NamedTuple):
@@ -17,7 +22,7 @@ class Stream(NamedTuple):
     x: Tensor  # (B, N, C)
     sizes: Tensor | None = None  # (B, N); None if every token still represents only itself
     places: Tensor | None = None  # (B, M) row of the table of vit/rotary.py; None if no token has moved, or no table
-    grid: Grid | None = None  # of vit/restore.py; None if no token has moved, or without dense features
+    grid: Grid | None = None  # None if no token has moved, or without dense features
 
 
 class Attended(NamedTuple):

@@ -110,6 +110,25 @@ def test_baseline_of_another_setup_is_refused_by_field(field: str, stored: dict[
     assert f"b was measured with {field} {value!r}, here it is {here!r}" in str(error.value)
 
 
+@pytest.mark.parametrize("then", [True, False, None])
+@pytest.mark.parametrize("now", [True, False])
+def test_baseline_with_and_bench_without_a_cuda_graph_are_not_compared(
+    then: bool | None, now: bool, stored: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Earlier versions did not say which; nothing is timed in rounds before the refusal."""
+    toy_bundle(Path("a"))
+    old = json.loads(json.dumps(stored))
+    old["rows"][0]["cuda_graph"] = then
+    Path("base.json").write_text(json.dumps(old))
+    monkeypatch.setattr(bench, "cuda_graph_of", lambda _: now)
+    if then in (None, now):
+        assert bench_bundles([Path("a")], 5, baseline=Path("base.json")).rows[0].to_baseline is not None
+        return
+    monkeypatch.setattr(bench, "interleave", lambda *_, **__: pytest.fail("measured"))
+    with pytest.raises(InputError, match=f"a was measured with cuda_graph {then}, here it is {now}: bench under"):
+        bench_bundles([Path("a")], 5, baseline=Path("base.json"))
+
+
 def test_baseline_of_another_model_or_bundle_is_refused(stored: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "base.json"
     path.write_text(json.dumps(stored))
@@ -144,11 +163,11 @@ def test_file_that_is_no_baseline(
 
 @pytest.mark.parametrize("runtime", ["ort-cpu", "simulated"])
 def test_baseline_of_an_earlier_version_is_read(runtime: str, stored: dict[str, Any], tmp_path: Path) -> None:
-    """Written before setups said whether a runtime is noiseless, without matrix products, with an unknown key."""
+    """Without noiseless in setups, CUDA graphs and matrix products, with an unknown key."""
     old = {"schema": 1, "rows": json.loads(json.dumps(stored["rows"])), "removed": 1}
     for row in old["rows"]:
         row["setup"]["runtime"] = runtime
-        del row["setup"]["noiseless"]
+        del row["setup"]["noiseless"], row["cuda_graph"]
     (tmp_path / "old.json").write_text(json.dumps(old))
     names = [(row["bundle"], row["model"], Setup(**row["setup"])) for row in old["rows"]]
     found = check_comparable(tmp_path / "old.json", names)

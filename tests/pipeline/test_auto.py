@@ -73,12 +73,12 @@ def test_what_keeps_a_precision_from_being_built_is_its_reason(
 
     failing: dict[str, Exception] = {}
 
-    def candidate(first: Any, precision: str, results: Any) -> Any:
+    def build_at(first: Any, precision: str, results: Any) -> Any:
         if precision in failing:
             raise failing[precision]
         raise ScheduleError(f"{precision} cannot be that fast: ask for less")
 
-    monkeypatch.setattr(auto, "_candidate", candidate)
+    monkeypatch.setattr(auto, "_build_at", build_at)
     options = Options(device="orin-nano", simulate=True, precision="auto", work=tmp_path / "work")
     failing["fp8"] = DeviceError("no FP8")
     with pytest.raises(ScheduleError, match="int8 cannot be that fast"):

@@ -115,8 +115,8 @@ def test_fp32_islands_are_constrained(
 @pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "fp8"])
 def test_dense_features_are_taken(precision: str, tiny: Callable[..., Any], parser: Path, tmp_path: Path) -> None:
     """Several outputs, restored to the grid after one cut and after two."""
+    from edgeprune.features import with_layers
     from edgeprune.vit import export
-    from edgeprune.vit.pruned import with_layers
 
     model = tiny("cls")
     model = replace(model, vit=with_layers(model.vit, (1, 3)), task="dense")

@@ -146,8 +146,8 @@ def test_the_limit_of_topk_is_ours(tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_dense_features_are_built(precision: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
     """Several outputs, restored to the grid after one cut and after two."""
+    from edgeprune.features import with_layers
     from edgeprune.vit import export
-    from edgeprune.vit.pruned import with_layers
 
     model = tiny("cls")
     model = replace(model, vit=with_layers(model.vit, (1, 3)), task="dense")

@@ -25,9 +25,10 @@ from edgeprune.records import Schedule
 from edgeprune.vit import export
 from edgeprune.vit.families import family_of
 from edgeprune.vit.models import load_model
+from edgeprune.vit.profiling_models import rotation_of
 from edgeprune.vit.pruned import LastBlock, PrunedViT, Trunk, pruned_from_module, step
 from edgeprune.vit.reducers import reducer_named
-from edgeprune.vit.rotary import rotation_of, rows_of
+from edgeprune.vit.rotary import rows_of
 from edgeprune.vit.tokens import Attended, Reduced, Stream
 
 REAL: dict[str, tuple[int, int, dict[str, Any]]] = {  # prefix, tokens, options
@@ -233,7 +234,7 @@ def test_one_block_repeated_is_the_trunk(tiny: Callable[..., Any], tmp_path: Pat
     assert rotation is not None and rotation.heads == 3
     block = export.graph_of_block(blocks[1], model.family, torch.zeros(2, 17, 48), rotation)
     assert block is not None
-    export.save_trunk(chained(block, [export.weights_of(each) for each in blocks]), tmp_path / "trunk.onnx")
+    export.save_trunk(chained(block, [export.weight_arrays(each) for each in blocks]), tmp_path / "trunk.onnx")
     assert attention_forms(onnx.load(tmp_path / "trunk.onnx")) == [True] * 3
     compare_at_two_counts(tmp_path / "trunk.onnx", Trunk(blocks, model.family, rotation), 1)
 

@@ -404,7 +404,7 @@ def test_one_block_repeated_is_the_trunk(kind: str, tiny: Callable[..., Any], tm
     stream = torch.randn(2, tokens, 48, generator=torch.Generator().manual_seed(0))
     block = export.graph_of_block(blocks[1], model.family, stream)
     assert block is not None and len(block.places) == len(blocks[1].state_dict())
-    weights = [export.weights_of(each) for each in blocks]
+    weights = [export.weight_arrays(each) for each in blocks]
     export.save_trunk(chained(block, weights), tmp_path / "trunk.onnx")
     fix_tokens(tmp_path / "trunk.onnx", tokens, tmp_path / "fixed.onnx")
     onnx.checker.check_model(os.fspath(tmp_path / "fixed.onnx"), full_check=True)
@@ -417,7 +417,9 @@ def test_a_weight_that_the_exporter_computed_is_not_repeated(tiny: Callable[...,
     model = tiny("cls")
     block = export.graph_of_block(model.module.blocks[1], model.family, torch.zeros(1, 17, 48))
     assert block is not None
-    assert repeatable(block.graph, export.weights_of(model.module.blocks[1])) is None, "the block's own are not in it"
+    assert repeatable(block.graph, export.weight_arrays(model.module.blocks[1])) is None, (
+        "the block's own are not in it"
+    )
 
 
 def test_blocks_of_one_shape_and_other_settings_are_not_alike(tiny: Callable[..., Any]) -> None:

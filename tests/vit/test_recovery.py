@@ -18,6 +18,7 @@ from torch import Tensor
 
 from edgeprune import stats, zoo
 from edgeprune.errors import InputError
+from edgeprune.features import with_layers
 from edgeprune.images import load_images, load_pixels, normalise
 from edgeprune.io import sha256_bytes
 from edgeprune.onnx_graph.int8 import Int8Layer
@@ -27,7 +28,7 @@ from edgeprune.vit.distillation import divergence
 from edgeprune.vit.fake_int8 import FakeInt8
 from edgeprune.vit.fidelity import logits_of_schedule, pruned_module
 from edgeprune.vit.models import load_model, weights_sha256
-from edgeprune.vit.pruned import PrunedViT, flattened, with_layers
+from edgeprune.vit.pruned import PrunedViT, flattened
 from edgeprune.vit.recovery import Recipe, rate_at, recovered
 from edgeprune.vit.recovery_files import load_recovered, save_recovered
 from edgeprune.vit.reducers import reducer_named

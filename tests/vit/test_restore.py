@@ -15,13 +15,13 @@ import torch
 
 from edgeprune.defaults import REDUCERS
 from edgeprune.errors import InputError
-from edgeprune.features import packed, unpacked
+from edgeprune.features import packed, unpacked, with_layers
 from edgeprune.onnx_graph.attention_fusion import attention_forms
 from edgeprune.onnx_graph.fp16 import fp16
 from edgeprune.records import Schedule
 from edgeprune.vit import export, restore
 from edgeprune.vit.fidelity import Evaluator, logits_of_schedule, packed_outputs, pruned_module
-from edgeprune.vit.pruned import pruned_from_module, with_layers
+from edgeprune.vit.pruned import pruned_from_module
 
 LAYERS = (1, 3)
 IMAGES = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
