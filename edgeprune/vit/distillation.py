@@ -15,16 +15,22 @@ from edgeprune.vit.rotary import rows_of
 from edgeprune.vit.tokens import Stream
 
 
-def traced(pruned: PrunedViT, images: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """As `pruned.forward`, outputs (B, values), several of them flattened; and the prefix tokens after every block.
+def stream_before(pruned: PrunedViT, block: int, images: Tensor) -> Stream:
+    """The tokens that enter a block, for images (B, 3, H, W)."""
+    family, model = pruned.family, pruned.model
+    return pruned.blocks(Stream(family.embed(model, images)), 0, block, family.rotary(model))
 
-    These are (B, prefix, C); the list is empty where there is no prefix.
+
+def traced(pruned: PrunedViT, stream: Stream, start: int = 0) -> tuple[Tensor, list[Tensor]]:
+    """What `pruned` makes of the tokens that enter block `start`: outputs, and the prefix tokens after every block.
+
+    Outputs are (B, values), several of them flattened, without features of the blocks before. The prefix tokens are
+    (B, prefix, C); the list is empty where there is no prefix.
     """
     blocks: Any = pruned.model.blocks
     vit, family, passed, found = pruned.vit, pruned.family, [], []
     table, last = family.rotary(pruned.model), vit.depth - pruned.prefix_last
-    stream = Stream(family.embed(pruned.model, images))
-    for block in range(last):
+    for block in range(start, last):
         stream = pruned.blocks(stream, block, block + 1, table)
         passed.append(stream.x[:, : vit.prefix])
         if block + 1 in vit.layers:
@@ -37,13 +43,16 @@ def traced(pruned: PrunedViT, images: Tensor) -> tuple[Tensor, list[Tensor]]:
     return outputs, passed if vit.prefix else []
 
 
-def relative_error(wanted: Sequence[Tensor], found: Sequence[Tensor]) -> Tensor:
-    """Mean over blocks of the squared error of tokens (B, prefix, C), as a share of their variance over the batch."""
+def relative_error(wanted: Sequence[Tensor], found: Sequence[Tensor], depth: int) -> Tensor:
+    """Mean over blocks of the squared error of tokens (B, prefix, C), as a share of their variance over the batch.
+
+    Of `depth` blocks, those that are not given have no error.
+    """
     shares = []
     for w, f in zip(wanted, found, strict=True):
         w, f = w.float(), f.float()
         shares.append((f - w).square().sum() / (w - w.mean(dim=0)).square().sum().clamp(min=1e-6))
-    return torch.stack(shares).mean()
+    return torch.stack(shares).sum() / depth
 
 
 def divergence(wanted: Tensor, answers: Tensor, temperature: float = 1.0) -> Tensor:

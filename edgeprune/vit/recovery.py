@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from math import ceil, cos, pi
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from edgeprune.onnx_graph.int8 import Int8Layer
 from edgeprune.records import Preprocessing, Progress, Recovery, silent
 from edgeprune.tasks import BY_NAME
 from edgeprune.vit.augmentation import Augmentation, augmented
-from edgeprune.vit.distillation import LOSSES, relative_error, traced
+from edgeprune.vit.distillation import LOSSES, relative_error, stream_before, traced
 from edgeprune.vit.fake_int8 import FakeInt8
 from edgeprune.vit.fidelity import CHUNK, outputs_of
 from edgeprune.vit.models import weights_sha256
@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 Outputs: TypeAlias = "Callable[[PrunedViT, NDArray[np.uint8], Preprocessing], NDArray[np.float32]]"
 
 FAR = 0.4  # nats: a pruned classifier that is closer to the unpruned one is tuned at a lower rate
+AFTER = ("norm", "attn_pool", "fc_norm", "head", "head_dist")  # what timm's models have behind the blocks
 DIVERGED = 100.0  # nats: a larger loss, or one that is no number, counts as this
 
 
@@ -141,13 +142,16 @@ class _Run:
         self.rounding: AbstractContextManager[object] = FakeInt8(int8) if int8 else nullcontext()
         self.recipe, self.how, self.device, self.progress = recipe, how, device(), progress
         self.teacher = unpruned(pruned).to(self.device).eval().requires_grad_(False)
-        self.student = with_own_weights(pruned).to(self.device).eval().requires_grad_(True)
+        self.student = with_own_weights(pruned).to(self.device).eval()
+        # With rounding the blocks before the first cut differ from the unpruned model's, too.
+        self.first = 0 if int8 else first_cut(pruned)
+        trained = trainable(self.student, self.first)
         order = np.random.default_rng(recipe.seed).permutation(len(pixels))
         held, self.steps, self.epochs = recipe.lengths(len(pixels))
         self.pixels, self.training = pixels, np.sort(order[held:])  # indices
         self.validation = pixels[np.sort(order[:held])]
         self.wanted = self.answers(self.teacher)
-        optimiser = torch.optim.AdamW(self.student.parameters(), lr=recipe.rate, weight_decay=0.0)
+        optimiser = torch.optim.AdamW(trained, lr=recipe.rate, weight_decay=0.0)
         start, loss = state_copy(self.student), self.held_out_loss()
         self.rate = recipe.rate * min(1.0, loss / FAR) ** 0.5 if task == "classify" else recipe.rate
         key = key_of(
@@ -171,12 +175,15 @@ class _Run:
             images = augmented(pixels, self.how, random, recipe.augmentation).to(self.device)
             with self.mixed_precision():
                 with torch.no_grad():
-                    wanted, passed = traced(self.teacher, images)
+                    stream = stream_before(self.teacher, self.first, images)
+                    wanted, passed = traced(self.teacher, stream, self.first)
                 with self.rounding:
-                    answers, own = traced(self.student, images)
+                    if not self.first:  # else the student's are the same
+                        stream = stream_before(self.student, 0, images)
+                    answers, own = traced(self.student, stream, self.first)
             loss = self.loss(wanted, answers, recipe.temperature)
             if self.features and own:
-                loss = loss + self.features * relative_error(passed, own)
+                loss = loss + self.features * relative_error(passed, own, self.student.vit.depth)
             state.optimiser.zero_grad(set_to_none=True)
             loss.backward()
             nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
@@ -256,6 +263,21 @@ def unpruned(pruned: PrunedViT) -> PrunedViT:
     """The model with all its tokens and a copy of the parameters."""
     every = (pruned.vit.tokens,) * pruned.vit.depth
     return PrunedViT(copy.deepcopy(pruned.model), pruned.family, pruned.vit, every, None, pruned.prefix_last)
+
+
+def first_cut(pruned: PrunedViT) -> int:
+    """The first block that removes tokens: those before it get and give the tokens of the unpruned model."""
+    return next((block for block, n in enumerate(pruned.tokens) if n < pruned.vit.tokens), 0)
+
+
+def trainable(pruned: PrunedViT, first: int) -> list[nn.Parameter]:
+    """The parameters to tune: all, or from block `first` on those of the blocks and of what follows them."""
+    model: Any = pruned.model
+    model.requires_grad_(first == 0)
+    for part in (*model.blocks[first:], *(getattr(model, name, None) for name in AFTER)):
+        if part is not None:
+            part.requires_grad_(True)
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def rate_at(step: int, warmup: int, steps: int) -> float:

@@ -87,7 +87,7 @@ def test_dense_features_come_closer() -> None:
     assert record.epochs and min(record.curve) < 0.98 * record.curve[0] and record.kl_after is None
     images = torch.from_numpy(normalise(pictures()[:3], model.preprocessing))
     with torch.no_grad():
-        outputs, _ = distillation.traced(found.module, images)
+        outputs, _ = distillation.traced(found.module, distillation.stream_before(found.module, 0, images))
         torch.testing.assert_close(outputs, flattened(found.module(images)))
 
 
@@ -240,17 +240,31 @@ def test_prefix_tokens_on_their_way(tiny: Callable[..., Any], kind: str) -> None
     """The logits are those of the module; all prefix tokens after every block, none where there is no prefix."""
     model = tiny(kind)
     vit, images = model.vit, torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    pruned = pruned_module(model, "fold", (9, 5, 5), vit.prefix_pooled)
+    pruned = pruned_module(model, "fold", (vit.tokens, 5, 5), vit.prefix_pooled)
     with torch.no_grad():
-        logits, passed = distillation.traced(pruned, images)
-        whole, wanted = distillation.traced(recovery.unpruned(pruned), images)
+        stream = distillation.stream_before(pruned, 0, images)
+        logits, passed = distillation.traced(pruned, stream)
+        whole, wanted = distillation.traced(recovery.unpruned(pruned), stream)
         assert torch.equal(logits, pruned(images)) and torch.allclose(whole, model.module(images), atol=1e-5)
+        later = distillation.stream_before(recovery.unpruned(pruned), 1, images)
+        assert torch.equal(distillation.traced(pruned, later, 1)[0], logits)
     assert [p.shape for p in passed] == [(4, vit.prefix, 48)] * (3 if vit.prefix else 0)
     if vit.prefix:
-        assert float(distillation.relative_error(wanted, wanted)) == 0
-        assert float(distillation.relative_error(wanted, passed)) > 0
+        assert float(distillation.relative_error(wanted, wanted, 3)) == 0
+        assert float(distillation.relative_error(wanted, passed, 3)) > 0
         means = [w.mean(dim=0, keepdim=True).expand_as(w) for w in wanted]
-        assert float(distillation.relative_error(wanted, means)) == pytest.approx(1)
+        assert float(distillation.relative_error(wanted, means, 3)) == pytest.approx(1)
+
+
+def test_blocks_before_the_first_cut_stay_as_they_are() -> None:
+    """Their tokens are those of the unpruned model, so they are computed once and not tuned."""
+    model = digits_model()
+    pruned = pruned_module(model, "fold", (model.vit.tokens, 5))
+    assert recovery.first_cut(pruned) == 1
+    before, after = model.module.state_dict(), recovered(pruned, pictures(), model.preprocessing, QUICK).module
+    changed = {name for name, value in after.model.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith(("blocks.", "norm.", "head.")) for name in changed)
+    assert {name[:9] for name in changed if name.startswith("blocks.")} == {"blocks.1."}
 
 
 def test_divergence_is_that_of_the_figures() -> None:
