@@ -54,6 +54,7 @@ FOLD = {
     # About as fast as 2.0, with fewer or more tokens in late blocks.
     "2.0-early": (197, 160, 160, 96, 96, 40, 40, 16, 16, 16, 16, 16),
     "2.0-late": (197, 144, 144, 80, 80, 32, 32, 32, 32, 32, 32, 32),
+    "2.5-late": (197, 97, 97, 28, 28, 28, 28, 28, 28, 28, 28, 28),
     # Of equal predicted latency (2.0 times less): the best before recovery, and the best after two epochs of it.
     "2.01-before": (197, 128, 128, 128, 128, 24, 24, 24, 24, 24, 24, 24),
     "2.01-after": (197, 197, 97, 97, 40, 40, 40, 40, 40, 40, 40, 40),
