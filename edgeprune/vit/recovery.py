@@ -153,7 +153,7 @@ class _Run:
         self.wanted = self.answers(self.teacher)
         optimiser = torch.optim.AdamW(trained, lr=recipe.rate, weight_decay=0.0)
         start, loss = state_copy(self.student), self.held_out_loss()
-        self.rate = recipe.rate * min(1.0, loss / FAR) ** 0.5 if task == "classify" else recipe.rate
+        self.rate = recipe.rate * min(1.0, max(loss, 0.0) / FAR) ** 0.5 if task == "classify" else recipe.rate
         key = key_of(
             recipe.parts, task, weights_sha256(pruned.model), pruned.tokens, how,
             sha256_bytes(pixels.reshape(-1).data), tuple(int8),
