@@ -18,11 +18,12 @@ from edgeprune.pipeline.solve import solve, with_tread_ends
 from edgeprune.records import Progress, Recovery, Report, Schedule, Setup, Staircase, silent
 from edgeprune.scheduling.goals import Goal, finished
 from edgeprune.scheduling.published import published_schedule
+from edgeprune.scheduling.search import Tokens
 from edgeprune.vit.reducers import check_method
 
 log = logging.getLogger(__name__)
 
-SESSIONS = 3  # of measurement, at most, that correct the schedules; one more measures the final ones
+SESSIONS = 3  # of measurement, at most, that correct the schedules; one more chooses, the last measures those
 
 
 @dataclass(frozen=True)
@@ -140,18 +141,25 @@ class _Methods:
         return staircase, moved
 
     def corrected(self, staircase: Staircase, entries: Sequence[Entry]) -> tuple[Staircase, list[Entry]]:
-        """For each entry the schedule, of all measured in a few sessions, that meets its target most narrowly."""
-        tries: list[list[tuple[float, Entry]]] = [[] for _ in entries]  # (measured speed-up, entry)
+        """For each entry the schedule, of all tried in a few sessions, that meets its target most narrowly.
+
+        Speed-ups differ by a few percent between sessions, so those that are compared are measured in one.
+        """
+        tries: list[dict[Tokens, Entry]] = [{} for _ in entries]
         for _ in range(SESSIONS):
+            for own, entry in zip(tries, entries, strict=True):
+                own.setdefault(entry.schedule.tokens, entry)
             measured = measured_schedules(self.context, staircase, [e.schedule for e in entries])
-            for attempts, entry, result in zip(tries, entries, measured, strict=True):
-                attempts.append((result.speedup, entry))
             again = [self.solved_again(staircase, e, m) for e, m in zip(entries, measured, strict=True)]
             staircase, again = self.confirmed(staircase, again)
             if [e.schedule.tokens for e in again] == [e.schedule.tokens for e in entries]:
                 break
             entries = again
-        return self.confirmed(staircase, [narrowest(attempts) for attempts in tries])
+        several = {(e.method, tokens): e.schedule for own in tries if len(own) > 1 for tokens, e in own.items()}
+        together = measured_schedules(self.context, staircase, [*several.values()]) if several else []
+        speedups = {key: found.speedup for key, found in zip(several, together, strict=True)}
+        chosen = [narrowest([(speedups.get((e.method, t), 0.0), e) for t, e in own.items()]) for own in tries]
+        return self.confirmed(staircase, chosen)
 
     def solved_again(self, staircase: Staircase, entry: Entry, measured: MeasuredSchedule) -> Entry:
         """The entry solved for a corrected goal where its measured speed-up misses the target."""
