@@ -68,16 +68,17 @@ def refine(context: Context, staircase: Staircase, scores: ScheduleScores) -> Re
     else:
         others = most_promising(context, staircase, scores, best, measured)
     if others:
-        schedules = [best.schedule, *others]
+        tried = [m.schedule for m in measured if m is not best]  # speed-ups differ by a few percent between sessions
+        schedules = [best.schedule, *others, *tried]
         together = with_search_fidelity(measured_schedules(context, staircase, schedules), staircase, scores)
         best = pick(asked, together, scores)
         slowest = best.measured.latency.median_ms * (1 + MISS)  # as fast, but for noise
         others = [
             m.schedule
-            for m in together
+            for m in together[: 1 + len(others)]
             if recovers and m is not best and (meets(asked, m.measured) or m.measured.latency.median_ms <= slowest)
         ]
-        measured = [m for m in measured if m.schedule.tokens != together[0].schedule.tokens] + together
+        measured = together
     seen |= {m.fidelity.tokens: m.fidelity for m in measured if m.fidelity is not None}
     last, *rivals = (
         finished(staircase, each.method, each.policy, each.tokens, each.prefix_last)
