@@ -41,7 +41,7 @@ def main() -> None:
     tokens = tuple(map(int, args.tokens.split(",")))
     name, decoder = prepared(args.assets, args.work)
     judged = pictures(args.assets, args.work, JUDGED)
-    options = Options(model=name, images=judged, search_images=1, work=args.work, task=args.task)
+    options = Options(model=name, images=judged, search_images=8, work=args.work, task=args.task)
     if args.task == "dense":
         options = replace(options, layers=(LAYER,), head=decoder)
     with output.progress() as progress:

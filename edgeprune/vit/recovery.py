@@ -34,7 +34,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Outputs: TypeAlias = "Callable[[PrunedViT, NDArray[np.uint8], Preprocessing], NDArray[np.float32]]"
 
-FAR = 0.4  # nats: a pruned classifier that is closer to the unpruned one is tuned at a lower rate
+# Loss by task: a pruned model that is closer to the unpruned one is tuned at a lower rate. KL, nats; squared relative
+# error; 1 - cosine, which for vectors of one length is half of that.
+FAR = {"classify": 0.4, "dense": 3.0, "embed": 1.5}
 AFTER = ("norm", "attn_pool", "fc_norm", "head", "head_dist")  # what timm's models have behind the blocks
 DIVERGED = 100.0  # nats: a larger loss, or one that is no number, counts as this
 
@@ -45,7 +47,7 @@ class Recipe:
 
     epochs: int = 8
     least_steps: int = 150  # few pictures get more epochs
-    rate: float = 4e-5  # largest learning rate where the KL before is FAR or more
+    rate: float = 4e-5  # largest learning rate where the loss before is FAR or more
     batch: int = 26
     warmup: int = 20  # steps
     validation: float = 0.25  # share of the pictures that is never trained on
@@ -153,7 +155,7 @@ class _Run:
         self.wanted = self.answers(self.teacher)
         optimiser = torch.optim.AdamW(trained, lr=recipe.rate, weight_decay=0.0)
         start, loss = state_copy(self.student), self.held_out_loss()
-        self.rate = recipe.rate * min(1.0, max(loss, 0.0) / FAR) ** 0.5 if task == "classify" else recipe.rate
+        self.rate = recipe.rate * min(1.0, max(loss, 0.0) / FAR[task]) ** 0.5
         key = key_of(
             recipe.parts, task, weights_sha256(pruned.model), pruned.tokens, how,
             sha256_bytes(pixels.reshape(-1).data), tuple(int8),
