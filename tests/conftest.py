@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -32,24 +33,35 @@ LONGEST = (
     "pipeline/test_build.py",
     "distributed/test_ray.py",
     "test_docs.py",
-    "pipeline/test_resume.py",
     "aarch64/test_aarch64.py",
     "deploy/test_ansible.py",
     "bundles/test_ship.py",
-    "bundles/test_canary.py",
-    "runtimes/test_remote.py",
-    "cli/test_cli.py",
-    "pipeline/test_recover.py",
+    "pipeline/test_dense.py",
     "trt_judge/test_rtx.py",
-    "cli/test_errors.py",
+    "test_gpu_run.py",
+    "runtimes/test_remote.py",
     "test_api.py",
+    "vit/test_export.py",
+    "test_workflows.py",
+    "pipeline/test_embed.py",
+    "pipeline/test_recover.py",
+    "cli/test_cli.py",
+    "vit/test_eva.py",
+    "pipeline/test_resume.py",
     "test_packaging.py",
     "pipeline/test_compile.py",
-    "test_workflows.py",
+    "bundles/test_canary.py",
+    "onnx_graph/test_int8.py",
+    "benchmark/test_bench.py",
+    "cli/test_errors.py",
+    "pipeline/test_auto.py",
     "pipeline/test_simulated_builds.py",
-    "vit/test_export.py",
-    "runtimes/test_trt.py",
     "pipeline/test_onnx_files.py",
+    "runtimes/test_trt.py",
+    "pipeline/test_wide_pictures.py",
+    "benchmark/test_baseline.py",
+    "onnx_graph/test_fp16.py",
+    "test_hostile.py",
 )
 
 
@@ -57,6 +69,17 @@ LONGEST = (
 def _few_rounds() -> None:
     """Staircases are measured in a third of the rounds that users get, as in the processes that tests fork."""
     measure_few()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_temporary_files(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Locks of timings lie there: test processes need not take turns, with each other or with what else runs here."""
+    folder, before = str(tmp_path_factory.mktemp("tmp")), tempfile.gettempdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_TMPDIR", before)  # of its sockets: their paths have to be short
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

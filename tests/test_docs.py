@@ -17,6 +17,7 @@ import typer
 from support.builds import Shallow, Shared, call, few_digits
 from support.pages import PAGES, Command, blocks, commands, inline, script_of
 from support.paths import ROOT
+from support.processes import search_less
 
 import edgeprune
 from edgeprune import zoo
@@ -72,6 +73,14 @@ SCRIPTS = "benchmarks/*.py"
 MADE = ("engines/", "benchmarks/baselines/", "calib/int8-")
 
 pytestmark = pytest.mark.filterwarnings("ignore")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _short_search() -> Iterator[None]:
+    """In every command alike, so that they find what the tutorial evaluated."""
+    with pytest.MonkeyPatch.context() as patch:
+        search_less(patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -92,13 +92,23 @@ def installed(request: pytest.FixtureRequest, wheel: Path, tmp_path_factory: pyt
     if python is None:
         pytest.skip(f"no Python {version} here")
     folder = tmp_path_factory.mktemp(f"python{version}")
-    subprocess.run([python, "-m", "venv", folder], check=True, timeout=300, env=plain())
-    command = [folder / "bin" / "python", "-m", "pip", "install", "--quiet", "--no-compile", wheel]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=plain())
+    subprocess.run([python, "-m", "venv", "--without-pip", folder], check=True, timeout=300, env=plain())
+    for installer in installers(folder / "bin" / "python"):
+        done = subprocess.run([*installer, wheel], capture_output=True, text=True, timeout=600, env=plain())
+        if done.returncode == 0:
+            break
     if done.returncode != 0 and any(sign in done.stdout + done.stderr for sign in NO_NETWORK):
         pytest.skip(f"no package registry to install for Python {version} from")
     assert done.returncode == 0, done.stderr
     return folder / "bin" / "edgeprune"
+
+
+def installers(python: Path) -> Iterator[list[str | Path]]:
+    """Commands that install into the environment of an interpreter: uv where it is, like the Makefile, then pip."""
+    uv = Path(sys.executable).parent / "uv"
+    if uv.exists():
+        yield [uv, "pip", "install", "--quiet", "--python", python]
+    yield [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-compile"]
 
 
 def plain() -> dict[str, str]:

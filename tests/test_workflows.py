@@ -141,14 +141,17 @@ def environment(folder: Path, **changes: str) -> dict[str, str]:
 def checkout(folder: Path, shallow: Shallow) -> Path:
     """A fresh checkout, as far as the job needs it, with a model and pictures of one's own; it measures less."""
     for name in DATA:
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, folder / name)
     shutil.copytree(shallow.model.partition(":")[2], folder / "shallow")
     few_digits(folder / "digits")
     for name, users, ours in (
-        ("profiling", "ROUNDS = 3 * FEW", "ROUNDS = FEW"),
-        ("timing", "WARMUP_S = 10", "WARMUP_S = 1"),
+        ("latency/profiling", "ROUNDS = 3 * FEW", "ROUNDS = FEW"),
+        ("latency/timing", "WARMUP_S = 10.0", "WARMUP_S = 0.1"),
+        ("latency/timing", "WARMUP_MS = 300.0", "WARMUP_MS = 20.0"),
+        ("benchmark/peak", "WARMUP_S = 1.0", "WARMUP_S = 0.1"),
+        ("cli/build_commands", 'to build and time", min=0)] = 3', 'to build and time", min=0)] = 1'),
     ):
-        path = folder / "edgeprune" / "latency" / f"{name}.py"
+        path = folder / "edgeprune" / f"{name}.py"
         assert users in path.read_text()
         path.write_text(path.read_text().replace(users, ours))
     return folder

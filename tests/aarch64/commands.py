@@ -11,18 +11,24 @@ import json
 import sys
 from unittest import mock
 
-from edgeprune.benchmark import peak
+from edgeprune.benchmark import bench, peak
 from edgeprune.bundles import predict, verify
 from edgeprune.cli import main
 from edgeprune.latency import timing
+from edgeprune.pipeline import measure
 
 # An emulated inference takes 0.3 s, and its latency says nothing: fewer are timed than for users.
 for module, name, value in (
     (timing, "WARMUP_S", 1.0),
-    (predict, "TIMED", 3),
-    (verify, "TIMED", 5),
+    (timing, "WARMUP_MS", 20.0),
+    (bench, "WARMUP_MS", 20.0),
+    (measure, "WARMUP_MS", 20.0),
+    (timing, "WINDOW", 1),
     (timing, "WARMUP", 1),
+    (predict, "TIMED", 1),
+    (verify, "TIMED", 2),
     (peak, "SIZES", (64,)),
+    (peak, "RUNS", 3),
 ):
     assert hasattr(module, name), name
     setattr(module, name, value)

@@ -208,7 +208,10 @@ def test_export_dense(few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert normalised_tokens(Path(row["path"])) == expected_tokens(list(DENSE), False)
 
 
-def test_schedule_then_export(staircase: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_schedule_then_export(
+    staircase: Path, few: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    processes.search_less(monkeypatch.setattr)
     goal = ("--method", "topk", "--speedup", "1.3", "--images", few, "--search-images", "4")
     places = ("--work", tmp_path / "work", "--out", tmp_path / "schedule.json")
     row = row_of(capsys, "schedule", staircase, *goal, *places)

@@ -96,9 +96,9 @@ def test_simulated_build(
     monkeypatch.chdir(tmp_path)
     images = few_digits(tmp_path / "digits", 8)
     row = row_of(
-        capsys, "build", "--device", "h100", "--simulate", "--precision", "auto", "--method", "topk", "--batch", 8,
-        "--policy", "paper", "--images", images, "--search-images", 4, "--neighbours", 0, "--work", tmp_path / "work",
-        "--model", shallow.model, "--block", 1,
+        capsys, "build", "--device", "h100", "--simulate", "--precision", "auto", "--method", "topk",
+        "--policy", "paper", "--images", images, "--search-images", 4, "--neighbours", 0, "--model", shallow.model,
+        "--block", 1, "--work", shallow.work(tmp_path / "work"),
     )  # fmt: skip
     tried = {entry["precision"]: entry for entry in row["precisions"]}
     assert tuple(tried) == PRECISIONS
@@ -120,5 +120,5 @@ def test_simulated_build(
         }
         assert name == row["precision"] or entry["reason"]
         assert entry["accepted"] or "slower" in entry["reason"]
-    assert Path(row["bundle"]).name == f"topk-{row['precision']}-b8-simulated"
+    assert Path(row["bundle"]).name == f"topk-{row['precision']}-b1-simulated"
     assert [path.name for path in Path(row["bundle"]).parent.iterdir()] == [Path(row["bundle"]).name]

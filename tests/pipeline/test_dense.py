@@ -217,7 +217,18 @@ def test_the_fastest_schedule_within_that_error_is_chosen(
     shallow: Shallow, given: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("build", *SIMULATED, *QUICK, "--model", shallow.model, "--images", given.digits, "--layers", "3,2")
-    row = row_of(capsys, *command, "--max-error", "0.15", "--work", given.work, "--out", tmp_path / "bundle")
+    row = row_of(
+        capsys,
+        *command,
+        "--neighbours",
+        "0",
+        "--max-error",
+        "0.15",
+        "--work",
+        given.work,
+        "--out",
+        tmp_path / "bundle",
+    )
     trace = load(tmp_path / "bundle" / "story.json", BuildTrace)
     chosen = next(c for c in trace.candidates if c.tokens == tuple(row["tokens"]))
     good = [c for c in trace.candidates if c.error is not None and c.error <= 0.15]
@@ -286,7 +297,17 @@ def test_recovery_lowers_the_error_of_the_features(
     recipe = partial(recovery.Recipe, epochs=3, least_steps=0, rate=4e-4, batch=8)
     monkeypatch.setattr(recovery, "Recipe", recipe)
     command = ["build", *SIMULATED, *QUICK, "--model", shallow.model, "--images", given.digits, "--speedup", "1.4"]
-    command += ["--layers", "2,3", "--work", given.work, "--out", tmp_path / "bundle", "--recover"]
+    command += [
+        "--neighbours",
+        "0",
+        "--layers",
+        "2,3",
+        "--work",
+        given.work,
+        "--out",
+        tmp_path / "bundle",
+        "--recover",
+    ]
     row = row_of(capsys, *command)
     before, after = row["unrecovered"], row["fidelity"]
     assert row["recovery"]["task"] == "dense" and row["recovery"]["epochs"]

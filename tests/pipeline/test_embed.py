@@ -151,7 +151,7 @@ def test_the_fastest_schedule_with_that_cosine_is_chosen(
 ) -> None:
     command = ("build", *SIMULATED, *SEARCHED, "--model", headless.model, "--images", headless.digits)
     places = ("--work", headless.work, "--out", tmp_path / "bundle")
-    row = row_of(capsys, *command, "--min-cosine", "0.97", *places)
+    row = row_of(capsys, *command, "--neighbours", "0", "--min-cosine", "0.97", *places)
     trace = load(tmp_path / "bundle" / "story.json", BuildTrace)
     chosen = next(c for c in trace.candidates if c.tokens == tuple(row["tokens"]))
     good = [c for c in trace.candidates if (c.cosine or 0) >= 0.97]

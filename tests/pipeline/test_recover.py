@@ -254,9 +254,15 @@ def test_the_value_of_the_option_may_be_left_out(
 
 
 def test_a_build_for_a_speedup_chooses_the_schedule_that_recovers_best(
-    shallow: Shallow, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+    shallow: Shallow,
+    work: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three blocks of the embedded model, as a newcomer would build it, but few pictures and simulated latencies."""
+    monkeypatch.setattr("edgeprune.pipeline.refine.RIVALS", 3)
     digits, bundle = few_digits(tmp_path / "digits", 40), tmp_path / "bundle"
     with caplog.at_level("INFO"):
         row = row_of(

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 
 from edgeprune import cli, zoo
-from support import processes
+from support import brief, processes
 
 QUICK = ("--search-images", "4", "--rounds", "5", "--neighbours", "1")
 # Test processes share the cores: one thread each, and none that spins while it waits.
@@ -44,14 +44,15 @@ CONTRACT: dict[str, Any] = {
     "probes": int,
 }
 # Imports of torch and its kind fail, as where they are not installed.
-WITHOUT_TORCH = """
+WITHOUT_TORCH = f"""
 import importlib.abc, sys
 class Blocker(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] in {"torch", "timm", "torchvision", "onnxscript"}:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+        if name.partition(".")[0] in {{"torch", "timm", "torchvision", "onnxscript"}}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocker())
 from edgeprune.cli import main
+{brief.CODE}
 main()
 """
 

@@ -18,6 +18,7 @@ from unittest import mock
 import pytest
 
 from edgeprune.bundles.ship import destination, ship
+from support import brief
 from support.paths import ROOT
 
 SSHD = shutil.which("sshd", path="/usr/sbin:/usr/local/sbin:/usr/bin")
@@ -32,6 +33,7 @@ class Blocker(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocker())
 from edgeprune.cli import main
+{brief}
 main()
 """
 
@@ -86,7 +88,7 @@ def server(folder: Path, settings: str = "") -> Iterator[Server]:
     home.mkdir()
     environment = {"HOME": str(home), "TMPDIR": str(home), "OMP_NUM_THREADS": "1", "EDGEPRUNE_THREADS": "1"}
     program, root = folder / "edgeprune", str(ROOT)
-    program.write_text(PROGRAM.format(python=sys.executable, environment=environment, root=root))
+    program.write_text(PROGRAM.format(python=sys.executable, environment=environment, root=root, brief=brief.CODE))
     program.chmod(0o755)
     process = subprocess.Popen(
         [SSHD, "-D", "-e", "-f", str(folder / "sshd_config")], stderr=(folder / "log").open("wb")

@@ -116,10 +116,23 @@ def die_at(event: int) -> None:
 
 def measure_few(rounds: int = FEW) -> None:
     """Fewer rounds for a staircase than users get, by default the fewest that show a step, and a short warm-up."""
+    from edgeprune.benchmark import bench, peak
     from edgeprune.latency import probing, profiling, timing
+    from edgeprune.pipeline import measure
 
     profiling.ROUNDS, probing.WARMUP_MS = rounds, 0.0
-    timing.WARMUP_S = 1.0  # latencies of test processes that share two cores are not stable after ten, either
+    timing.WARMUP_MS = measure.WARMUP_MS = bench.WARMUP_MS = 20.0
+    # Latencies of test processes that share two cores are not stable after ten seconds, either.
+    timing.WARMUP_S = peak.WARMUP_S = 0.1
+
+
+def search_less(put: Callable[[Any, str, int], None] = setattr) -> None:
+    """Evaluate fewer schedules in this process than users get, where the choice need not be as good."""
+    from edgeprune.scheduling import search
+
+    for name, value in (("SAMPLED", 4), ("EVALUATED", 12), ("STEPS", 10)):
+        assert getattr(search, name) > value
+        put(search, name, value)
 
 
 def die_after_saves(rounds: int, saves: int) -> None:
@@ -163,9 +176,11 @@ def exit_code(options: Options, prepare: Callable[..., None] | None = None, *arg
     return code
 
 
-def _command(argv: Sequence[str], out: Path, err: Path, saves: int | None) -> None:
+def _command(argv: Sequence[str], out: Path, err: Path, saves: int | None, variables: dict[str, str]) -> None:
     from edgeprune.cli import main
 
+    os.environ.update(variables)
+    search_less()
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     if saves is not None:
@@ -175,12 +190,15 @@ def _command(argv: Sequence[str], out: Path, err: Path, saves: int | None) -> No
     main()
 
 
-def command(folder: Path, *argv: object, interrupt_after: int | None = None) -> tuple[int, str, str]:
+def command(
+    folder: Path, *argv: object, interrupt_after: int | None = None, **variables: str
+) -> tuple[int, str, str]:
     """A command in a process of its own: exit code, stdout and stderr, which it leaves in `folder`.
 
-    With `interrupt_after` it meets Ctrl-C when it has saved the samples of a staircase so many times.
+    With `interrupt_after` it meets Ctrl-C when it has saved the samples of a staircase so many times. Its environment
+    is that of the process it is forked from, not the one of this process, and `variables`.
     """
     out, err = folder / "stdout", folder / "stderr"
-    process = fork(_command, list(map(str, argv)), out, err, interrupt_after)
+    process = fork(_command, list(map(str, argv)), out, err, interrupt_after, variables)
     process.join()
     return process.exitcode, out.read_text(), err.read_text()
