@@ -111,6 +111,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     logging.getLogger("ray").setLevel(logging.CRITICAL)
+    from ray.cloudpickle import Pickler
+
     from edgeprune.vit.models import load_model
     from edgeprune.vit.packing import packed
 
@@ -132,7 +134,7 @@ def main() -> None:
     blocks = ceil(len(pixels) / BLOCK)
     tasks = blocks * ceil(len(schedules) / group_size(len(schedules), blocks, 1))  # with one worker
     sent = {
-        "weights_bytes": float(sum(array.nbytes for array in packed(model).arrays)),
+        "weights_bytes": float(sum(array.nbytes for array in packed(model, Pickler).arrays)),
         "picture_bytes": pixels[0].nbytes,
         "row_bytes": 4 * model.vit.classes,
     }
