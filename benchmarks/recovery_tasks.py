@@ -35,7 +35,6 @@ def main() -> None:
     parser.add_argument("--task", choices=("dense", "embed"), default="dense")
     parser.add_argument("--images", type=int, default=325, help="to train on, a quarter of them to stop by")
     parser.add_argument("--tokens", default=TOKENS)
-    parser.add_argument("--rate", type=float, default=Recipe.rate)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     tokens = tuple(map(int, args.tokens.split(",")))
@@ -52,9 +51,9 @@ def main() -> None:
         wanted = logits_of_schedule(model, "none", context.dense_tokens, pixels, False, progress)
         before = logits_of_schedule(model, METHOD, tokens, pixels, False, progress)
         pruned = pruned_module(model, METHOD, tokens, False)
-        checkpoint = args.work / f"{args.task}-{args.images}-{args.rate:g}.checkpoint"
-        start, recipe = time.monotonic(), Recipe(rate=args.rate)
-        tuned = recovered(pruned, training, model.preprocessing, recipe, checkpoint, progress, args.task)
+        checkpoint = args.work / f"{args.task}-{args.images}.checkpoint"
+        start = time.monotonic()
+        tuned = recovered(pruned, training, model.preprocessing, Recipe(), checkpoint, progress, args.task)
         seconds = time.monotonic() - start
         after = logits_of_schedule(replace(model, module=tuned.module.model), METHOD, tokens, pixels, False, progress)
     rows = {when: per_picture(context, wanted, each) for when, each in (("before", before), ("after", after))}
@@ -68,7 +67,7 @@ def main() -> None:
     record = tuned.record
     print(json.dumps({
         "task": args.task, "tokens": tokens, "images": args.images, "figures": figures, "curve": record.curve,
-        "epochs": record.epochs, "seconds": seconds, "rate": args.rate,
+        "epochs": record.epochs, "seconds": seconds, "rate": record.rate,
     }))  # fmt: skip
 
 

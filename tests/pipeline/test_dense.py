@@ -217,18 +217,8 @@ def test_the_fastest_schedule_within_that_error_is_chosen(
     shallow: Shallow, given: Pictures, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ("build", *SIMULATED, *QUICK, "--model", shallow.model, "--images", given.digits, "--layers", "3,2")
-    row = row_of(
-        capsys,
-        *command,
-        "--neighbours",
-        "0",
-        "--max-error",
-        "0.15",
-        "--work",
-        given.work,
-        "--out",
-        tmp_path / "bundle",
-    )
+    places = ("--work", given.work, "--out", tmp_path / "bundle")
+    row = row_of(capsys, *command, "--neighbours", "0", "--max-error", "0.15", *places)
     trace = load(tmp_path / "bundle" / "story.json", BuildTrace)
     chosen = next(c for c in trace.candidates if c.tokens == tuple(row["tokens"]))
     good = [c for c in trace.candidates if c.error is not None and c.error <= 0.15]
