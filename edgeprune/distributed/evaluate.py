@@ -12,6 +12,7 @@ from edgeprune.distributed.cluster import ray_module, received, stored
 from edgeprune.io import key_of
 from edgeprune.records import Fidelity, Preprocessing, Progress, silent
 from edgeprune.runtimes.quiet import evaluating
+from edgeprune.scheduling.search import Tokens
 from edgeprune.tasks import Task, task_of
 
 if TYPE_CHECKING:
@@ -26,8 +27,6 @@ GROUP = 8  # schedules of a task, at most: they share the activations of their b
 TASKS = 4  # for each CPU, at least, where there are schedules enough: at the end a CPU waits for one of another's
 AHEAD = 3  # tasks in flight for each CPU of the cluster
 KEPT = 2  # evaluators that a worker keeps: each holds the activations of one block of pictures
-
-Tokens = tuple[int, ...]
 Pairs = Sequence[tuple[Tokens, Tokens]]  # schedules, each with the base whose activations it shares
 
 
