@@ -191,7 +191,7 @@ def results(rows: list[Row], wanted: str, kept: Path, memory_bytes: int, limit_s
             found = {
                 "ok": False,
                 "tried": False,
-                "reason": f"not tried here: {gib:.1f} GiB of weights, {COPIES} times",
+                "reason": f"not tried here: needs memory for {COPIES} copies of {gib:.1f} GiB of weights",
             }
         elif not selected:
             found = {"ok": False, "tried": False, "reason": "not tried yet: left out by --only"}
@@ -242,8 +242,8 @@ def page(rows: list[Row], command: str) -> str:
         f"PyTorch's by at most {TOLERANCE} of their standard deviation (the column gives that share).",
         f"Weights above {INLINE_BYTES >> 30} GiB are in a file next to the ONNX. "
         "Names with the same modules, settings and",
-        "shapes share one result. A name that was ok is not run again: its result may be of an earlier version of",
-        "edgeprune, with more memory.",
+        "shapes share one result. A name that was ok is not run again: its result may come from an earlier version",
+        "of edgeprune or a machine with more memory.",
         "",
         f"`{command}` with {versions}.",
         "",

@@ -92,6 +92,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, shared: Shared) -> Iterator
     place = tmp_path_factory.mktemp("reader")
     few_digits(place / "val", 12)
     few_digits(place / "digits", 72)
+    (place / "calib").mkdir()
+    (place / "calib" / "digits").symlink_to(place / "digits")
     shutil.copy(next((place / "val" / "images").iterdir()), place / "picture.png")
     shutil.copytree(shared.bundle, place / "bundle")
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", place / "release"], check=True, timeout=30)
@@ -152,7 +154,8 @@ def test_python_example_runs(
 ) -> None:
     """The Python in the README finds the class of a digit; its build gets the arguments of the tutorial's."""
     build = edgeprune.build
-    monkeypatch.setattr(edgeprune, "build", lambda **given: build(**given | AS_IN_TUTORIAL), raising=False)
+    mine = {"model": zoo.EMBEDDED, "weights": None, **AS_IN_TUTORIAL}
+    monkeypatch.setattr(edgeprune, "build", lambda model, **given: build(**given | mine), raising=False)
     examples = [block.text for block in blocks("README.md") if block.language == "python"]
     assert len(examples) == 1
     exec(compile(examples[0], "README.md", "exec"), {})

@@ -81,7 +81,7 @@ def verify(
     bundle: Annotated[Path, typer.Argument(help="folder that `edgeprune build` or `compile` wrote")],
     as_json: AsJson = False,
 ) -> None:
-    """Check that a bundle is complete, fits this machine, and has the outputs and latency it had when built."""
+    """Check that a bundle is complete, fits this machine and has its outputs; another latency is only a warning."""
     from edgeprune.bundles.verify import SIMULATED
     from edgeprune.bundles.verify import verify as run
     from edgeprune.cli.tables import verify_table

@@ -16,7 +16,11 @@ Model = Annotated[
     typer.Option(help="timm VisionTransformer or Eva, or FOLDER saved by transformers; default: the embedded model"),
 ]
 Weights = Annotated[
-    str | None, typer.Option(help="pretrained | embedded | FILE (.safetensors, or .pth with tensors only)")
+    str | None,
+    typer.Option(
+        help="pretrained | embedded | FILE (.safetensors, or .pth with tensors only); default: pretrained, or "
+        "embedded for the embedded model"
+    ),
 ]
 Images = Annotated[
     Path | None, typer.Option(help="folder of class folders, CSV `image[,label]`, or folder of pictures")
@@ -86,7 +90,7 @@ Simulate = Annotated[
     bool, typer.Option(help="take latencies from the tail-effect model of the device instead of measuring")
 ]
 Exhaustive = Annotated[bool, typer.Option(help="measure every token count")]
-Block = Annotated[int, typer.Option(help="block of the single cut with --policy paper", min=0)]
+Block = Annotated[int, typer.Option(help="block of the single cut with --policy paper, counted from 0", min=0)]
 CropPct = Annotated[float | None, typer.Option(help="override the model's crop_pct", min=0.05, max=1)]
 ImageSize = Annotated[
     str | None,

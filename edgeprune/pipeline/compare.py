@@ -10,7 +10,7 @@ from edgeprune.errors import InputError, ScheduleError
 from edgeprune.pipeline.context import Context, Options, context_for
 from edgeprune.pipeline.evaluate import logits_on, with_fidelity, with_unrecovered
 from edgeprune.pipeline.measure import FINAL, MISS, MeasuredSchedule, corrected_goal, measured_schedules, report_of
-from edgeprune.pipeline.onnx_files import dense_onnx, pruned_onnx
+from edgeprune.pipeline.onnx_files import dense_onnx, layers_in_int8, precise_onnx, pruned_onnx
 from edgeprune.pipeline.profile import confirmed, measured_staircase
 from edgeprune.pipeline.recovery import recover
 from edgeprune.pipeline.scores import ScheduleScores
@@ -59,7 +59,8 @@ def compare(
     """Every method at every target speed-up, with a searched schedule and with one of its published shape.
 
     `searched` are the methods whose schedules are searched, by default all. Schedules are chosen on the search
-    pictures; figures are of all other pictures. Raises any EdgepruneError.
+    pictures; figures are of all other pictures, against the unpruned model in fp32. Speed-ups are over the unpruned
+    model in the same precision. Raises any EdgepruneError.
     """
     if not methods or len(set(methods)) < len(methods):
         raise InputError("--methods needs one or more different names, separated by commas")
@@ -69,8 +70,6 @@ def compare(
         Goal(speedup=target).check()
     for method in methods:
         check_method(method)
-    if options.precision != "fp32" and not options.simulate:
-        raise InputError(f"compare measures fp32, not {options.precision}: leave out --precision or pass --simulate")
     context = context_for(options, progress)
     with context.target.work.lock():
         return _Methods.of(context, methods, searched).compared(targets)
@@ -182,18 +181,22 @@ class _Methods:
         context, pictures = self.context, self.context.needed_pictures()
         measured = measured_schedules(context, staircase, [e.schedule for e in entries], FINAL)
         method = next((m for m in self.methods if m != "none"), "none")
-        kept, held_out = pictures.held_out(method, context.target.onnx_precision)
+        precision = context.target.onnx_precision
+        kept, held_out = pictures.held_out(method, precision)
         labels = pictures.labels(kept)
-        dense = logits_on(context, pictures, dense_onnx(context))[kept]
+        exact = context if precision == "fp32" else context.at("fp32")
+        dense = logits_on(exact, pictures, dense_onnx(context))[kept]
         reported = []
         for entry, result in zip(entries, measured, strict=True):
             own = self.contexts[entry.method]
-            recovered = recover(own, entry.schedule) if own.recovery and entry.schedule.cuts else None
-            logits = logits_on(own, pictures, pruned_onnx(own, entry.schedule, recovered))[kept]
+            recovered = None
+            if own.recovery and entry.schedule.cuts:
+                recovered = recover(own, entry.schedule, layers_in_int8(own, entry.schedule))
+            logits = logits_on(own, pictures, precise_onnx(own, pruned_onnx(own, entry.schedule, recovered)))[kept]
             report = report_of(result.measured, entry.schedule, staircase)
             report = with_fidelity(report, dense, logits, labels, held_out, context.task)
             if recovered is not None:
-                before = logits_on(own, pictures, pruned_onnx(own, entry.schedule))[kept]
+                before = logits_on(own, pictures, precise_onnx(own, pruned_onnx(own, entry.schedule)))[kept]
                 report = with_unrecovered(report, dense, before, logits, labels, context.task)
             reported.append(replace(entry, report=report, recovery=recovered.record if recovered else None))
         return reported

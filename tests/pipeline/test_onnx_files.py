@@ -22,6 +22,7 @@ from edgeprune.images import load_images
 from edgeprune.onnx_graph.graph import onnx_precision_of
 from edgeprune.pipeline import export, onnx_files
 from edgeprune.pipeline.build import build
+from edgeprune.pipeline.compare import compare
 from edgeprune.pipeline.compile import Inputs, check_for_tensorrt
 from edgeprune.pipeline.context import Options
 from edgeprune.pipeline.pictures import Pictures
@@ -169,3 +170,19 @@ def test_more_tokens_than_tensorrt_sorts_are_refused_at_export(
             onnx_files.pruned_onnx(context, folded)
             with pytest.raises(ExportError, match=reason):
                 check_for_tensorrt(target, Inputs(onnx_files.pruned_onnx(context, folded)))
+
+
+def test_compare_in_int8(tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pruned and unpruned model are timed in INT8; answers of INT8 files are judged by the unpruned one in fp32."""
+    monkeypatch.setattr("edgeprune.images.CALIBRATION_IMAGES", 4)
+    monkeypatch.setattr("edgeprune.latency.profiling.ROUNDS", 1)
+    monkeypatch.setattr("edgeprune.pipeline.compare.SESSIONS", 1)
+    few_digits(tmp_path / "digits", 45)
+    options = Options(
+        model=tiny("cls").module, images=tmp_path / "digits" / "images", search_images=4, precision="int8",
+        rounds=5, neighbours=0, work=tmp_path / "work", calib=tmp_path / "calib",
+    )  # fmt: skip
+    found = compare(options, ("topk", "none"), (1.05,))
+    assert found.setup.precision == "int8" and found.staircase.setup.precision == "int8"
+    whole = next(entry.report for entry in found.entries if entry.method == "none")
+    assert whole is not None and whole.kl is not None and whole.kl > 1e-6, "rounding is seen in its figures"
