@@ -148,6 +148,7 @@ def profile(
     batch: int = 1,
     simulate: bool = False,
     exhaustive: bool = False,
+    task: str | None = None,
     layers: Sequence[int] = (),
     host: str | None = None,
     host_program: str = "edgeprune",
@@ -159,12 +160,14 @@ def profile(
     With `trunk` (trunk.onnx of `edgeprune export --trunk`) no torch is needed; `method` adds the cost of its cuts.
     The other arguments are those of `build`. Raises EdgepruneError.
     """
+    from edgeprune.pipeline.context import check_task
     from edgeprune.pipeline.profile import profile as run
     from edgeprune.runtimes.target import target_for
 
+    check_task(task)
     there = Host(host, host_program) if host else None
     target = target_for(device, precision, batch, simulate, Path(work), progress, there)
-    return run(target, _model(model), weights, _path(trunk), method, exhaustive, _size(image_size), layers)
+    return run(target, _model(model), weights, _path(trunk), method, exhaustive, _size(image_size), layers, task)
 
 
 def schedule(
@@ -288,8 +291,8 @@ def compare(
     """Compare methods at equal measured latency, with searched and with published schedules.
 
     `Comparison.entries` has a schedule and a report for each; targets out of reach are in `missing`, with the reason.
-    The arguments are those of `build`; a `precision` other than fp32 is refused unless `simulate` is set. Raises
-    EdgepruneError.
+    The arguments are those of `build`; fidelity is against the unpruned model in fp32, speed-ups are over it in
+    `precision`. Raises EdgepruneError.
     """
     from edgeprune.distributed.cluster import connected
     from edgeprune.pipeline.compare import compare as run

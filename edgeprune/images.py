@@ -206,7 +206,7 @@ def read_image(path: Path, how: Preprocessing) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as file:
             image = _in_eight_bits(file).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path}: not a readable picture ({error}): remove or replace it") from None
     width, height = image.size
     target = resized(width, height, how)

@@ -17,9 +17,10 @@ import onnx
 import onnx.utils
 
 from edgeprune.io import code_key, load, replacing
-from edgeprune.onnx_graph.fp16 import fp16, islands
+from edgeprune.onnx_graph.fp16 import fp16
 from edgeprune.onnx_graph.graph import fix_tokens, infer, save_apart, save_graph
 from edgeprune.onnx_graph.int8 import int8
+from edgeprune.onnx_graph.islands import islands
 from edgeprune.onnx_graph.passes import raise_opset
 from edgeprune.onnx_graph.precision import CONVERSIONS, QUANTISED
 from edgeprune.records import Int8Ranges, Vit

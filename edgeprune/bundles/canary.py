@@ -10,13 +10,14 @@ from typing import NamedTuple
 
 import msgspec
 
-from edgeprune.bundles.format import load_bundle
+from edgeprune.bundles.format import load_bundle, version_name
 from edgeprune.bundles.remote_folder import CURRENT, PREVIOUS, RemoteFolder
 from edgeprune.bundles.ship import Destination, Shipped, each, remote_folder, roll_back, ship
 from edgeprune.errors import EdgepruneError, HostError, InputError
 from edgeprune.records import Progress, silent
 
 ROUNDS = 20  # of the bench on a canary
+PENDING = ".canary"  # in the folder of a canary until it is decided: the name of the version that is tried
 
 
 class Canary(NamedTuple):
@@ -46,16 +47,16 @@ def ship_with_canary(
 ) -> list[Shipped]:
     """Ship to the first destinations, which verifies there, bench there, wait, verify again, then ship to the rest.
 
-    Where one of the first fails, all of them that were switched are rolled back and the rest is untouched. Raises
-    InputError.
+    Where one of the first fails, all of them that were switched are rolled back and the rest is untouched. After an
+    interruption the same call goes on: what it had switched counts as switched by this one. Raises InputError.
     """
-    load_bundle(bundle)
+    name = version_name(bundle, load_bundle(bundle))
     if not 0 < canary.hosts < len(to):
         raise InputError(
             f"--canary {canary.hosts} leaves none of the {len(to)} hosts for the second stage: pass a smaller number"
         )
     first, rest = to[: canary.hosts], to[canary.hosts :]
-    shipped = [result._replace(canary=True) for result in each(lambda where: ship(bundle, where), first, progress)]
+    shipped = [r._replace(canary=True) for r in each(lambda where: _shipped(bundle, name, where), first, progress)]
     before = dict(zip(first, shipped, strict=True))
     now = shipped
     if not _failed(now):
@@ -67,9 +68,26 @@ def ship_with_canary(
     if _failed(now):
         after = dict(zip(first, now, strict=True))
         undone = each(lambda where: _undone(where, before[where], after[where]), first, progress)
+        each(_decided, first)
         untouched = [Shipped(where.text, "untouched", "the canary failed") for where in rest]
         return [result._replace(canary=True) for result in undone] + untouched
+    each(_decided, first)
     return now + each(lambda where: ship(bundle, where), rest, progress)
+
+
+def _shipped(bundle: Path, name: str, where: Destination) -> Shipped:
+    """Ship to a canary; `name` is that of the version. Raises HostError."""
+    quoted = shlex.quote(name)
+    mark = f'[ "$(readlink {CURRENT})" = {quoted} ] || echo {quoted} > {PENDING}; cat {PENDING} 2>/dev/null || true'
+    undecided = remote_folder(where).run(mark).strip() == name
+    result = ship(bundle, where)
+    return result._replace(state="switched") if undecided else result
+
+
+def _decided(where: Destination) -> Shipped:
+    """Nothing is pending any more. Raises HostError."""
+    remote_folder(where).run(f"rm -f {PENDING}")
+    return Shipped(where.text, "decided", "")
 
 
 def _failed(results: Sequence[Shipped]) -> bool:

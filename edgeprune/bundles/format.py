@@ -98,14 +98,20 @@ def write_bundle(
     return manifest
 
 
-def check_out(out: Path) -> None:
-    """Raise InputError where `out` is something other than a bundle, OutputError where it cannot be written.
+def check_out(out: Path, work: Path | None = None) -> None:
+    """Raise InputError where `out` cannot become a bundle, OutputError where it cannot be written.
+
+    It must be a new or an empty folder or a bundle, neither the current folder nor around the folder `work`.
 
     Creates the parent folder, and cleans up after builds that were killed.
     """
     with writable(out):
         if out.exists() and not (out / MANIFEST).is_file() and (not out.is_dir() or any(out.iterdir())):
             raise InputError(f"{out} exists and is not a bundle: choose another --out")
+        if (place := out.resolve()) == Path.cwd():
+            raise InputError(f"{out} is the current folder, which cannot be replaced: choose another --out")
+        if work is not None and work.resolve().is_relative_to(place):
+            raise InputError(f"{out} is the bundle's folder and holds the work folder {work}: choose another --out")
         out.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out.parent).close()
         for old in out.parent.glob(

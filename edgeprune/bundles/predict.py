@@ -17,6 +17,7 @@ from edgeprune.features import unpacked
 from edgeprune.images import batches, load_images, read_image
 from edgeprune.io import write_bytes
 from edgeprune.records import Latency, Progress, Setup, Vit, silent
+from edgeprune.runtimes.inference import check_finite
 from edgeprune.stats import log_softmax
 from edgeprune.tasks import output_names
 
@@ -100,6 +101,7 @@ def predict(
             if outputs.shape[1] != manifest.vit.values:
                 sizes = f"{outputs.shape[1]} outputs for {manifest.vit.values} classes"
                 raise EngineError(f"{bundle}: the engine has {sizes}: build it again")
+            check_finite(outputs, manifest.engine.setup.precision)
             found = (
                 _dense(part, outputs, manifest.vit)
                 if manifest.vit.outputs

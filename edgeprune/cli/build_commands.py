@@ -262,9 +262,11 @@ def export(
     from edgeprune.pipeline.context import Options, check_task, image_set
     from edgeprune.pipeline.export import export_model
     from edgeprune.runtimes.target import check_batch, check_precision
+    from edgeprune.vit.reducers import check_method
 
     check_batch(batch)
     check_task(task)
+    check_method(method)
     found = load_device(device)
     check_precision(precision, found)
     runtime = found.runtime

@@ -57,6 +57,7 @@ def profile(
     model: Model = EMBEDDED,
     weights: Weights = None,
     image_size: ImageSize = None,
+    task: Task = None,
     layers: Layers = None,
     trunk: Annotated[Path | None, typer.Option(help="trunk.onnx of `export --trunk`; needs no torch")] = None,
     method: Annotated[str, typer.Option(help="also measure the cost of cuts by this method")] = "none",
@@ -76,14 +77,17 @@ def profile(
     from edgeprune.cli.tables import profile_table
     from edgeprune.html_report.files import staircase_svg
     from edgeprune.io import save, write_bytes
+    from edgeprune.pipeline.context import check_task
     from edgeprune.pipeline.profile import profile as run
     from edgeprune.runtimes.remote.ssh import Host
     from edgeprune.runtimes.target import target_for
 
+    check_task(task)
     with output.progress() as progress, output.clocks(device, lock_clocks, host):
         there = Host(host, host_program) if host else None
         target = target_for(device, precision, batch, simulate, work, progress, there, lock_clocks)
-        staircase = run(target, model, weights, trunk, method, exhaustive, size_from(image_size), layers_from(layers))
+        size, blocks = size_from(image_size), layers_from(layers)
+        staircase = run(target, model, weights, trunk, method, exhaustive, size, blocks, task)
     save(staircase, out)
     write_bytes(out.with_suffix(".svg"), staircase_svg(staircase))
     output.show(profile_table(staircase), as_json)

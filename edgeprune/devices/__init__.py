@@ -78,6 +78,11 @@ def _problem(device: Device) -> str | None:
         figures |= {f"simulation.fma_per_clock_per_sm.{k}": v for k, v in model.fma_per_clock_per_sm.items()}
     if problem := _trt_problem(device.trt):
         return problem
+    for field in ("power_query", "clocks_query"):
+        try:
+            shlex.split(getattr(device, field) or "")
+        except ValueError as error:
+            return f"$.{field}: {error}"
     for field, value in figures.items():
         if value is not None and not 0 < value < 1e9:
             return f"$.{field} is not above 0 and below 1e9"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -59,10 +61,30 @@ def jetpack() -> str | None:
 
 @contextmanager
 def locked_clocks(device: Device) -> Iterator[None]:
-    """Set clocks to their maximum inside the `with` block and restore them afterwards, also on Ctrl-C.
+    """Set clocks to their maximum inside the `with` block and restore them afterwards, also on Ctrl-C or SIGTERM.
 
     Raises DeviceError where they cannot be set, for example without root.
     """
+    with _ends_as_interrupt(), _locked(device):
+        yield
+
+
+@contextmanager
+def _ends_as_interrupt() -> Iterator[None]:
+    """What ends a process without another word (a cancelled CI job, a lost terminal) raises KeyboardInterrupt."""
+    main = threading.current_thread() is threading.main_thread()
+    taken = [n for n in (signal.SIGTERM, signal.SIGHUP) if main and signal.getsignal(n) is signal.SIG_DFL]
+    for number in taken:
+        signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for number in taken:
+            signal.signal(number, signal.SIG_DFL)
+
+
+@contextmanager
+def _locked(device: Device) -> Iterator[None]:
     if device.clocks_query:
         program = "jetson_clocks" if os.geteuid() == 0 else "sudo -n jetson_clocks"
         with tempfile.TemporaryDirectory() as folder:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgeprune.distributed.cluster import ray_module, received, stored
-from edgeprune.io import key_of
+from edgeprune.io import key_of, sha256_bytes
 from edgeprune.records import Fidelity, Preprocessing, Progress, silent
 from edgeprune.runtimes.quiet import evaluating
 from edgeprune.scheduling.search import Tokens
@@ -51,7 +51,8 @@ class SpreadEvaluator:
 
         self.ray = ray_module()
         self.task, self.labels = task or task_of(model.task, model.vit), labels
-        self._key = key_of(model.vit, model.preprocessing, model.task, method, prefix_last)
+        pictures = sha256_bytes(np.ascontiguousarray(pixels).reshape(-1).data)
+        self._key = key_of(model.vit, model.preprocessing, model.task, method, prefix_last, pictures)
         self._how = (method, prefix_last)
         self._model = self.ray.put(packed(model, self.ray.cloudpickle.Pickler))
         self._blocks = stored(pixels, BLOCK)
@@ -102,7 +103,8 @@ def evaluate(
 ) -> NDArray[np.float32]:
     """Logits (schedules, images, classes) of a block of pictures (images, P, P, 3), with one thread.
 
-    `key` names model, method and block; `model` holds a reference to a vit.packing.Packed in the object store.
+    `key` names model, method, pictures and block; `model` holds a reference to a vit.packing.Packed in the object
+    store.
     """
     from edgeprune.vit.fidelity import Evaluator, one_thread
     from edgeprune.vit.packing import unpacked

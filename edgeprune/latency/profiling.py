@@ -35,6 +35,12 @@ def cut_pairs(vit: Vit) -> tuple[tuple[int, int], ...]:
     return tuple((max(round(a * vit.tokens), lowest + 1), max(round(b * vit.tokens), lowest)) for a, b in shares)
 
 
+def cut_file(folder: Path, method: str, pair: tuple[int, int]) -> Path:
+    """The ONNX file of a block with a cut, in a folder of profiling models."""
+    entering, leaving = pair
+    return folder / f"cut-{method}-{entering}-{leaving}.onnx"
+
+
 def check_profiling_models(folder: Path, vit: Vit | None, batch: int, precision: str) -> None:
     """Raise InputError where a folder holds profiling models of another model, batch size or precision."""
     if vit is not None and (folder / "vit.json").exists() and load(folder / "vit.json", Vit) != vit:
@@ -52,9 +58,9 @@ def check_profiling_models(folder: Path, vit: Vit | None, batch: int, precision:
             raise InputError(f"{folder} holds {held} models, not {wanted}: pass --precision {held} or export again")
 
 
-def models_folder(target: Target, vit: Vit) -> Path:
-    """The folder in the work folder for the profiling models of a model."""
-    parts = (vit, target.setup.batch, target.onnx_precision, target.for_tensorrt)
+def models_folder(target: Target, vit: Vit, task: str) -> Path:
+    """The folder in the work folder for the profiling models of a model; `task` is what its output is for."""
+    parts = (vit, task, target.setup.batch, target.onnx_precision, target.for_tensorrt)
     return target.work.file(PROFILING_MODELS, "", *parts)
 
 
@@ -67,7 +73,13 @@ def staircase_of_folder(target: Target, trunk: Path, methods: Sequence[str], exh
     if trunk.name != "trunk.onnx":
         raise InputError(f"{trunk}: pass the trunk.onnx that edgeprune export --trunk wrote")
     check_profiling_models(folder, None, target.setup.batch, target.onnx_precision)
-    return measured_staircase(target, load(folder / "vit.json", Vit), methods, lambda: folder, exhaustive)
+    vit = load(folder / "vit.json", Vit)
+    for method in methods:
+        if method != "none" and not all(cut_file(folder, method, pair).is_file() for pair in cut_pairs(vit)):
+            raise InputError(
+                f"{folder} has no cuts by {method}: export it with --method {method}, or pass --method none"
+            )
+    return measured_staircase(target, vit, methods, lambda: folder, exhaustive)
 
 
 def simulated_staircase(target: Target, vit: Vit, exhaustive: bool = False) -> Staircase:
@@ -175,7 +187,7 @@ def _others(target: Target, vit: Vit, methods: Sequence[str], folder: Path) -> M
             others[SampleKey("last", (n,))] = _static(target, vit, folder / "last.onnx", n)
     for method in methods:
         for entering, leaving in cut_pairs(vit):
-            cut = folder / f"cut-{method}-{entering}-{leaving}.onnx"
+            cut = cut_file(folder, method, (entering, leaving))
             if cut.is_file():
                 others[SampleKey("cut", (entering, leaving), method)] = target.opener(cut)
                 for n in (entering, leaving):

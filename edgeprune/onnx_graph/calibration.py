@@ -17,7 +17,7 @@ from edgeprune.errors import MissingError, install
 from edgeprune.features import packed
 from edgeprune.onnx_graph.graph import linear_layers, save_graph
 from edgeprune.onnx_graph.int8 import int8
-from edgeprune.onnx_graph.onnx_runtime import session_of
+from edgeprune.onnx_graph.onnx_runtime import outputs_of, session_of
 from edgeprune.records import Int8Ranges, Progress, silent
 from edgeprune.tasks import Task
 
@@ -99,7 +99,7 @@ def _runner(model: onnx.ModelProto) -> Callable[[Sequence[str], NDArray[np.float
         save_graph(model, path := Path(folder, "model.onnx"))
         session = session_of(path, name="the model to calibrate")
     name = session.get_inputs()[0].name
-    return lambda outputs, images: session.run(list(outputs), {name: images})
+    return lambda outputs, images: outputs_of(session, list(outputs), {name: images}, "the model to calibrate")
 
 
 def _histogram_collector() -> Any:

@@ -1,8 +1,8 @@
-"""An fp32 graph in fp16 with fp32 islands: norms, reductions, and what decides or sums in a cut."""
+"""An fp32 graph in fp16 with fp32 islands."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection
 
 import numpy as np
 import onnx
@@ -10,21 +10,15 @@ import onnx.helper
 import onnx.numpy_helper
 from onnx import TensorProto
 
-from edgeprune.onnx_graph.graph import infer, linear_layers
+from edgeprune.onnx_graph.graph import infer
+from edgeprune.onnx_graph.islands import MOVING_OPS, REDUCTIONS, islands
 from edgeprune.onnx_graph.passes import drop_unused
 
-REDUCTIONS = {"ReduceMean", "ReduceSum", "ReduceMax", "ReduceL2"}
 # In fp32 wherever they are: norms can overflow (TRT#2564), and the scores of a cut decide which tokens are kept.
 ISLAND_OPS = REDUCTIONS | {"LayerNormalization", "TopK", "ArgMax", "Log"}
 # In fp32 because their type is an attribute, or because the standard wants it: that of Q/DQ before opset 19.
 FP32_OPS = {"Constant", "ConstantOfShape", "Range", "CumSum"}
 QUANTISERS, QUANTISES_FP16_FROM = {"QuantizeLinear", "DequantizeLinear"}, 19
-# These compute nothing: in fp32 where their input is and a result of theirs is taken in fp32.
-SHAPING_OPS = {"Reshape", "Transpose", "Squeeze", "Unsqueeze"}
-MOVING_OPS = SHAPING_OPS | {"Slice", "Split", "Gather", "Concat", "Expand", "Identity"}
-# Within a cut.
-COMPUTING = REDUCTIONS | {"Add", "Sub", "Mul", "Div", "Clip", "Max", "Min", "Softmax", "MatMul", "TopK", "ArgMax"}
-COMPUTING |= {"Greater", "Cast"}
 FP32, FP16 = int(TensorProto.FLOAT), int(TensorProto.FLOAT16)
 LARGEST = float(np.finfo(np.float16).max)
 SUFFIX = {FP32: "_fp32", FP16: "_fp16"}
@@ -35,7 +29,7 @@ Nodes = list[onnx.NodeProto]
 def fp16(model: onnx.ModelProto, in_fp32: Collection[str] | None = None) -> onnx.ModelProto:
     """Convert to fp16, with fp32 inputs, outputs and islands; softmax of blocks without a cut is fp16 and can fuse.
 
-    `in_fp32` names the nodes that stay in fp32 besides ISLAND_OPS; by default those of cuts (`islands`). A cast
+    `in_fp32` names the nodes that stay in fp32 besides ISLAND_OPS; by default `islands`. A cast
     stands only where a value passes from one type to the other, so nothing between two fp32 nodes is ever rounded.
     """
     out = onnx.ModelProto()
@@ -106,55 +100,3 @@ def _kinds(graph: onnx.GraphProto, ops: Collection[str], in_fp32: Collection[str
         if wide[index]:
             made.update(node.output)
     return [FP32 if each else FP16 for each in wide]
-
-
-def islands(model: onnx.ModelProto) -> set[str]:
-    """Names of the nodes of cuts that decide or sum, in an fp32 graph.
-
-    From the softmax to the scores, from the scores to what they weigh, and from a one-hot matrix or a sum of tokens
-    to the tokens that come out.
-    """
-    nodes = model.graph.node
-    made = {output: node for node in nodes for output in node.output}
-    used: dict[str, Nodes] = {}
-    for node in nodes:
-        for name in node.input:
-            used.setdefault(name, []).append(node)
-    layers = {node.name for node in linear_layers(model)}
-
-    def before(node: onnx.NodeProto) -> Nodes:
-        """What makes the inputs of a node; nothing for the length of tokens, which would lead into the stream."""
-        names = [] if node.op_type == "ReduceL2" else node.input
-        if node.op_type == "Div" and made[node.input[1]].op_type == "ReduceL2":
-            names = node.input[1:]
-        return [made[name] for name in names if name in made]
-
-    def after(node: onnx.NodeProto) -> Nodes:
-        return [other for name in node.output for other in used.get(name, [])]
-
-    def closure(
-        start: Iterable[onnx.NodeProto], ops: Collection[str], last: str, ahead: Callable[[onnx.NodeProto], Nodes]
-    ) -> set[str]:
-        """Names of nodes reached from `start` through `ops`, up to and including nodes of type `last`."""
-        found: set[str] = set()
-        todo = list(start)
-        while todo:
-            node = todo.pop()
-            if node.name not in found and node.name not in layers and node.op_type in ops:
-                found.add(node.name)
-                todo += ahead(node) if node.op_type != last else []
-        return found
-
-    choices = [node for node in nodes if node.op_type in ("TopK", "ArgMax")]
-    decided = closure(choices, COMPUTING | SHAPING_OPS, "Softmax", before)
-    moved = [n for node in nodes if node.name in decided for n in before(node) if n.op_type in MOVING_OPS]
-    decided |= closure(moved, MOVING_OPS | REDUCTIONS | {"Div", "Softmax"}, "Softmax", before)  # not into the stream
-    # EViT weighs tokens by their scores.
-    weighing = [n for choice in choices for n in used[choice.input[0]] if n.op_type not in ("TopK", "ArgMax")]
-    weighed = closure(weighing, (COMPUTING | MOVING_OPS) - {"Concat", "MatMul"}, "TopK", after)
-    one_hot = [node for node in nodes if node.op_type == "Equal"]
-    folded = closure(one_hot, {"Equal", "Cast", "Transpose", "MatMul", "Mul", "Add", "Div"}, "Div", after)
-    folded |= {n.name for node in nodes if node.name in folded for n in before(node) if n.op_type == "Mul"}
-    sums = [other for node in nodes if node.op_type == "ReduceSum" for other in after(node)]
-    found = decided | weighed | folded | closure(sums, {"Sub", "Div"}, "Div", after)
-    return {node.name for node in nodes if node.name in found and node.op_type not in MOVING_OPS}

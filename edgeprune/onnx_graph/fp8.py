@@ -10,9 +10,10 @@ import onnx.helper
 import onnx.numpy_helper
 from onnx import TensorProto
 
-from edgeprune.onnx_graph.fp16 import fp16, islands
+from edgeprune.onnx_graph.fp16 import fp16
 from edgeprune.onnx_graph.graph import linear_layers
 from edgeprune.onnx_graph.int8 import NOMINAL
+from edgeprune.onnx_graph.islands import islands
 from edgeprune.onnx_graph.passes import raise_opset
 
 LARGEST = 448.0  # of E4M3FN

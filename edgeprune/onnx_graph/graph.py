@@ -159,7 +159,9 @@ def onnx_precision_of(model: onnx.ModelProto) -> str:
 
 
 def input_shape(model: onnx.ModelProto) -> tuple[int, ...]:
-    """Shape of a graph's input, (B, 3, P, P) for a whole model; 0 for a dynamic axis."""
+    """Shape of a graph's input, (B, 3, P, P) for a whole model; 0 for a dynamic axis. Raises InputError."""
+    if not model.graph.input:
+        raise InputError("the ONNX file has no input: export it with edgeprune export")
     return tuple(dim.dim_value for dim in model.graph.input[0].type.tensor_type.shape.dim)
 
 

@@ -11,8 +11,9 @@ import onnx.helper
 import onnx.numpy_helper
 
 from edgeprune.io import sha256_bytes
-from edgeprune.onnx_graph.fp16 import fp16, islands
+from edgeprune.onnx_graph.fp16 import fp16
 from edgeprune.onnx_graph.graph import infer, linear_layers
+from edgeprune.onnx_graph.islands import islands
 from edgeprune.onnx_graph.passes import drop_unused
 from edgeprune.records import Int8Ranges
 

@@ -16,13 +16,14 @@ OPSET, OPSET_FP8 = 17, 19
 REDUCTIONS = {
     f"Reduce{kind}" for kind in ("L1", "L2", "LogSum", "LogSumExp", "Max", "Mean", "Min", "Prod", "SumSquare")
 }
-CHANGED_IN_18 = {"Pad", "Resize", "ScatterElements", "ScatterND", "GroupNormalization"}
+CHANGED_IN_18 = {"Resize", "ScatterElements", "ScatterND", "GroupNormalization"}
 
 
 def lower_opset(model: onnx.ModelProto) -> None:
     """Convert opset 18 to 17 in place: axes of reductions become an attribute, Split takes the number of its outputs.
 
-    Raises ExportError, naming the operator, for other operators that changed in opset 18 and for unequal parts.
+    Pad is the same in both but for its axes, a fourth input. Raises ExportError, naming the operator, for other
+    operators that changed in opset 18 and for unequal parts.
     """
     constants = {t.name: t for t in model.graph.initializer}
     shapes = {v.name: v.type.tensor_type.shape.dim for v in (*model.graph.value_info, *model.graph.input)}
@@ -33,7 +34,7 @@ def lower_opset(model: onnx.ModelProto) -> None:
             node.attribute.append(onnx.helper.make_attribute("axes", axes.tolist()))
         elif node.op_type == "Split" and _parts_are_known(node, shapes.get(node.input[0], ())):
             _keep(node, "axis")
-        elif node.op_type in {*CHANGED_IN_18, "Split"}:
+        elif node.op_type in {*CHANGED_IN_18, "Split"} or (node.op_type == "Pad" and len(node.input) > 3):
             raise ExportError(f"{node.op_type} has no opset-{OPSET} form here: {REPORT}")
     for opset in model.opset_import:
         if opset.domain in ("", "ai.onnx"):

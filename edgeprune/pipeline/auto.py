@@ -76,7 +76,7 @@ def build_fastest(options: Options, progress: Progress = silent) -> Built:
 def _build_at(first: Context, precision: str, results: Sequence[PrecisionResult]) -> PrecisionBuild:
     """Everything but the bundle in one precision; `results` are those of the precisions before."""
     context = first.at(precision)
-    check_out(context.out)
+    check_out(context.out, context.target.work.path)
     return PrecisionBuild(context, *evaluated_schedule(context, wider_of(precision, results)))
 
 

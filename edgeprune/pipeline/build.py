@@ -53,7 +53,7 @@ class Built:
 def build(options: Options, progress: Progress = silent) -> Built:
     """Build a bundle. Raises any EdgepruneError; nothing half-written is left."""
     context = context_for(options, progress)
-    check_out(context.out)
+    check_out(context.out, context.target.work.path)
     with context.target.work.lock():
         refined, evaluated = evaluated_schedule(context)
         if evaluated.refused is not None:

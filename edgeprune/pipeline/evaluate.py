@@ -12,7 +12,7 @@ import numpy as np
 
 from edgeprune import stats
 from edgeprune.distributed.engines import can_spread, spread_logits
-from edgeprune.errors import REPORT, EngineError, ExportError
+from edgeprune.errors import REPORT, ExportError
 from edgeprune.io import save_array, sha256_file
 from edgeprune.onnx_graph import attention_fusion
 from edgeprune.pipeline.context import Context
@@ -21,7 +21,7 @@ from edgeprune.pipeline.onnx_files import dense_onnx, nominal_onnx, precise_onnx
 from edgeprune.pipeline.pictures import Pictures
 from edgeprune.pipeline.recovery import Recovered
 from edgeprune.records import DenseFidelity, Report, Schedule, Staircase, Unrecovered
-from edgeprune.runtimes.inference import logits_of
+from edgeprune.runtimes.inference import check_finite, logits_of
 from edgeprune.scheduling.goals import Goal
 from edgeprune.tasks import Answers, Task, points_lost
 
@@ -270,10 +270,3 @@ def logits_on(context: Context, pictures: Pictures, file: Path) -> NDArray[np.fl
     parts = (sha256_file(file), context.target.setup, pictures.key, pictures.how)
     logits: NDArray[np.float32] = np.load(context.target.work.step("logits", ".npy", parts, make), allow_pickle=False)
     return logits
-
-
-def check_finite(outputs: NDArray[np.float32], precision: str) -> None:
-    """Raise EngineError for outputs (images, values) that are infinite or no numbers."""
-    if bad := len(outputs) - int(np.isfinite(outputs).all(axis=1).sum()):
-        advice = "pass other weights" if precision == "fp32" else "use --precision fp32"
-        raise EngineError(f"outputs are not finite in {precision} on {bad} of {len(outputs)} pictures: {advice}")

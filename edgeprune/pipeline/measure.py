@@ -13,7 +13,8 @@ import numpy as np
 from edgeprune import stats
 from edgeprune.io import read_bytes, sha256_file, write_bytes
 from edgeprune.latency.staircase import predict_ms
-from edgeprune.latency.timing import WARMUP, WARMUP_MS, interleave
+from edgeprune.latency.timing import UNLIMITED, WARMUP, WARMUP_MS, Room, interleave
+from edgeprune.onnx_graph.graph import weights_of
 from edgeprune.pipeline.context import Context
 from edgeprune.pipeline.onnx_files import dense_onnx, nominal_onnx, pruned_onnx
 from edgeprune.records import Candidate, DenseFidelity, Latency, Report, Schedule, Staircase
@@ -27,6 +28,8 @@ FINAL = "final"  # the session whose figures are reported; no schedule is chosen
 MISS = 0.02  # relative error beyond which a goal counts as missed whatever the noise
 OFF = 0.05  # relative error of the prediction beyond which a warning is logged
 ROUNDING = 1e-9  # of a difference of two percentages
+SHARE_OF_MEMORY = 0.7  # of what is free, for engines that are open at once
+COPIES = 1.5  # of its weights that a session of ONNX Runtime holds, roughly; others know their size
 
 
 class Measured(NamedTuple):
@@ -69,14 +72,24 @@ def interleaved(engines: Sequence[tuple[Target, Path]], rounds: int, session: st
         warmup_ms = 0.0 if target.setup.noiseless else WARMUP_MS
         with target.alone():
             samples = interleave(
-                openers, rounds, progress=target.progress, what=what, warmup_ms=warmup_ms, graphs=graphs
-            )
+                openers, rounds, progress=target.progress, what=what, warmup_ms=warmup_ms, graphs=graphs,
+                room=room_for(engines),
+            )  # fmt: skip
         found = [Latency(samples_ms=tuple(samples[i]), warmup=WARMUP, cuda_graph=graphs.get(i)) for i in openers]
         write_bytes(path, msgspec.json.encode(found))
 
     parts = ([(sha256_file(file), own.setup) for own, file in engines], rounds, session)
     path = target.work.step("latency", ".json", parts, make)
     return msgspec.json.decode(read_bytes(path), type=list[Latency])
+
+
+def room_for(engines: Sequence[tuple[Target, Path]]) -> Room:
+    """The memory for the engines of ONNX files, which have a common device."""
+    free_bytes = engines[0][0].runtime.free_bytes()
+    if free_bytes is None:
+        return UNLIMITED
+    sizes = [sum(part.stat().st_size for part in (file, *weights_of(file))) for _, file in engines]
+    return Room(SHARE_OF_MEMORY * free_bytes, round(COPIES * max(sizes)))
 
 
 def measured_engines(

@@ -26,7 +26,7 @@ def dense_onnx(context: Context) -> Path:
     """The unpruned model's fp32 ONNX; the one exported for profiling where that is fp32. Raises ExportError."""
     if context.target.onnx_precision != "fp32":
         return _exported(context, "none", context.dense_tokens, False)
-    dense = models_folder(context.target, context.model.vit) / "dense.onnx"
+    dense = models_folder(context.target, context.model.vit, context.model.task) / "dense.onnx"
     return dense if dense.is_file() else profiling_models(context.target, context.model, ()) / "dense.onnx"
 
 

@@ -42,7 +42,7 @@ def profiling_models(target: Target, model: Model, methods: Sequence[str]) -> Pa
     """The folder of the ONNX files that the staircase is measured on; missing ones are exported."""
     from edgeprune.vit.profiling_models import export_profiling_models
 
-    folder = profiling.models_folder(target, model.vit)
+    folder = profiling.models_folder(target, model.vit, model.task)
     export_profiling_models(
         model, methods, target.setup.batch, folder, target.onnx_precision, target.progress, target.for_tensorrt
     )
@@ -58,25 +58,26 @@ def profile(
     exhaustive: bool = False,
     image_size: tuple[int, int] | None = None,
     layers: Sequence[int] = (),
+    task: str | None = None,
 ) -> Staircase:
     """The staircase of a model, of exported models (`trunk`, needs no torch), or of a simulated device.
 
-    With `layers` the model has their patch features as outputs. Only one process at a time can measure in a work
-    folder. Raises any EdgepruneError.
+    With `layers` the model has their patch features as outputs; `task` is as in load_model. Only one process at
+    a time can measure in a work folder. Raises any EdgepruneError.
     """
     check_method(method)
     if trunk is not None and image_size is not None:
         raise InputError(f"{trunk} has one size of pictures: pass --image-size to edgeprune export --trunk instead")
     if trunk is not None and layers:
         raise InputError(f"{trunk} has its outputs already: pass --layers to edgeprune export --trunk instead")
-    if trunk is None and target.setup.simulated and not layers and method == "none":
-        vit = vit_of(model, image_size)
+    if trunk is None and target.setup.simulated and not layers and task != "dense" and method == "none":
+        vit = vit_of(model, weights, image_size, task)
         check_sorting(target, vit, (method,))
         return profiling.simulated_staircase(target, vit, exhaustive)
     with target.work.lock():
         if trunk is not None:
             return profiling.staircase_of_folder(target, trunk, (method,), exhaustive)
-        loaded = load_model(model, weights, image_size=image_size, layers=layers)
+        loaded = load_model(model, weights, task=task, image_size=image_size, layers=layers)
         return measured_staircase(target, loaded, (method,), exhaustive)
 
 
@@ -86,8 +87,17 @@ def check_sorting(target: Target, vit: Vit, methods: Sequence[str]) -> None:
         check_sorted(method, vit)
 
 
-def vit_of(model: str | nn.Module, image_size: tuple[int, int] | None = None) -> Vit:
-    """The shape of a model; needs no torch for the embedded one. Raises ModelError, MissingError."""
-    if model == zoo.EMBEDDED and image_size is None:
+def vit_of(
+    model: str | nn.Module,
+    weights: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    task: str | None = None,
+) -> Vit:
+    """The shape of a model, which given weights may change; needs no torch for the embedded model.
+
+    Raises ModelError, MissingError.
+    """
+    if model == zoo.EMBEDDED and weights in (None, "embedded") and image_size is None:
         return load(zoo.RECORD, Vit)
-    return load_model(model, "random" if isinstance(model, str) else None, image_size=image_size).vit
+    weights = weights or ("random" if isinstance(model, str) else None)
+    return load_model(model, weights, task=task, image_size=image_size).vit

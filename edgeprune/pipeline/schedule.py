@@ -47,7 +47,8 @@ def schedule_from_staircase(
             f"{source} is of {staircase.vit.name}, not of this {vit.name}: run edgeprune profile for this model"
         )
     staircase = msgspec.structs.replace(staircase, vit=vit)
-    schedule = solve(context, staircase, ScheduleScores(context), options.goal).schedule
+    with target.work.lock():
+        schedule = solve(context, staircase, ScheduleScores(context), options.goal).schedule
     if schedule.cuts and schedule.method not in staircase.cuts:
         log.warning(
             "%s has no cut costs for %s, so cuts are assumed to be free: run edgeprune profile --method %s",

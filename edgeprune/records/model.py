@@ -81,7 +81,7 @@ class Vit(Record, frozen=True, kw_only=True):
     """The shape and identity of one Vision Transformer."""
 
     name: str
-    weights_sha256: str
+    weights_sha256: str  # and of settings such as the pooling
     family: str
     image_px: Pixels
     patch_px: int

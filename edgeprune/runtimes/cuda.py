@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import importlib
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -18,24 +19,60 @@ INSTALL = (
 )
 
 
-@lru_cache(maxsize=1)
+class _Current:
+    """The primary context, current in the thread that made this until the thread ends."""
+
+    def __init__(self, primary: Any) -> None:
+        self.primary, self.pushed = primary, False
+        primary.push()
+        self.pushed = True
+
+    def pop(self) -> None:
+        """Make it no longer current, once."""
+        if self.pushed:
+            self.pushed = False
+            self.primary.pop()
+
+    __del__ = pop  # in the thread itself: its threading.local is cleared as the last thing that it does
+
+
+_threads = threading.local()
+
+
 def driver() -> Any:
-    """A module with pycuda.driver's names, and the primary context of GPU 0, which TensorRT shares, current.
+    """A module with pycuda.driver's names, and the primary context of GPU 0, which TensorRT shares, current here.
 
     GPU 0 is the first of CUDA_VISIBLE_DEVICES, in the order of nvidia-smi, so that names, clocks and temperatures
-    are those of the GPU that is timed. The context is popped at exit: pycuda aborts a process that ends with a
-    context on its stack. Raises MissingError, DeviceError.
+    are those of the GPU that is timed. A context is current in one thread, so it is pushed in each that calls this,
+    and popped when the thread or the process ends: pycuda aborts a process where one is left on a stack. Raises
+    MissingError, DeviceError.
     """
+    cuda, primary = primary_context()
+    current: _Current | None = getattr(_threads, "current", None)
+    if current is None or current.primary is not primary:
+        with _no_device(cuda):
+            _threads.current = _Current(primary)
+        if threading.current_thread() is threading.main_thread():
+            atexit.register(_threads.current.pop)
+    return cuda
+
+
+@lru_cache(maxsize=1)
+def primary_context() -> tuple[Any, Any]:
+    """The module and the primary context of GPU 0. Raises MissingError, DeviceError."""
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     cuda = _module()
-    try:
+    with _no_device(cuda):
         cuda.init()
-        primary = cuda.Device(0).retain_primary_context()
-        primary.push()
+        return cuda, cuda.Device(0).retain_primary_context()
+
+
+@contextmanager
+def _no_device(cuda: Any) -> Iterator[None]:
+    try:
+        yield
     except cuda.Error as error:
         raise DeviceError(f"no CUDA device found ({_line(error)}): check the driver with nvidia-smi") from None
-    atexit.register(primary.pop)
-    return cuda
 
 
 def gpu() -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from edgeprune.errors import InputError
 from edgeprune.io import key_of, sha256_file
 from edgeprune.onnx_graph.graph import weights_of
-from edgeprune.onnx_graph.onnx_runtime import session_of
+from edgeprune.onnx_graph.onnx_runtime import outputs_of, session_of
 from edgeprune.records import Output, Vit
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class Head:
             if self._batch is not None:
                 feed = {name: np.resize(part, (step, *part.shape[1:])) for name, part in feed.items()}
             try:
-                found = self._session.run(None, feed)[0]
+                found = outputs_of(self._session, None, feed, self.path)[0]
             except Exception as error:  # onnxruntime raises many types, all derived from Exception alone
                 detail = " ".join(str(error).split())[:160]
                 raise InputError(f"{self.path} cannot run on the features ({detail}): export it again") from None

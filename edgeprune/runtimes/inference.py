@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgeprune.errors import EngineError
 from edgeprune.images import batches
 from edgeprune.records import Preprocessing, Progress, silent
 from edgeprune.runtimes import Session
@@ -36,3 +37,10 @@ def logits_of(
             progress(what, done, len(pixels))
     progress(what, len(pixels), len(pixels))
     return np.concatenate(rows)
+
+
+def check_finite(outputs: NDArray[np.float32], precision: str) -> None:
+    """Raise EngineError for outputs (images, values) that are infinite or no numbers."""
+    if bad := len(outputs) - int(np.isfinite(outputs).all(axis=1).sum()):
+        advice = "pass other weights" if precision == "fp32" else "use --precision fp32"
+        raise EngineError(f"outputs are not finite in {precision} on {bad} of {len(outputs)} pictures: {advice}")

@@ -15,7 +15,7 @@ from edgeprune.devices.memory import available_bytes
 from edgeprune.errors import EngineError, MissingError, install
 from edgeprune.features import packed
 from edgeprune.onnx_graph.graph import copy_graph
-from edgeprune.onnx_graph.onnx_runtime import CPU, onnxruntime, session_of, threads
+from edgeprune.onnx_graph.onnx_runtime import CPU, onnxruntime, outputs_of, session_of, threads
 from edgeprune.records import Device, Progress, Setup, silent
 
 if TYPE_CHECKING:
@@ -82,15 +82,15 @@ class OrtSession:
         """(B, values) fp32 outputs of one batch, fp32 of the static shape `shape`. Raises EngineError."""
         if images.shape != self.shape:
             raise EngineError(f"{self._path} takes {self.shape}, got {images.shape}: pass complete batches")
-        found = self._session.run(self._outputs, {self._input.name: images})
+        found = outputs_of(self._session, self._outputs, {self._input.name: images}, self._path)
         return packed(dict(zip(self._outputs, found, strict=True)))
 
     def time_ms(self) -> float:
-        """Wall time of one inference on a fixed random input, after an untimed one, ms."""
+        """Wall time of one inference on a fixed random input, after an untimed one, ms. Raises EngineError."""
         feed = {self._input.name: self._fixed}
-        self._session.run(self._outputs, feed)
+        outputs_of(self._session, self._outputs, feed, self._path)
         start = time.perf_counter_ns()
-        self._session.run(self._outputs, feed)
+        outputs_of(self._session, self._outputs, feed, self._path)
         return (time.perf_counter_ns() - start) / 1e6
 
     def __enter__(self) -> OrtSession:

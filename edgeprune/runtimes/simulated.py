@@ -12,7 +12,7 @@ import numpy as np
 from edgeprune.errors import EngineError
 from edgeprune.features import packed
 from edgeprune.io import replacing
-from edgeprune.onnx_graph.onnx_runtime import session_of
+from edgeprune.onnx_graph.onnx_runtime import outputs_of, session_of
 from edgeprune.onnx_graph.operations import Attention, Elementwise, Matmul, Operation, operations_of_onnx
 from edgeprune.records import Device, Progress, Setup, Vit, silent
 from edgeprune.runtimes.kernel_times import latency_ms, model_of
@@ -98,7 +98,7 @@ class SimulatedSession(_Timed):
         if list(images.shape) != list(wanted.shape):
             raise EngineError(f"{self.path}: input is {list(images.shape)}: pass {list(wanted.shape)}")
         kind = np.float16 if "float16" in wanted.type else np.float32
-        found = self._ort.run(None, {wanted.name: images.astype(kind)})
+        found = outputs_of(self._ort, None, {wanted.name: images.astype(kind)}, self.path)
         return packed({o.name: array for o, array in zip(self._ort.get_outputs(), found, strict=True)})
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from edgeprune.errors import InputError, ScheduleError
 from edgeprune.io import encode, sha256_bytes
-from edgeprune.latency.staircase import predict_ms
+from edgeprune.latency.staircase import predict_ms, treads
 from edgeprune.records import Candidate, DenseFidelity, Fidelity, Schedule, Staircase, Vit
 from edgeprune.scheduling import DEFAULT_ALPHA
 
@@ -93,6 +93,17 @@ class Goal(NamedTuple):
 def single_cut(vit: Vit, block: int, tokens: int) -> tuple[int, ...]:
     """The schedule with one cut: all tokens before `block`, `tokens` from it on."""
     return (vit.tokens,) * block + (tokens,) * (vit.depth - block)
+
+
+def cut_counts(staircase: Staircase) -> list[int]:
+    """The token counts that a cut may leave, and the whole count: the tread ends above two patches.
+
+    Raises ScheduleError for a model with one patch.
+    """
+    vit = staircase.vit
+    if vit.tokens <= vit.prefix + 1:
+        raise ScheduleError(f"{vit.name} has one patch, so none can be removed: choose another model or size")
+    return [n for n in treads(staircase) if n > vit.prefix + 1]
 
 
 def finished(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from edgeprune.errors import ScheduleError
-from edgeprune.latency.staircase import predict_ms, treads, trunk_ms
+from edgeprune.latency.staircase import predict_ms, trunk_ms
 from edgeprune.records import Progress, Schedule, Staircase, silent
-from edgeprune.scheduling.goals import Goal, finished, impossible, single_cut
+from edgeprune.scheduling.goals import Goal, cut_counts, finished, impossible, single_cut
 
 PAPER_BLOCK = 3  # the paper prunes in block 3 (sec. 4)
 
@@ -32,7 +32,7 @@ def paper_schedule(
     end = vit.depth - 2 if prefix_last else vit.depth - 1
     if not 0 <= block <= end:
         raise ScheduleError(f"block {block} cannot remove tokens: pass --block 0 to {end} for {vit.name}")
-    counts = [n for n in treads(staircase) if n > vit.prefix + 1]
+    counts = cut_counts(staircase)
     if goal.max_drop is not None or goal.min_cosine is not None:
         option = "--max-drop" if goal.min_cosine is None else "--min-cosine"
         raise ScheduleError(f"the paper's policy has no accuracy bound: pass --policy search with {option}")

@@ -16,15 +16,16 @@ def published_shapes(vit: Vit, method: str, prefix_last: bool = False) -> Iterat
 
     pomt: one cut in block 3 (arXiv 2407.05941, sec. 4). evit: the same keep rate in blocks 3, 6 and 9 of 12, each
     with one fused token (arXiv 2202.07800, sec. 4). tome, topk: the same number of tokens removed in every block
-    (arXiv 2210.09461, sec. 3). Yields nothing for a method without a published shape.
+    (arXiv 2210.09461, sec. 3). Yields nothing for a method without a published shape, and for a model with too few
+    blocks for it.
     """
     body, last = vit.tokens - vit.prefix, vit.depth - 1 if prefix_last else vit.depth
     if method == "pomt":
-        for n in range(vit.tokens - 1, vit.prefix + 1, -1):
+        for n in range(vit.tokens - 1, vit.prefix + 1, -1) if last > PAPER_BLOCK else ():
             yield single_cut(vit, PAPER_BLOCK, n)
     elif method == "evit":
-        quarters = {vit.depth // 4, vit.depth // 2, 3 * vit.depth // 4}
-        for percent in range(99, 4, -1):
+        quarters = {block for block in (vit.depth // 4, vit.depth // 2, 3 * vit.depth // 4) if block < last}
+        for percent in range(99, 4, -1) if quarters else ():
             tokens, current = [], vit.tokens
             for block in range(vit.depth):
                 if block in quarters:

@@ -9,9 +9,9 @@ from heapq import nsmallest
 import numpy as np
 from numpy.typing import NDArray
 
-from edgeprune.latency.staircase import block_ms, treads, unit
+from edgeprune.latency.staircase import block_ms, unit
 from edgeprune.records import Candidate, Fidelity, Progress, Staircase, silent
-from edgeprune.scheduling.goals import candidate_of, pareto, single_cut
+from edgeprune.scheduling.goals import candidate_of, cut_counts, pareto, single_cut
 
 SAMPLED = 8  # treads at which single cuts of a block are evaluated; losses in between are interpolated
 BUCKETS = 200  # of latency up to the limit; partial schedules in the same bucket are compared by loss only
@@ -48,7 +48,7 @@ class Search:
         vit = staircase.vit
         self.staircase, self.method, self.prefix_last = staircase, method, prefix_last
         self.fidelity, self.progress, self.ahead, self.every_end = fidelity, progress, ahead, every_end
-        self.levels = [n for n in treads(staircase) if n > vit.prefix + 1]
+        self.levels = cut_counts(staircase)
         self.last = vit.depth - 2 if prefix_last else vit.depth - 1  # the last block that may lose tokens
         self.dense: Tokens = (vit.tokens,) * vit.depth
         self.found: dict[Tokens, Candidate] = {}

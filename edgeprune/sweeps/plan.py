@@ -121,7 +121,7 @@ def jobs_of(path: Path) -> tuple[Job, ...]:
             if precision != AUTO:
                 check_precision(precision, load_device(device.name))
             host = hosts[(models.index(model) + turn) % len(hosts)] if hosts else None
-            board = f"{known} at {host.address}" if host else f"{known}, simulated"
+            board = host.address if host else f"{known}, simulated"
             for method, goal in product(sweep.methods, sweep.goals):
                 images = model.images or sweep.images
                 jobs.append(

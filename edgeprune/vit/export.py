@@ -155,17 +155,21 @@ def traced(
     if symbolic_axis is not None:
         dynamic = ({symbolic_axis: torch.export.Dim.DYNAMIC},)
     with quiet_and_fast(), unfused(module), fixed_size(module), fixed_places(module), torch.no_grad():
-        program: Any = torch.onnx.export(
-            module.eval(),
-            (example,),
-            dynamo=True,
-            opset_version=18,  # the lowest that the exporter supports; lower_opset converts to 17
-            input_names=[names[0]],
-            output_names=list(names[1:]),
-            dynamic_shapes=dynamic,
-            optimize=symbolic_axis is not None,
-            verbose=False,
-        )
+        try:
+            program: Any = torch.onnx.export(
+                module.eval(),
+                (example,),
+                dynamo=True,
+                opset_version=18,  # the lowest that the exporter supports; lower_opset converts to 17
+                input_names=[names[0]],
+                output_names=list(names[1:]),
+                dynamic_shapes=dynamic,
+                optimize=symbolic_axis is not None,
+                verbose=False,
+            )
+        except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # its own derives from RuntimeError
+            detail = " ".join(str(error.__cause__ or error).split())[:200]
+            raise ExportError(f"torch cannot export the model ({detail}): {REPORT}") from error
         if symbolic_axis is None:
             simplify(program.model)
     weights = program.model.graph.initializers.values()

@@ -46,22 +46,22 @@ class FakeInt8(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is linear:
-            args = self.rounded(*args)
+            return func(*self.rounded(*args, **(kwargs or {})))
         return func(*args, **(kwargs or {}))
 
-    def rounded(self, x: Tensor, weight: Tensor, *bias: Tensor) -> tuple[Any, ...]:
-        """The arguments of a linear layer, x (..., in) and weight (out, in), rounded where the file has INT8."""
+    def rounded(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Any, ...]:
+        """The arguments of a linear layer, input (..., in), weight (out, in), rounded where the file has INT8."""
         if self.calls == len(self.limits):
             self.limits.append(self.limit_of(weight))
         limit = self.limits[self.calls]
         self.calls += 1
         if limit is None:
-            return x, weight, *bias
-        x = torch.fake_quantize_per_tensor_affine(x.float(), limit / LARGEST, 0, -LARGEST - 1, LARGEST)
+            return input, weight, bias
+        x = torch.fake_quantize_per_tensor_affine(input.float(), limit / LARGEST, 0, -LARGEST - 1, LARGEST)
         largest = weight.detach().abs().amax(dim=1)
         scales = torch.where(largest > 0, largest, 1.0) / LARGEST
         zeros = torch.zeros_like(scales, dtype=torch.int32)
-        return x, torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -LARGEST, LARGEST), *bias
+        return x, torch.fake_quantize_per_channel_affine(weight, scales, zeros, 0, -LARGEST, LARGEST), bias
 
     def limit_of(self, weight: Tensor) -> float | None:
         """The range of the input of a layer (out, in), if it is the file's next one."""

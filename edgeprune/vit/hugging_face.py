@@ -20,6 +20,17 @@ if TYPE_CHECKING:
 CONFIG, PREPROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # numbers of Pillow
 EXPECT = "save_pretrained of transformers writes it"
+# What timm raises for sizes that do not fit together.
+UNUSABLE = (
+    KeyError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    IndexError,
+    RuntimeError,
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,8 @@ def read(folder: Path, random: bool = False, image_size: tuple[int, int] | None 
     config = _json(folder / CONFIG)
     if "architecture" in config and "architectures" not in config:
         raise ModelError(f"{folder}: this is a timm checkpoint: pass --model local-dir:{folder}")
-    name = next(iter(config.get("architectures") or [None]))
+    listed = config.get("architectures")
+    name = listed[0] if isinstance(listed, list) and listed and isinstance(listed[0], str) else None
     if name not in ARCHITECTURES:
         raise ModelError(
             f"{folder}: architecture {name or 'unnamed'} is not supported: use one of {', '.join(ARCHITECTURES)}"
@@ -68,7 +80,7 @@ def read(folder: Path, random: bool = False, image_size: tuple[int, int] | None 
     state = None if random else _tensors(folder)
     try:
         module, state = build(name, config, side if image_size is None else None, state)
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+    except UNUSABLE as error:
         detail = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:160]
         raise ModelError(f"{folder / CONFIG}: cannot be used ({detail}): {EXPECT}") from None
     classifies = "Classification" in name
@@ -99,7 +111,10 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
     index = folder / f"{WEIGHTS}.index.json"
     files = [folder / WEIGHTS]
     if not files[0].is_file() and index.is_file():
-        names = {str(name) for name in (_json(index).get("weight_map") or {}).values()}
+        files_of = _json(index).get("weight_map")
+        if not isinstance(files_of, dict):
+            raise WeightsError(f"{index}: has no weight_map: {EXPECT}")
+        names = set(map(str, files_of.values()))
         files = [folder / Path(name).name for name in sorted(names)]
     found: dict[str, Tensor] = {}
     for file in files:

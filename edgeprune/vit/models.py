@@ -17,8 +17,8 @@ from edgeprune import zoo
 from edgeprune.errors import InputError, MissingError, ModelError, WeightsError, install
 from edgeprune.features import with_layers
 from edgeprune.images import differently_sorted
-from edgeprune.preprocessing import checked
-from edgeprune.records import CROP_MODES, INTERPOLATIONS, Preprocessing, Vit, pixels_of, sides_of
+from edgeprune.preprocessing import OVERRIDES, checked
+from edgeprune.records import Preprocessing, Vit, pixels_of, sides_of
 from edgeprune.vit import hugging_face
 from edgeprune.vit.checkpoints import (
     check_finite,
@@ -37,6 +37,13 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
 
+# Of layers: what changes their output besides their state. Only these, because timm adds attributes in new versions.
+SETTINGS = (
+    "eps", "scale", "num_heads", "approximate", "global_pool", "pool_include_prefix", "no_embed_class", "rotate_half",
+    "temperature", "ref_feat_shape", "grid_offset", "grid_indexing", "max_res", "in_pixels",
+)  # fmt: skip
+SCALARS = (bool, int, float, str, tuple)
+WITHOUT_EFFECT = ("Identity", "Dropout", "DropPath", "PatchDropout")  # when a model is evaluated
 SOURCES = ("hf-hub", "hf_hub", "local-dir", "local_dir")  # prefixes of names that timm resolves itself
 
 
@@ -97,7 +104,7 @@ def load_model(
     if image_size is not None:
         resize(module, image_size, name)
     check_finite(module, name if state is None else str(source.weights))
-    vit = family.describe(module, name, weights_sha256(module))
+    vit = family.describe(module, name, model_sha256(module))
     assert vit.family == key
     if task == "dense":
         vit = with_layers(vit, layers or (vit.depth,))
@@ -161,6 +168,18 @@ def weights_sha256(module: nn.Module) -> str:
     for name, tensor in sorted(module.state_dict().items()):
         digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def model_sha256(module: nn.Module) -> str:
+    """Hash of what a model of given shape computes with: its state, its layers without one, and their settings."""
+    lines = [weights_sha256(module)]
+    for name, part in module.named_modules():
+        kind = type(part).__name__
+        layer = kind if not any(part.children()) and kind not in WITHOUT_EFFECT else ""
+        found = {key: value for key in SETTINGS if isinstance(value := getattr(part, key, None), SCALARS) and value}
+        if layer or found:
+            lines.append(f"{name} {layer} {found}")
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _config_of(module: Any) -> dict[str, Any]:
@@ -243,10 +262,7 @@ def _preprocessing(
     from timm.data import resolve_data_config
 
     data = resolve_data_config(dict(overrides), pretrained_cfg=config or {}, model=None if config else module)
-    if data["crop_mode"] not in CROP_MODES:
-        raise InputError(f"crop mode {data['crop_mode']!r} is not supported: use {' or '.join(CROP_MODES)}")
-    if data["interpolation"] not in INTERPOLATIONS:
-        raise InputError(f"interpolation {data['interpolation']!r} is not supported: use {', '.join(INTERPOLATIONS)}")
+    checked({name: data[name] for name in OVERRIDES})
     return Preprocessing(
         image_px=vit.image_px,
         resize_px=pixels_of(*(math.floor(side / data["crop_pct"]) for side in sides_of(vit.image_px))),

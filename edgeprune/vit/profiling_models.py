@@ -11,7 +11,7 @@ import torch
 
 from edgeprune.io import save
 from edgeprune.latency.depth import LEAST_BLOCKS, PAIR
-from edgeprune.latency.profiling import check_profiling_models, cut_pairs
+from edgeprune.latency.profiling import check_profiling_models, cut_file, cut_pairs
 from edgeprune.onnx_graph.chain import Repeatable, chained
 from edgeprune.onnx_graph.precision import CONVERSIONS, Convert
 from edgeprune.records import Progress, silent
@@ -80,7 +80,7 @@ def export_profiling_models(
             assert reducer is not None
             cut = CutBlock(middle, family, vit, leaving, reducer, rotation)
             example = stream[:, :1].expand(-1, entering, -1).contiguous()
-            name = f"cut-{method}-{entering}-{leaving}.onnx"
+            name = cut_file(folder, method, (entering, leaving)).name
             missing(name, lambda p, c=cut, e=example: export.onnx_from_module(  # type: ignore[misc]
                 c, e, p, ("x", "y", "z") if vit.layers else ("x", "y"), convert, tensorrt=tensorrt))  # fmt: skip
 

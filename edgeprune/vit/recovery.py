@@ -157,8 +157,8 @@ class _Run:
         start, loss = state_copy(self.student), self.held_out_loss()
         self.rate = recipe.rate * min(1.0, max(loss, 0.0) / FAR[task]) ** 0.5
         key = key_of(
-            recipe.parts, task, weights_sha256(pruned.model), pruned.tokens, how,
-            sha256_bytes(pixels.reshape(-1).data), tuple(int8),
+            recipe.parts, task, weights_sha256(pruned.model), pruned.vit, pruned.tokens, pruned.prefix_last,
+            getattr(pruned.reducer, "__name__", None), how, sha256_bytes(pixels.reshape(-1).data), tuple(int8),
         )  # fmt: skip
         self.state = State(self.student, optimiser, dict(start), dict(start), 0, [loss], key)
 

@@ -163,6 +163,32 @@ def test_what_was_current_before_stays(devices: Fleet, refused: Refused, capsys:
     assert devices.labels() == ["one"] * 3
 
 
+def test_a_canary_that_was_interrupted_is_still_one(
+    devices: Fleet, refused: Refused, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first run had switched is compared with the version before and goes back, as if it were one run."""
+    options = ("--canary", 1, "--wait", 0, "--fail-slower", 5)
+    hosts, said = devices.write(rows((1, 1, 1), (1, 1, 1))), (1, 1, 1)
+    devices.bundle("one", current=True)
+    bundle = devices.bundle("two")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("edgeprune.bundles.canary._wait", interrupted)
+        assert call(capsys, "ship", bundle, "--all", hosts, *options)[0] == 130
+    assert devices.labels() == ["two", "one", "one"]
+    devices.write(rows(said, (0.8, 0.75, 0.9)))
+    _, line = refused(bundle, "--all", hosts, *options)
+    assert "at most 0.900x as fast as the previous version" in line and "rolled back to vit_digits" in line
+    assert devices.labels() == ["one"] * 3 and not list(devices.folder.glob("*/.canary"))
+    devices.write(rows(said, said))
+    done = row_of(capsys, "ship", bundle, "--all", hosts, *options)["rows"]
+    assert [row["speedup_to_previous"] for row in done] == [1, None, None] and devices.labels() == ["two"] * 3
+    assert not list(devices.folder.glob("*/.canary"))
+
+
 def test_wrong_use(devices: Fleet, capsys: pytest.CaptureFixture[str]) -> None:
     hosts, bundle = devices.write(), devices.bundle("one")
     for argv in (

@@ -17,6 +17,8 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import timm
+from safetensors.torch import save_file
 from support import processes
 from support.builds import Shallow, Shared, call, check_row, few_digits, program, row_of, start, without_torch
 from support.evaluation import DENSE, dense_logits, expected_tokens, labelled, logits_of, normalised_tokens
@@ -310,6 +312,31 @@ def test_profile_trunk_needs_no_torch(probes: Path, tmp_path: Path) -> None:
         graph = onnx.load(str(probes / f"trunk-{tokens}.onnx"), load_external_data=False).graph
         shape = [dim.dim_value for dim in graph.output[0].type.tensor_type.shape.dim]
         assert shape == [1, tokens, 64]
+
+
+def test_profile_trunk_needs_the_cuts_of_the_method(
+    probes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A staircase without their cost would be reused once they are there."""
+    common = ("--simulate", "--device", "orin-nano", "--work", tmp_path / "work", "--out", tmp_path / "s.json")
+    code, _, err = call(capsys, "profile", "--trunk", probes / "trunk.onnx", "--method", "tome", *common)
+    assert code == 1 and "has no cuts by tome: export it with --method tome" in err
+    assert not (tmp_path / "s.json").exists()
+
+
+def test_profile_of_other_weights_is_of_their_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("--simulate", "--device", "orin-nano", "--work", tmp_path / "work", "--out", tmp_path / "s.json")
+    model = timm.create_model("test_vit", num_classes=7)
+    save_file(model.state_dict(), tmp_path / "seven.safetensors")
+    for weights, classes in ((tmp_path / "seven.safetensors", 7), (None, 1000)):
+        given = ("--weights", weights) if weights else ()
+        row_of(capsys, "profile", "--model", "test_vit", *given, *common)
+        assert load(tmp_path / "s.json", Staircase).vit.classes == classes
+    headless = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
+    save_file(headless, tmp_path / "headless.safetensors")
+    given = ("--model", "test_vit", "--weights", tmp_path / "headless.safetensors", "--task", "embed")
+    row_of(capsys, "profile", *given, *common)
+    assert load(tmp_path / "s.json", Staircase).vit.classes == model.embed_dim
 
 
 def test_profile_trunk_of_another_batch_is_refused(

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+import onnx.helper
 import pytest
 from PIL import Image
 from support import processes
@@ -243,6 +245,21 @@ def test_out_below_a_file_is_told_before_the_work(
     assert not started
 
 
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--out", "."), ". is the current folder, which cannot be replaced: choose another --out"),
+        (("--out", "o", "--work", "o/work"), "o is the bundle's folder and holds the work folder o/work: choose"),
+    ],
+)
+def test_out_that_cannot_be_replaced(
+    options: tuple[str, ...], said: str, started: list[str], fails: Callable[..., str]
+) -> None:
+    """A folder around the work folder would be replaced with all that is in it."""
+    assert said in fails("build", *options)
+    assert not started
+
+
 @pytest.mark.parametrize("place", ["folder", "file"])
 def test_out_that_is_no_bundle_is_left_alone(
     place: str, tmp_path: Path, started: list[str], fails: Callable[..., str]
@@ -267,6 +284,13 @@ def test_work_below_a_file(tmp_path: Path, fails: Callable[..., str]) -> None:
     line = fails("build", "--work", tmp_path / "file" / "work", *options)
     assert "cannot be written" in line and str(tmp_path / "file") in line
     assert not (tmp_path / "bundle").exists()
+
+
+def test_onnx_without_an_input(tmp_path: Path, fails: Callable[..., str]) -> None:
+    node = onnx.helper.make_node("Constant", [], ["y"], value_float=1.0)
+    graph = onnx.helper.make_graph([node], "g", [], [onnx.helper.make_empty_tensor_value_info("y")])
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "model.onnx")
+    assert "has no input: export it with edgeprune export" in fails("compile", tmp_path / "model.onnx")
 
 
 def test_staircase_to_a_folder(tmp_path: Path, fails: Callable[..., str]) -> None:

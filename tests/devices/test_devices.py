@@ -115,6 +115,7 @@ def test_own_file(tmp_path: Path) -> None:
         ("launch_us = 5", "launch_us = 0", r"\$\.simulation\.launch_us is not above 0"),
         ("launch_us = 5", "launch_us = 5\ntile = [64, 64]", "tile"),
         ("sm_count = 4", 'sm_count = 4\ncompute_capability = "ampere"', r"\$\.compute_capability"),
+        ("sm_count = 4", 'sm_count = 4\npower_query = "nvpmodel -q \'"', r"\$\.power_query: No closing quotation"),
         ("sm_count = 4", "sm_count = ", "line 5"),
         ("sm_count = 4", "sm_count = " + "9" * 5000, "not a valid device file"),
         ("sm_count = 4", "sm_count = 0x" + "f" * 5000, "not a valid device file"),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +62,20 @@ def test_clocks_are_locked_and_come_back_even_after_an_interrupt(
     store, lock, restore = calls.read_text().splitlines()
     assert store.startswith(f"{program.strip()} --store ") and lock == program
     assert restore == store.replace("--store", "--restore")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_clocks_come_back_after_a_signal_that_ends_the_process(
+    number: signal.Signals, commands: Callable[..., Path]
+) -> None:
+    """A CI job that is cancelled, a terminal that is closed."""
+    signal.signal(number, signal.SIG_DFL)
+    calls = commands(nvidia_smi='echo "1980"')
+    with pytest.raises(KeyboardInterrupt), power.locked_clocks(CUDA):
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+    assert calls.read_text().splitlines()[-1] == "nvidia-smi -i 0 --reset-gpu-clocks"
+    assert signal.getsignal(number) is signal.SIG_DFL
 
 
 def test_clocks_of_a_card_are_locked_and_come_back(commands: Callable[..., Path]) -> None:

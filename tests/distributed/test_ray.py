@@ -248,6 +248,8 @@ def test_bits_are_those_of_one_process(joined: Any, both: Any, evaluation: Any, 
     assert list(spread.fidelities([*SINGLE, *WHOLE])) == wanted
     [(_, logits)] = spread.logits(WHOLE[:1])
     np.testing.assert_array_equal(logits, evaluator.logits(WHOLE[0][0]))
+    others = SpreadEvaluator(model, "fold", np.ascontiguousarray(pixels[::-1]), labels[::-1])
+    np.testing.assert_array_equal(others.dense_logits.argmax(1), evaluator.dense_logits[::-1].argmax(1))
 
 
 @pytest.mark.parametrize(

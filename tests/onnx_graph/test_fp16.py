@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from support.graphs import images, run, types
+from support.models import shake
 
 from edgeprune.defaults import REDUCERS
+from edgeprune.features import with_layers
 from edgeprune.onnx_graph.attention_fusion import attention_forms
-from edgeprune.onnx_graph.fp16 import ISLAND_OPS, fp16, islands
+from edgeprune.onnx_graph.fp16 import ISLAND_OPS, fp16
 from edgeprune.onnx_graph.graph import linear_layers, static_or_raise
+from edgeprune.onnx_graph.islands import islands
+from edgeprune.tasks import output_names
+from edgeprune.vit.reducers import reducer_named
 
 FP32, FP16 = TensorProto.FLOAT, TensorProto.FLOAT16
 MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze", "Slice", "Gather")
@@ -110,3 +118,59 @@ def test_a_weight_for_both_types_is_not_rounded_for_fp32() -> None:
     np.testing.assert_array_equal(held[norm.input[1]], [1 + 2**-14, 1e5, -1e6, 3])
     [halved] = [values for values in held.values() if values.dtype == np.float16]
     np.testing.assert_array_equal(halved, np.array([1, 65504, -65504, 3], np.float16))
+
+
+@pytest.mark.parametrize("method", ["none", "fold", "evit"])
+@pytest.mark.parametrize("kind", ["rms", "pooled"])
+def test_large_values_of_the_residual_stream_do_not_overflow(kind: str, method: str, tmp_path: Path) -> None:
+    """RMSNorm squares them, pooling by sizes multiplies them. ONNX's own evaluator computes in fp16 for real.
+
+    ONNX Runtime does not: on a CPU it computes such operators in fp32.
+    """
+    import timm.layers
+    import torch
+    from timm.models.vision_transformer import VisionTransformer
+
+    from edgeprune.vit import export
+    from edgeprune.vit.families import family_of
+    from edgeprune.vit.pruned import PrunedViT
+
+    torch.manual_seed(0)
+    options: dict[str, Any] = {"class_token": False, "global_pool": "avg"}
+    if kind == "rms":
+        options = {"norm_layer": timm.layers.RmsNorm, "qk_norm": True}
+    net = shake(VisionTransformer(16, 4, num_classes=7, embed_dim=48, depth=3, num_heads=3, **options))
+    with torch.no_grad():
+        net.pos_embed[..., 5] += 1000 if kind == "rms" else 30000
+    _, family = family_of(net)
+    vit = family.describe(net, kind, "0" * 64)
+    tokens = (vit.tokens,) * 3 if method == "none" else (vit.tokens, vit.prefix + 3, vit.prefix + 3)
+    module = PrunedViT(net, family, vit, tokens, reducer_named(method))
+    export.onnx_from_module(module, torch.zeros(2, 3, 16, 16), tmp_path / "model.onnx")
+    full, feed = onnx.load(tmp_path / "model.onnx"), images()
+    feed[:, :, :12] = 0.5  # alike, so that they become one token
+    half = fp16(full)
+    assert "MatMul" in {n.op_type for n in half.graph.node if types(half).get(n.output[0]) == FP16}
+    [found] = ReferenceEvaluator(half).run(None, {"images": feed})
+    wanted = run(full, feed)
+    assert np.abs(found - wanted).max() < 0.05 * wanted.std()
+
+
+@pytest.mark.parametrize("method", ["fold", "pomt", "topk"])
+def test_features_without_a_prefix(method: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
+    """Restoring compares tokens, not the stream that they are from, which stays in fp16."""
+    import torch
+
+    from edgeprune.vit import export
+    from edgeprune.vit.pruned import PrunedViT
+
+    found, counts = tiny("map"), []
+    for layers in ((), (3,)):
+        vit, path = with_layers(found.vit, layers), tmp_path / "model.onnx"
+        module = PrunedViT(found.module, found.family, vit, (16, 9, 9), reducer_named(method))
+        names = ("images", *output_names("dense", vit)) if layers else ("images", "logits")
+        export.onnx_from_module(module, torch.zeros(2, 3, 16, 16), path, names)
+        half = fp16(onnx.load(path))
+        kind = types(half)
+        counts.append(sum(node.op_type == "Add" and kind[node.output[0]] == FP32 for node in half.graph.node))
+    assert counts[1] <= counts[0] + 1, "the sum of a patch's own stream and its token's updates, at most"

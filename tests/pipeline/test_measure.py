@@ -49,6 +49,9 @@ class Engines:
     def __init__(self) -> None:
         self.opened: list[str] = []
 
+    def free_bytes(self) -> int | None:
+        return None
+
     def open(self, path: Path, setup: Setup) -> Any:
         self.opened.append(path.name)
         times = (float(path.read_text()) * 1.01**n for n in range(1000))
@@ -129,6 +132,16 @@ def test_what_was_timed_is_reused(target: Target, engines: Engines, tmp_path: Pa
     engines.opened.clear()
     measured_engines(other, [one], dense, ROUNDS)
     assert engines.opened == ["one.onnx", "dense.onnx"]
+
+
+def test_engines_that_do_not_fit_into_memory_take_turns(
+    target: Target, engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two, dense = files_of(tmp_path, one=8.0, two=4.0, dense=10.0)
+    monkeypatch.setattr(measure, "weights_of", lambda file: ())
+    monkeypatch.setattr(engines, "free_bytes", lambda: int(2.5 * 1.5 * len("10.0") / 0.7))  # two of the largest fit
+    measured_engines(target, [one, two], dense, ROUNDS)
+    assert engines.opened.count("one.onnx") == 1 and engines.opened.count("dense.onnx") == 1 + ROUNDS
 
 
 def test_without_noise_one_round_is_enough(target: Target, tmp_path: Path) -> None:

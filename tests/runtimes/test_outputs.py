@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 from support.fake_trt import Fake
 
 from edgeprune.devices import load_device
+from edgeprune.errors import EngineError, MissingError
+from edgeprune.onnx_graph.onnx_runtime import CPU, session_of
 from edgeprune.records import Setup
 from edgeprune.runtimes import runtime_for
 from edgeprune.runtimes.remote import protocol
@@ -42,6 +46,28 @@ def test_onnx_runtime_and_the_simulation(device: str, simulate: bool, model: Pat
     with target_for(device, batch=2, simulate=simulate, work=tmp_path).opener(model)() as session:
         np.testing.assert_allclose(session.infer(IMAGES), PACKED, rtol=1e-5)
         assert session.time_ms() > 0
+
+
+def test_errors_of_onnx_runtime_are_one_line(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("[ONNXRuntimeError] : 6 :\n Failed to allocate memory for requested buffer")
+
+    with target_for("cpu", batch=2, work=tmp_path).opener(model)() as session:
+        monkeypatch.setattr(session, "_session", SimpleNamespace(run=fails))
+        for call in (lambda: session.infer(IMAGES), session.time_ms):
+            with pytest.raises(EngineError, match=r"model.*: ONNX Runtime failed .*allocate memory.*smaller --batch"):
+                call()
+
+
+def test_a_provider_that_cannot_be_loaded_is_not_replaced_by_the_cpu(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """onnxruntime-gpu without CUDA's libraries logs a line and makes a session for the CPU."""
+    real = onnxruntime.InferenceSession
+    monkeypatch.setattr(onnxruntime, "InferenceSession", lambda path, *_, **__: real(path, providers=[CPU]))
+    with pytest.raises(MissingError, match=r"cannot load its CUDAExecutionProvider: install CUDA and cuDNN"):
+        session_of(model, "CUDAExecutionProvider")
+    assert session_of(model).get_providers() == [CPU]
 
 
 def test_tensorrt(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

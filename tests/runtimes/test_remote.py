@@ -232,6 +232,15 @@ def test_files_are_kept_by_hash_and_refused_where_they_differ(tmp_path: Path) ->
     assert left == {good}
 
 
+def test_half_a_file_is_not_left_behind(tmp_path: Path) -> None:
+    """Neither by a transfer that is cut off nor by a worker that was killed."""
+    folder = tmp_path / "worker" / "files"
+    folder.mkdir(parents=True)
+    (folder / ".killed.1.tmp").write_bytes(b"half")
+    spoken(tmp_path, prepare(), protocol.Put(sha256_bytes(b"one two"), b"one ", False))
+    assert not list(folder.iterdir())
+
+
 @pytest.mark.parametrize("name", ["../model.onnx", "/etc/passwd", ".hidden", "a/b", ""])
 def test_no_name_leads_out_of_the_folder(name: str, tmp_path: Path) -> None:
     digest = sha256_bytes(b"x")

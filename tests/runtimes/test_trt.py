@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -354,6 +355,21 @@ def test_the_context_is_popped_at_exit(fake: Fake, model: Path, monkeypatch: pyt
     [leave] = at_exit
     leave()
     assert fake.contexts == 0
+
+
+def test_the_context_is_current_in_every_thread_that_uses_the_gpu(fake: Fake, model: Path) -> None:
+    """A context belongs to a thread; an actor of Ray runs builds on changing ones."""
+    runtime().compile(model, SETUP, model.with_name("a.engine"))
+    inside: list[int] = []
+
+    def other() -> None:
+        runtime().compile(model, SETUP, model.with_name("b.engine"))
+        inside.append(fake.contexts)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    thread.join()
+    assert inside == [2] and fake.contexts == 1, "popped when the thread ends, or pycuda aborts the process"
 
 
 def test_without_tensorrt_or_too_old(monkeypatch: pytest.MonkeyPatch) -> None:

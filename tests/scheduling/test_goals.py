@@ -227,6 +227,23 @@ def test_published_shapes_by_hand(make_vit: MakeVit) -> None:
     assert list(published_shapes(vit, "fold")) == []
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3, 4])
+def test_published_shapes_of_a_model_with_few_blocks(depth: int, make_vit: MakeVit) -> None:
+    vit = make_vit(depth=depth)
+    for method, prefix_last in product(("pomt", "evit", "tome", "topk"), (False, True)):
+        for tokens in published_shapes(vit, method, prefix_last):
+            check_tokens(tokens, vit, prefix_last)
+    assert not list(published_shapes(make_vit(depth=4), "pomt", prefix_last=True)), "block 3 is the last one"
+
+
+def test_a_model_of_one_patch_has_nothing_to_remove(make_staircase: MakeStaircase, make_vit: MakeVit) -> None:
+    staircase = make_staircase({2: 1.0}, vit=make_vit(tokens=2))
+    with pytest.raises(ScheduleError, match="has one patch"):
+        Search(staircase, "fold", Damage())
+    with pytest.raises(ScheduleError, match="has one patch"):
+        paper_schedule(staircase, "fold", Goal(speedup=1.5), never)
+
+
 def test_published_schedule_is_the_gentlest_that_fits(staircase: Staircase) -> None:
     found = published_schedule(staircase, "topk", 9.0)
     assert found is not None and found.policy == "published"

@@ -56,7 +56,7 @@ class Fake:
         pycuda.driver = self.driver  # type: ignore[attr-defined]
         for name, module in (("tensorrt", self.trt), ("pycuda", pycuda), ("pycuda.driver", self.driver)):
             monkeypatch.setitem(sys.modules, name, module)
-        cuda.driver.cache_clear()
+        cuda.primary_context.cache_clear()
         trt_log.logger_of.cache_clear()
         monkeypatch.setattr("edgeprune.devices.nvidia_gpu", lambda: self.gpu)
         return self

@@ -33,9 +33,9 @@ def unoptimised(model: onnx.ModelProto, feed: Any) -> Any:
     return session.run(None, {session.get_inputs()[0].name: feed})[0]
 
 
-@pytest.mark.parametrize("kind", ["cls", "map", "eva02"])
+@pytest.mark.parametrize("kind", ["cls", "map", "eva", "eva02"])
 def test_outputs_are_those_of_the_int8_file(kind: str, tiny: Callable[..., Any], tmp_path: Path) -> None:
-    """Fused and separate q, k, v; gated MLPs; and pooling by attention, whose query is constant in the file."""
+    """Fused and separate q, k, v, with joined biases; gated MLPs; pooling by attention, whose query is a constant."""
     model = tiny(kind)
     onnx_of_schedule(model, "fold", TOKENS, model.vit.prefix_pooled, 2, tmp_path / "model.onnx")
     full = onnx.load(tmp_path / "model.onnx")

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import timm
 import torch
 from support.models import KINDS, shake
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from edgeprune.defaults import REDUCERS
 from edgeprune.errors import ModelError
 from edgeprune.vit.families import family_named, family_of
+from edgeprune.vit.models import load_model
 from edgeprune.vit.pruned import PrunedViT, Trunk, random_kept
 from edgeprune.vit.reducers import reducer_named
 from edgeprune.vit.tokens import Stream
@@ -238,6 +241,28 @@ def test_a_head_that_was_replaced_counts_as_it_is() -> None:
         described(torch.nn.Sequential(torch.nn.Linear(3, 6)))
 
 
+def test_the_identity_of_a_model_has_the_settings_of_its_layers() -> None:
+    """Steps of a build are kept under it: another activation, epsilon or pooling is another model."""
+    options = {
+        "depth": 1,
+        "embed_dim": 64,
+        "num_heads": 4,
+        "img_size": 32,
+        "class_token": False,
+        "global_pool": "avg",
+    }
+    changes = ({}, {"act_layer": torch.nn.ReLU}, {"norm_layer": partial(torch.nn.LayerNorm, eps=1e-5)},
+               {"global_pool": "avgmax"})  # fmt: skip
+    state, found = None, []
+    for change in changes:
+        module = VisionTransformer(**options | change)
+        state = state or module.state_dict()
+        module.load_state_dict(state)
+        found.append(load_model(module).vit.weights_sha256)
+    assert len(set(found)) == len(changes)
+    assert load_model(module).vit.weights_sha256 == found[-1]
+
+
 def no_vit() -> Any:
     return timm.create_model("resnet18")
 
@@ -272,9 +297,28 @@ def oblong() -> Any:
     return timm.create_model("vit_tiny_patch16_224", depth=1, img_size=(64, 32), patch_size=(16, 8))
 
 
+def own_forward() -> Any:
+    class Mine(VisionTransformer):
+        def forward_features(self, x: Any) -> Any:
+            return super().forward_features(x) * 2
+
+    return Mine(depth=1, embed_dim=64, num_heads=4)
+
+
+def own_mlp() -> Any:
+    return VisionTransformer(depth=1, embed_dim=64, num_heads=4, mlp_layer=lambda **_: torch.nn.Sequential())
+
+
+def grey() -> Any:
+    return timm.create_model("vit_tiny_patch16_224", depth=1, in_chans=1)
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
+        (own_forward, "Mine has a forward_features of its own: load its weights into timm's model"),
+        (own_mlp, "block 0 has Sequential, not one of timm's MLPs"),
+        (grey, "takes pictures of 1 channels, only RGB"),
         (no_vit, "ResNet is not a timm VisionTransformer"),
         (parallel, "block 0 is a ParallelThingsBlock"),
         (differential, "block 0 has DiffAttention"),

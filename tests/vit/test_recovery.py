@@ -49,9 +49,9 @@ def pictures(count: int = 48) -> NDArray[np.uint8]:
     return load_pixels(load_images(zoo.images_dir() / "labels.csv").paths[:count], digits_model().preprocessing)
 
 
-def run(recipe: Recipe = QUICK, **options: Any) -> recovery.Tuned:
+def run(recipe: Recipe = QUICK, method: str = "topk", **options: Any) -> recovery.Tuned:
     model = digits_model()
-    return recovered(pruned_module(model, "topk", TOKENS), pictures(), model.preprocessing, recipe, **options)
+    return recovered(pruned_module(model, method, TOKENS), pictures(), model.preprocessing, recipe, **options)
 
 
 def same(one: recovery.Tuned, other: recovery.Tuned) -> bool:
@@ -165,6 +165,8 @@ def test_checkpoints_of_other_runs_are_refused(tmp_path: Path) -> None:
     run(replace(QUICK, epochs=1), checkpoint=checkpoint)
     with pytest.raises(InputError, match="of another recovery: remove it"):
         run(replace(QUICK, epochs=1, seed=1), checkpoint=checkpoint)
+    with pytest.raises(InputError, match="of another recovery: remove it"):
+        run(replace(QUICK, epochs=1), checkpoint=checkpoint, method="pomt")
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"not a recovery checkpoint \(\w+\): remove it"):
         run(checkpoint=checkpoint)

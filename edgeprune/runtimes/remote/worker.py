@@ -90,10 +90,12 @@ class Worker:
                 return protocol.Done()
 
     def close(self) -> None:
-        """Free every session and restore the clocks."""
+        """Free every session, remove what has arrived of an unfinished file, and restore the clocks."""
         for session in self.opened.values():
             session.__exit__(None, None, None)
         self.opened.clear()
+        if self._partial is not None:
+            self._partial.unlink(missing_ok=True)
         self.stack.close()
 
     def _prepare(self, request: protocol.Prepare) -> protocol.Ready:
@@ -105,6 +107,8 @@ class Worker:
         for folder in (self.files, self.models):
             with writable(folder):
                 folder.mkdir(parents=True, exist_ok=True)
+        for left in self.files.glob(".*.tmp"):  # of workers that were killed
+            left.unlink(missing_ok=True)
         self.runtime = runtime_for(request.device)
         if request.lock_clocks:
             self.stack.enter_context(clocks_turn())

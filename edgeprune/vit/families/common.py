@@ -10,6 +10,25 @@ from edgeprune.records import Vit
 from edgeprune.vit.families.grid import image_px, patch_px
 from edgeprune.vit.families.head import output_width
 
+OWN = ("forward", "forward_features", "forward_head", "_pos_embed")  # of timm, followed step by step here
+KNOWN = ("timm", "edgeprune")
+
+
+def changed(model: Any) -> str | None:
+    """Why a model is not what timm computes, though its class is derived from timm's; None where it is."""
+    for name in OWN:
+        found = getattr(model, name)
+        if str(getattr(found, "__module__", "")).partition(".")[0] not in KNOWN:
+            return f"{type(model).__name__} has a {name} of its own: load its weights into timm's model instead"
+    for index, block in enumerate(model.blocks):
+        if not hasattr(block.mlp, "fc2"):
+            return f"block {index} has {type(block.mlp).__name__}, not one of timm's MLPs: choose another model"
+    layer = getattr(model.patch_embed, "proj", None)
+    channels = 3 if hasattr(model.patch_embed, "backbone") else getattr(layer, "in_channels", 3)
+    if channels != 3:
+        return f"the model takes pictures of {channels} channels, only RGB is supported: choose another model"
+    return None
+
 
 def described(model: Any, name: str, weights_sha256: str, family: str, prefix_pooled: bool) -> Vit:
     """The Vit record of a supported model; `prefix_pooled`: its head reads the prefix alone."""

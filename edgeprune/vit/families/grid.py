@@ -10,6 +10,8 @@ from edgeprune.records import Pixels, pixels_of
 def uneven(model: Any) -> str | None:
     """Why the patches of a model are not supported, or None: they have to be square."""
     (height, width), (rows, columns) = model.patch_embed.img_size, model.patch_embed.grid_size
+    if not rows or not columns:
+        return f"pictures of {height}x{width} px are smaller than one patch: choose another size or model"
     side = patch_px(model)
     if (height // side, width // side) != (rows, columns):
         return (

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from edgeprune.records import Vit
-from edgeprune.vit.families.common import attention, described, norm, size_bias
+from edgeprune.vit.families.common import attention, changed, described, norm, size_bias
 from edgeprune.vit.families.grid import uneven
 from edgeprune.vit.families.head import head_on, wrapped
 from edgeprune.vit.tokens import Attended
@@ -34,7 +34,7 @@ def unsupported(model: Any) -> str | None:
             return wrapped(index, block.attn.qkv)
     if model.global_pool == "":
         return "the model has no pooling (global_pool=''): create it with a classification head"
-    return uneven(model)
+    return changed(model) or uneven(model)
 
 
 def describe(model: Any, name: str, weights_sha256: str) -> Vit:
