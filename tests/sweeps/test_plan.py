@@ -116,7 +116,7 @@ def test_a_device_file_is_found_from_the_file(tmp_path: Path) -> None:
     """
     jobs = jobs_of(sweep(tmp_path, text))
     assert [(job.device, job.board) for job in jobs] == [
-        (str(own), "mine, simulated"), (str(own), "mine at a@nano-1"),
+        (str(own), "mine, simulated"), (str(own), "a@nano-1"),
     ]  # fmt: skip
     assert jobs[1].name == "mine/vit_digits/fold-fp32-b1-alpha-0.5" and jobs[0].name == f"{jobs[1].name}-simulated"
     before = jobs[0].key()

@@ -125,6 +125,24 @@ def test_what_export_writes_is_built(precision: str, tiny: Callable[..., Any], t
     assert onnx_precision_of(onnx.load(tmp_path / "m.onnx")) == precision
 
 
+@pytest.mark.parametrize("precision", ["fp16", "int8-fp16"])
+def test_rms_norm_is_built_in_fp32(precision: str, tmp_path: Path) -> None:
+    """From the squares to the product: between them nothing is fp16, which they would overflow."""
+    import timm.layers
+    from timm.models.vision_transformer import VisionTransformer
+
+    from edgeprune.vit import export
+    from edgeprune.vit.models import load_model
+
+    sizes: dict[str, Any] = {"img_size": 16, "patch_size": 4, "embed_dim": 48, "depth": 2, "num_heads": 3}
+    net = VisionTransformer(num_classes=7, norm_layer=timm.layers.RmsNorm, qk_norm=True, **sizes)
+    file = tmp_path / "fp32.onnx"
+    export.onnx_of_schedule(load_model(net), "fold", (13, 13), True, 1, file, tensorrt=True)
+    found = accepted(converted(onnx.load(file), precision), tmp_path / "model.onnx")
+    roots = [out[0][1] for name, kind, out in found["layers"] if kind == "UNARY" and "sqrt" in name.lower()]
+    assert len(roots) == 2 * (2 * 4 + 1) and {*roots} == {"FLOAT"}, "each of nine norms has a root and its reciprocal"
+
+
 @pytest.mark.parametrize("control", controls())
 def test_what_is_wrong_is_refused(control: str, tmp_path: Path) -> None:
     """So that being taken means something."""
