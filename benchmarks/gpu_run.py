@@ -28,7 +28,7 @@ from gpu_steps import checks, depth, green_context, latencies  # noqa: E402
 from gpu_steps.report import markdown  # noqa: E402
 from gpu_steps.run import Run, carried_out  # noqa: E402
 
-from edgeprune.errors import EdgepruneError  # noqa: E402
+from edgeprune.errors import EdgepruneError, InputError  # noqa: E402
 
 STEPS = {
     1: ("smoke tests", checks.smoke),
@@ -41,6 +41,7 @@ STEPS = {
     8: ("every command of the device half", checks.commands),
     9: ("two blocks for the trunk", depth.two_blocks),
 }
+OTHER_PROCESSES = (1, 3, 8)
 SECONDS = 480  # of a call, after which no part and no build is begun
 PARITY_MODEL, LATENCY_MODELS = "vit_tiny_patch16_224", ("vit_small_patch16_224", "vit_base_patch16_224")
 
@@ -76,8 +77,10 @@ def prepare_tests(kit: Path) -> dict[str, Any]:
 def step(number: int, run: Run) -> dict[str, Any]:
     """Carry out one step; the summary that is printed. Raises EdgepruneError where the machine cannot be used."""
     if run.sm_limit is not None:
+        if number in OTHER_PROCESSES:
+            raise InputError(f"step {number} starts other processes, which have the whole GPU: leave out --sm-limit")
         got = green_context.limit(run.sm_limit)
-        run = replace(run, sm_limit=got, out=run.out / f"sm-{got}", work=run.work / f"sm-{got}")
+        run = replace(run, sm_limit=got, out=run.out / f"sm-{got}", work=run.work / f"sm-{got}", graphs=run.work)
     title, parts_of = STEPS[number]
     found = carried_out(run, number, title, parts_of(run))
     keys = ("step", "title", "complete", "left", "skipped", "failed", "seconds")
@@ -110,11 +113,12 @@ def arguments(given: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--simulated", default="h100", help="the device that step 6 compares with")
-    parser.add_argument("--jobs", type=int, default=8, help="processes that build engines, at most: 1 on a Jetson")
+    parser.add_argument("--jobs", type=int, default=8, help="processes that build engines which are not timed")
     parser.add_argument("--samples", type=int, default=Run.samples, help="of each way in step 4")
     parser.add_argument("--rounds", type=int, default=Run.rounds, help="of step 7")
     parser.add_argument("--stairs", type=int, default=Run.stairs, help="rounds of step 5")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="after which this call begins nothing new")
+    parser.add_argument("--only", default="*", metavar="PATTERN", help="parts, for example 'vit_small* b1*'")
     parser.add_argument("--sm-limit", type=int, metavar="SMS")
     args = parser.parse_args(given)
     if args.step and not (args.kit and args.out):
@@ -139,7 +143,7 @@ def main(given: list[str] | None = None) -> int:
             work = Path(os.environ.get("EDGEPRUNE_GPU_WORK") or args.out / "work")
             run = Run(
                 args.kit, args.out, work, args.device, args.simulated, args.jobs, args.samples, args.rounds,
-                args.stairs, args.sm_limit, time.time() + args.seconds,
+                args.stairs, args.sm_limit, time.time() + args.seconds, args.only,
             )  # fmt: skip
             result = step(args.step, run)
     except EdgepruneError as error:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
@@ -35,8 +36,6 @@ METHODS = ("fold",)
 @pytest.fixture(scope="module")
 def kit(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model with one method at batch 1 for parity, and one of four blocks for latency."""
-    from dataclasses import replace
-
     import msgspec
     from gpu_steps.prepare import prepare_latency, prepare_parity
 
@@ -316,6 +315,71 @@ def test_a_part_that_kills_the_process_is_given_up(run: Run) -> None:
             carried_out(run, 1, "x", {"deadly": Part(KeyboardInterrupt()), "after": Part()})
     found = carried_out(run, 1, "x", {"deadly": Part(KeyboardInterrupt()), "after": Part()})
     assert found["complete"] and "attempts" in found["failed"]["deadly"] and "after" in found["parts"]
+
+
+def test_a_part_that_lacks_engines_is_kept_and_made_again(run: Run) -> None:
+    lacking, whole = {"errors": {"a-b1": "out of memory"}, "rows": [1]}, {"errors": {}, "rows": [1, 2]}
+    results = [lacking, whole]
+    first = carried_out(run, 1, "x", {"a": lambda: results.pop(0)})
+    assert first["parts"]["a"] == lacking and first["failed"] == {"a": "1 engines could not be built: out of memory"}
+    second = carried_out(run, 1, "x", {"a": lambda: results.pop(0)})
+    assert second["parts"]["a"] == whole and not second["failed"]
+    rows = {"rows": [{"name": "a", "error": "no"}, {"name": "b"}]}
+    assert carried_out(run, 2, "x", {"a": lambda: rows})["failed"] == {"a": "1 engines could not be built: no"}
+
+
+def test_any_error_is_that_of_its_part_alone(run: Run) -> None:
+    """A format that NVIDIA's tools changed, for example."""
+    good = Part()
+    found = carried_out(run, 1, "x", {"bad": Part(ValueError("no\nnumber")), "good": good})
+    assert found["failed"] == {"bad": "ValueError: no number"} and good.calls == 1 and found["complete"]
+
+
+def test_a_lost_context_ends_the_process_and_counts(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All that follows would fail, too; the part that lost it is given up after two processes."""
+    monkeypatch.setattr("gpu_steps.run.context_is_lost", lambda run: True)
+    for _ in range(ATTEMPTS):
+        bad, good = Part(EngineError("illegal address")), Part()
+        with pytest.raises(
+            EngineError, match="bad: illegal address; the GPU's context is lost: call this step again"
+        ):
+            carried_out(run, 1, "x", {"bad": bad, "good": good})
+        assert (bad.calls, good.calls) == (1, 0)
+    found = carried_out(run, 1, "x", {"bad": bad, "good": good})
+    assert good.calls == 1 and "2 attempts" in found["failed"]["bad"]
+
+
+def test_an_attempt_that_made_engines_does_not_count(run: Run) -> None:
+    run.work.mkdir(exist_ok=True)
+    for number in range(ATTEMPTS + 2):
+        with pytest.raises(KeyboardInterrupt):
+            carried_out(run, 1, "x", {"slow": Part(KeyboardInterrupt())})
+        (run.work / f"{number}.engine").write_bytes(b"")
+    assert carried_out(run, 1, "x", {"slow": Part()})["parts"] == {"slow": {"calls": 1}}
+
+
+def test_only_some_parts(run: Run) -> None:
+    found = carried_out(replace(run, only="a*"), 1, "x", {"a1": Part(), "b1": Part()})
+    assert {*found["parts"]} == {"a1"} and found["left"] == ["b1"]
+
+
+def test_what_is_timed_is_compiled_alone_and_with_kept_timings(
+    kit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While other builds use the GPU, TensorRT does not find the fastest tactics."""
+    fake = Fake().install(monkeypatch)
+    fake.free_bytes = 64 << 30
+    monkeypatch.delattr("gpu_steps.run.ProcessPoolExecutor")
+    run, spec = Run(kit, tmp_path, tmp_path / "work"), EngineSpec(kit / "random", "dense-b1", "fp32", 1)
+    assert run.build([spec], timed=True) == {} and [*run.work.glob("timing-*")]
+
+
+def test_a_limit_of_sms_that_other_processes_do_not_have_is_refused(
+    kit: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--kit", str(kit), "--out", str(tmp_path), "--device", "cpu", "--sm-limit", "8")
+    assert gpu_run.main(["--step", "8", *options]) == 1
+    assert "step 8 starts other processes" in capsys.readouterr().out
 
 
 def test_no_part_begins_after_the_time(run: Run, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -42,13 +43,13 @@ from gpu_steps.kit import (
     vit_of,
     weights_key,
 )
-from gpu_steps.run import EngineSpec, Parts, Run, Skipped, opened
+from gpu_steps.run import EngineSpec, OutOfTime, Parts, Run, Skipped, opened
 
 if TYPE_CHECKING:
     from edgeprune.runtimes.trt_session import TrtSession
 
 ROOT = Path(__file__).resolve().parents[2]
-NEEDED = ("numpy", "onnx", "PIL", "jinja2", "msgspec", "packaging", "typer")  # the base installation
+NEEDED = ("numpy", "onnx", "PIL", "jinja2", "msgspec", "packaging", "typer", "zstandard")  # the base installation
 SMOKE_S = 400
 
 
@@ -64,6 +65,7 @@ def smoke(run: Run) -> Parts:
                 missing.append(name)
         if left := [name for name in missing if name in NEEDED]:
             raise EngineError(f"missing here: {', '.join(left)}: add these packages to this Python")
+        importlib.import_module("edgeprune.pipeline.compile")  # all that the device half imports
         return {"python": sys.version.split()[0], "versions": found, "missing": missing}
 
     def gpu() -> Any:
@@ -81,7 +83,7 @@ def smoke(run: Run) -> Parts:
             "EDGEPRUNE_DEVICE": run.device,
         }  # fmt: skip
         command += [str(ROOT / "tests/gpu"), "--junitxml", str(report)]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=SMOKE_S)
+        done = child(command, run.seconds(SMOKE_S), environment)
         if not report.exists():
             raise EngineError(f"pytest ended with {done.returncode}: {done.stdout[-300:]} {done.stderr[-300:]}")
         return outcomes(report)
@@ -157,7 +159,9 @@ def rankings(run: Run, folder: Path, precision: str, batch: int) -> Any:
     target, vit, shares = run.target(precision, batch), vit_of(folder), {}
     with np.load(folder / "ranking.npz") as known:
         for method in known.files:
-            whole = onnx_in(folder, variant(method, False, batch), target.onnx_precision, run.work)
+            if time.time() > run.until:
+                raise OutOfTime
+            whole = onnx_in(folder, variant(method, False, batch), target.onnx_precision, run.converted)
             metadata = metadata_in(whole)
             assert metadata is not None
             part = whole.with_name(f"{whole.stem}-ranking.onnx")
@@ -225,10 +229,7 @@ def profiled(run: Run, spec: EngineSpec) -> Any:
     run.opener(spec)
     engine = run.target(spec.precision, spec.batch).engine(run.onnx(spec), weights_key(spec.folder))
     command = [ncu, "--csv", "--metrics", "gpu__time_duration.sum", "--clock-control", "none", sys.executable]
-    done = subprocess.run(
-        [*command, str(ROOT / "benchmarks/gpu_run.py"), "--infer", str(engine)],
-        capture_output=True, text=True, timeout=SMOKE_S,
-    )  # fmt: skip
+    done = child([*command, str(ROOT / "benchmarks/gpu_run.py"), "--infer", str(engine)], run.seconds(SMOKE_S))
     found = kernels_in(done.stdout)
     if not found:
         last = " ".join((done.stdout + done.stderr).split())[-300:]
@@ -243,7 +244,9 @@ def kernels_in(text: str) -> list[dict[str, Any]]:
     for row in csv.DictReader(lines):
         if row.get("Metric Name") == "gpu__time_duration.sum":
             unit = {"ns": 1e-3, "nsecond": 1e-3, "us": 1.0, "usecond": 1.0, "ms": 1e3, "msecond": 1e3}
-            times[row["Kernel Name"]].append(float(row["Metric Value"].replace(",", "")) * unit[row["Metric Unit"]])
+            factor, value = unit.get(row["Metric Unit"]), row["Metric Value"].replace(",", "")
+            if factor is not None and value.replace(".", "", 1).isdigit():  # "n/a" where it was not collected
+                times[row["Kernel Name"]].append(float(value) * factor)
     rows = [
         {"name": name[:160], "launches": len(each), "total_us": round(sum(each), 2)} for name, each in times.items()
     ]
@@ -308,25 +311,34 @@ def commands(run: Run) -> Parts:
         def compiled(folder: Path = folder, bundle: Path = bundle, options: tuple[Any, ...] = options) -> Any:
             kind = run.target("fp16", 1).onnx_precision
             names = variant("fold", True, 1), variant("none", False, 1)
-            pair = [onnx_in(folder, name, kind, run.work) for name in names]
-            return command("compile", pair[0], "--dense", pair[1], *options, "--out", bundle)
+            pair = [onnx_in(folder, name, kind, run.converted) for name in names]
+            return command(run, "compile", pair[0], "--dense", pair[1], *options, "--out", bundle)
 
         name = folder.name
         parts |= {
             f"{name} compile": compiled,
-            f"{name} verify": lambda b=bundle: command("verify", b),  # type: ignore[misc]
-            f"{name} run": lambda b=bundle, p=picture: command("run", b, p),  # type: ignore[misc]
-            f"{name} bench": lambda b=bundle: command("bench", b, "--rounds", "50"),  # type: ignore[misc]
+            f"{name} verify": lambda b=bundle: command(run, "verify", b),  # type: ignore[misc]
+            f"{name} run": lambda b=bundle, p=picture: command(run, "run", b, p),  # type: ignore[misc]
+            f"{name} bench": lambda b=bundle: command(run, "bench", b, "--rounds", "50"),  # type: ignore[misc]
             f"{name} ship": lambda b=bundle: shipped(run, b),  # type: ignore[misc]
         }
     return parts
 
 
-def command(*args: object, **environment: str) -> Any:
+def child(words: Sequence[str], seconds: float, environment: Mapping[str, str] = os.environ) -> Any:
+    """A finished process with its output as text. Raises EngineError where it takes longer."""
+    try:
+        return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        name = " ".join(map(str, words[1:4]))
+        raise EngineError(f"{name} took more than {seconds:.0f} s: call this step again") from None
+
+
+def command(run: Run, *args: object, **environment: str) -> Any:
     """What a command prints with --json. Raises EngineError with its last line where it fails."""
     words = [sys.executable, "-m", "edgeprune", *map(str, args), "--json"]
     where = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])} | environment
-    done = subprocess.run(words, capture_output=True, text=True, env=where, timeout=SMOKE_S)
+    done = child(words, run.seconds(SMOKE_S), where)
     if done.returncode:
         last = (done.stderr.strip().splitlines() or ["no output"])[-1]
         raise EngineError(f"edgeprune {args[0]} ended with {done.returncode} ({last[:300]}): run it by hand")
@@ -351,4 +363,4 @@ def shipped(run: Run, bundle: Path) -> Any:
         program.write_text("\n".join([*lines, f'exec {shlex.quote(sys.executable)} -m edgeprune "$@"', ""]))
         program.chmod(0o755)
         to = (f"{there.address}:{there.home}/models", "--host-program", program)
-        return [command("ship", bundle, *to, EDGEPRUNE_SSH=there.ssh) for _ in range(2)]
+        return [command(run, "ship", bundle, *to, EDGEPRUNE_SSH=there.ssh) for _ in range(2)]

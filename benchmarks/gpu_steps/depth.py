@@ -14,7 +14,6 @@ from edgeprune import stats
 from edgeprune.errors import InputError
 from edgeprune.latency.depth import CHECKED, FITTED, MOST_OFF, counts_at, fit
 from edgeprune.latency.probing import all_counts
-from edgeprune.latency.timing import interleave
 from gpu_steps.kit import LATENCY, models_for, vit_of, weights_key
 from gpu_steps.run import EngineSpec, OutOfTime, Parts, Run
 
@@ -48,12 +47,13 @@ def predicted(run: Run, folder: Path, batch: int) -> Any:
     def spec(name: str, tokens: int) -> EngineSpec:
         return EngineSpec(folder, f"{name}-b{batch}", PRECISION, batch, tokens)
 
-    build_s = {name: seconds_to_build(run, spec(name, counts[-1])) for name in NAMES}
     specs = {(name, n): spec(name, n) for n in places for name in NAMES}
-    errors = run.build(list(specs.values()))
+    errors = run.build(list(specs.values()), timed=True)
     if errors:
         raise InputError(f"{len(errors)} engines could not be built ({next(iter(errors.values()))}): see their logs")
-    samples = interleave({key: run.opener(each) for key, each in specs.items()}, run.stairs, stable=True)
+    seconds_to_build(run, spec("pair", counts[0]))  # the first build of a process also loads the builder's kernels
+    build_s = {name: seconds_to_build(run, spec(name, counts[-1])) for name in NAMES}
+    samples, graphs = run.interleaved(specs, run.stairs)
     whole, part = ({n: float(np.median(samples[name, n])) for n in places} for name in NAMES)
     check = fit(whole, part, counts_at(counts, FITTED), counts_at(counts, CHECKED))
     rows = []
@@ -72,6 +72,7 @@ def predicted(run: Run, folder: Path, batch: int) -> Any:
         "check_off": check.off,
         "allowed": MOST_OFF,
         "build_s": build_s,
+        "cuda_graph": sorted({str(ran) for ran in graphs.values()}),
         "rows": rows,
     }
 

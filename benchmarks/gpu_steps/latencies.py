@@ -13,9 +13,8 @@ import numpy as np
 from edgeprune import stats
 from edgeprune.defaults import REDUCERS
 from edgeprune.devices import load_device
-from edgeprune.errors import InputError
+from edgeprune.errors import EngineError, InputError
 from edgeprune.latency.staircase import attention_share, exceeds
-from edgeprune.latency.timing import interleave
 from edgeprune.records import Latency, Vit
 from edgeprune.runtimes import Observed
 from edgeprune.runtimes.kernel_times import latency_ms
@@ -57,11 +56,11 @@ def staircase(run: Run, folder: Path, batch: int) -> Any:
     """Latency of one block at each count, all in the same rounds; ms of every round are kept."""
     vit = vit_of(folder)
     specs = {n: EngineSpec(folder, f"block-b{batch}", PRECISION, batch, n) for n in counts_of(vit)}
-    errors = run.build(list(specs.values()))
-    openers = {n: run.opener(spec) for n, spec in specs.items() if spec not in errors}
+    errors = run.build(list(specs.values()), timed=True)
+    there = built(specs, errors)
     runtime = run.target(PRECISION, batch).runtime
     before = runtime.gpu_state() if isinstance(runtime, Observed) else None
-    samples = interleave(openers, run.stairs, stable=True)
+    samples, graphs = run.interleaved(there, run.stairs)
     after = runtime.gpu_state() if isinstance(runtime, Observed) else None
     return {
         "model": folder.name,
@@ -69,8 +68,19 @@ def staircase(run: Run, folder: Path, batch: int) -> Any:
         "precision": PRECISION,
         "errors": {spec.tokens: text for spec, text in errors.items()},
         "gpu": [msgspec.to_builtins(state) for state in (before, after)],
-        "samples_ms": {n: samples[n] for n in openers},
+        "cuda_graph": graphs,
+        "samples_ms": samples,
     }
+
+
+def built(specs: Mapping[Any, EngineSpec], errors: Mapping[EngineSpec, str]) -> dict[Any, EngineSpec]:
+    """The engines that were built. Raises EngineError where none was."""
+    found = {key: spec for key, spec in specs.items() if spec not in errors}
+    if not found:
+        raise EngineError(
+            f"no engine could be built ({next(iter(errors.values()), 'none is wanted')}): see their logs"
+        )
+    return found
 
 
 def against_simulation(run: Run) -> Parts:
@@ -150,9 +160,8 @@ def equal(run: Run, folder: Path, batch: int) -> Any:
     """Every method at equal tokens, in the same rounds as the unpruned model, and the tokens for equal latency."""
     names = [path.stem for path in sorted(folder.glob(f"*-r*-b{batch}.onnx"))]
     specs = {name: EngineSpec(folder, name, PRECISION, batch) for name in (f"dense-b{batch}", *names)}
-    errors = run.build(list(specs.values()))
-    openers = {name: run.opener(spec) for name, spec in specs.items() if spec not in errors}
-    samples = interleave(openers, run.rounds, stable=True)
+    errors = run.build(list(specs.values()), timed=True)
+    samples, graphs = run.interleaved(built(specs, errors), run.rounds)
     unpruned = samples.get(f"dense-b{batch}")
     if unpruned is None:
         raise InputError(f"the unpruned model could not be built ({errors}): see its log in the work folder")
@@ -161,12 +170,13 @@ def equal(run: Run, folder: Path, batch: int) -> Any:
         method, percent = name.split("-")[0], int(name.split("-")[1][1:])
         speedup, interval = stats.ratio(unpruned, samples[name])
         latency = Latency(samples_ms=tuple(samples[name]))
-        rows.append({"method": method, "percent": percent, "speedup": speedup, "interval": interval} | _ms(latency))
+        row = {"method": method, "percent": percent, "speedup": speedup, "interval": interval}
+        rows.append(row | _ms(latency) | {"cuda_graph": graphs.get(name)})
         share_at.setdefault(method, {100: 1.0})[percent] = 1 / speedup
     reference = [points[REFERENCE] for points in share_at.values() if REFERENCE in points]
     share = float(np.median(reference)) if reference else None
     return {
-        "unpruned": _ms(Latency(samples_ms=tuple(unpruned))),
+        "unpruned": _ms(Latency(samples_ms=tuple(unpruned))) | {"cuda_graph": graphs.get(f"dense-b{batch}")},
         "rounds": run.rounds,
         "rows": rows,
         "equal_latency": {
@@ -201,10 +211,10 @@ def cuts(run: Run, folder: Path, batch: int) -> Any:
     blocks = {n for _, entering, leaving in pairs.values() for n in (entering, leaving)}
     specs: dict[Any, EngineSpec] = {name: EngineSpec(folder, name, PRECISION, batch) for name in found}
     specs |= {n: EngineSpec(folder, f"block-b{batch}", PRECISION, batch, n) for n in sorted(blocks)}
-    errors = run.build(list(specs.values()))
+    errors = run.build(list(specs.values()), timed=True)
     if any(specs[n] in errors for n in blocks) or not found:
         raise Skipped(f"needs blocks without a cut, and one cannot be built: {[*errors.values()][:1]}")
-    samples = interleave({k: run.opener(s) for k, s in specs.items() if s not in errors}, run.rounds, stable=True)
+    samples, graphs = run.interleaved(built(specs, errors), run.rounds)
     rows = []
     for name, (method, entering, leaving) in pairs.items():
         if name not in samples:
@@ -214,7 +224,9 @@ def cuts(run: Run, folder: Path, batch: int) -> Any:
         added = [1e3 * (c - share * full - (1 - share) * less) for c, full, less in together]
         row = {"method": method, "entering": entering, "leaving": leaving, "added_us": float(np.median(added))}
         rows.append(
-            row | {"interval_us": stats.median_interval(added), "block_us": 1e3 * float(np.median(samples[entering]))}
+            row
+            | {"interval_us": stats.median_interval(added), "block_us": 1e3 * float(np.median(samples[entering]))}
+            | {"cuda_graph": [graphs.get(key) for key in (name, entering, leaving)]}
         )
     order = {method: place for place, method in enumerate(REDUCERS)}
     rows.sort(key=lambda row: (-int(str(row["entering"])), order.get(str(row["method"]), 99)))

@@ -7,7 +7,6 @@ from typing import Any
 
 from edgeprune import stats
 from edgeprune.errors import DeviceError, InputError
-from edgeprune.latency.timing import interleave
 from edgeprune.records import Latency
 from gpu_steps.kit import FP16_SCALES, pruned
 from gpu_steps.run import EngineSpec, Run
@@ -30,15 +29,16 @@ def precisions(run: Run, folder: Path, batch: int) -> Any:
             lacking[kind] = str(error)
             continue
         specs |= {(graph, kind): EngineSpec(folder, graph, precision, batch, form=form) for graph in graphs}
-    errors = run.build(list(specs.values()))
-    openers = {key: run.opener(spec) for key, spec in specs.items() if spec not in errors}
-    if any((graph, REFERENCE) not in openers for graph in graphs):
+    errors = run.build(list(specs.values()), timed=True)
+    there = {key: spec for key, spec in specs.items() if spec not in errors}
+    if any((graph, REFERENCE) not in there for graph in graphs):
         raise InputError(f"no fp16 engine to compare with ({[*errors.values()][:1]}): see its log in the work folder")
-    samples = interleave(openers, run.rounds, stable=True)
+    samples, cuda_graphs = run.interleaved(there, run.rounds)
     rows = []
     for (graph, kind), times in samples.items():
         speedup, interval = stats.ratio(samples[graph, REFERENCE], times)
         row = {"graph": graph, "precision": kind, "ms": Latency(samples_ms=tuple(times)).summary()}
-        rows.append(row | {"over_fp16": speedup, "interval": interval})
+        ran = {"cuda_graph": cuda_graphs.get((graph, kind))}
+        rows.append(row | {"over_fp16": speedup, "interval": interval} | ran)
     failed = {f"{graph} {kind}": errors[spec] for (graph, kind), spec in specs.items() if spec in errors}
     return {"precisions": rows, "lacking": lacking, "errors": failed}

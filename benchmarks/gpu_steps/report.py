@@ -39,9 +39,20 @@ def _step(step: Row) -> list[str]:
     table = TABLES.get(step["step"])
     for name, part in step["parts"].items():
         lines += ["", *(table(name, part) if table else [f"- {name}: {_short(part)}"])]
+        if isinstance(part, dict) and len(kinds := {str(ran) for ran in _graphs(part)}) > 1:
+            lines += ["", f"Engines with and without a CUDA graph ({', '.join(sorted(kinds))}): do not compare them."]
     for what in ("skipped", "failed"):
         lines += [f"- {name} ({what}): {reason}" for name, reason in step[what].items()]
     return [*lines, *(["", f"Not finished: {', '.join(step['left'])}."] if step["left"] else [])]
+
+
+def _graphs(part: Any) -> list[Any]:
+    """Whether engines ran as a CUDA graph, of all that a part has."""
+    if not isinstance(part, dict):
+        return []
+    own = part.get("cuda_graph", [])
+    found = list(own.values()) if isinstance(own, dict) else own if isinstance(own, list) else [own]
+    return found + [ran for row in [*part.get("rows", []), *part.get("precisions", [])] for ran in _graphs(row)]
 
 
 def _short(part: Any) -> str:

@@ -53,7 +53,7 @@ class Recipe:
     validation: float = 0.25  # share of the pictures that is never trained on
     average: float = 0.95  # of the weights so far in their moving average; 0: none is kept
     patience: float = 0.5  # share of all epochs without a better state, after which it stops
-    temperature: float = 1.0  # of both softmaxes (arXiv 1503.02531)
+    temperature: float = 4.0  # of both softmaxes in the loss (arXiv 1503.02531); what is judged is at 1
     features: float = 5.0  # weight of the relative error of the prefix tokens after every block
     augmentation: Augmentation = Augmentation()  # noqa: RUF009 it is a tuple
     seed: int = 0
