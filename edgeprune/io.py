@@ -138,7 +138,7 @@ def writable(path: Path) -> Iterator[None]:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder that replaces `path` if the block succeeds. Raises OutputError."""
     with writable(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        check_replaceable(path)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)
         temporary = Path(name)
@@ -150,6 +150,20 @@ def replacing(path: Path) -> Iterator[Path]:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def check_replaceable(path: Path) -> None:
+    """Make the folder of a file that will be written; tell now what would be told after long work.
+
+    Raises OutputError for a device or a pipe, which would be replaced by a file, and where nothing can be written.
+    """
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise OutputError(f"{path}: is not a regular file: choose another path")
+    with writable(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path.parent).close()
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -119,6 +120,20 @@ def plain() -> dict[str, str]:
 def run(program: Path, cwd: Path, *argv: str) -> subprocess.CompletedProcess[str]:
     """A command of the installed program."""
     return subprocess.run([program, *argv], capture_output=True, text=True, timeout=300, cwd=cwd, env=plain())
+
+
+@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
+def test_the_tested_set_can_be_installed(version: str, tmp_path: Path) -> None:
+    """Every extra that make installs, with constraints.txt, for each Python: resolved, not installed."""
+    if importlib.util.find_spec("uv") is None:
+        pytest.skip("uv is not installed")
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--python-version", version]
+    command += ["--constraint", str(ROOT / "constraints.txt"), "--extra", "export", "--extra", "ort"]
+    command += [str(ROOT / "pyproject.toml"), str(ROOT / "requirements-dev.txt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    if done.returncode and any(sign in done.stderr for sign in (*NO_NETWORK, "Failed to fetch", "dns error")):
+        pytest.skip("no package index can be reached")
+    assert done.returncode == 0, done.stderr
 
 
 def test_wheel_carries_its_data(wheel: Path) -> None:

@@ -64,6 +64,7 @@ def write_bundle(
     `golden` is one batch of real input, (B, 3, H, W), and its output, (B, values), both fp32. `extra` holds the
     content of further files by name. Returns the manifest. Raises InputError, OutputError.
     """
+    out = out.resolve()  # a link stays, and points at the new bundle
     check_out(out)
     with writable(out):
         fresh = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".tmp"))

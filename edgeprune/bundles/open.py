@@ -90,4 +90,4 @@ def open_bundle(path: Path, manifest: Manifest | None = None) -> LocalBundle:
 
 def compile_again(path: Path, manifest: Manifest) -> str:
     """The advice for an engine that does not fit."""
-    return f"compile it here with edgeprune compile {path / ONNX} --device {manifest.engine.setup.device}"
+    return f"compile it here with edgeprune compile {path / ONNX} --device {manifest.engine.setup.device} --out DIR"

@@ -23,10 +23,12 @@ def triton_entry(bundle: Path, repository: Path, name: str | None = None) -> Pat
 
     A model without classes has no labels.txt. An engine runs as a CUDA graph, as it does where it is timed.
     The batch is part of the static shapes, so `max_batch_size` is 0 and it is the first of dims. Returns the folder.
-    Raises InputError where the entry exists already, OutputError.
+    Raises InputError for a simulated bundle and where the entry exists already, OutputError.
     """
     manifest = load_bundle(bundle)
     setup, vit, engine = manifest.engine.setup, manifest.vit, bundle / manifest.engine.path
+    if setup.simulated:
+        raise InputError(f"{bundle} is simulated and has no engine for a device: build it on the device first")
     name = name or f"{vit.name}-{manifest.schedule.method}-{setup.precision}-b{setup.batch}"
     if Path(name).name != name or name.startswith("."):
         raise InputError(f"{name!r} cannot be the name of a model: use letters, digits, - and _")

@@ -185,7 +185,7 @@ def compare(
     from edgeprune.cli.tables import compare_table
     from edgeprune.distributed.cluster import connected
     from edgeprune.html_report.files import compare_svg
-    from edgeprune.io import write_bytes
+    from edgeprune.io import check_replaceable, write_bytes
     from edgeprune.pipeline.compare import compare as run
     from edgeprune.pipeline.context import Options
 
@@ -214,6 +214,8 @@ def compare(
         text_embeddings=text_embeddings,
         overrides=overrides_from(crop_pct, interpolation, mean, std),
     )
+    if plot is not None:
+        check_replaceable(plot)
     with connected(on_ray) as cluster, output.progress() as progress:
         options = replace(options, cluster=cluster)
         comparison = run(options, [name.strip() for name in methods.split(",")], targets, progress)
@@ -235,7 +237,7 @@ def export(
     schedule: Annotated[Path | None, typer.Option(help="schedule.json written by `edgeprune schedule`")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="export the unpruned model")] = False,
     trunk: Annotated[bool, typer.Option("--trunk", help="export a folder of models for `profile --trunk`")] = False,
-    method: Method = "none",
+    method: Annotated[str | None, typer.Option(help="with --trunk: also models with cuts by this method")] = None,
     precision: Precision = "fp32",
     batch: Batch = 1,
     images: Images = None,
@@ -266,7 +268,9 @@ def export(
 
     check_batch(batch)
     check_task(task)
-    check_method(method)
+    check_method(method or "none")
+    if method is not None and not trunk:
+        raise typer.BadParameter("--method belongs to --trunk: a schedule has its method, an unpruned model none")
     found = load_device(device)
     check_precision(precision, found)
     runtime = found.runtime
@@ -280,7 +284,7 @@ def export(
 
             out = out if out != Path("model.onnx") else Path("probes")
             kind = onnx_precision(precision, runtime)
-            export_profiling_models(loaded, (method,), batch, out, kind, progress, runtime == "trt")
+            export_profiling_models(loaded, (method or "none",), batch, out, kind, progress, runtime == "trt")
             path = out / "trunk.onnx"
         else:
             pictures = image_set(Options(model=model, images=images))

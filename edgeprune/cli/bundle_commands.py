@@ -38,8 +38,11 @@ def bench(
     from edgeprune.benchmark.bench import bench_bundles
     from edgeprune.cli.rows import bench_row
     from edgeprune.cli.summary import bench_markdown, bench_table
-    from edgeprune.io import write_bytes
+    from edgeprune.io import check_replaceable, write_bytes
 
+    for path in (out, summary):
+        if path is not None:
+            check_replaceable(path)
     with output.progress() as progress:
         measured = bench_bundles(bundles, rounds, progress, baseline, lock_clocks, end_to_end)
     failed = None if fail_slower is None else failure(measured, fail_slower)

@@ -76,20 +76,25 @@ def profile(
     from edgeprune.cli.rows import profile_row
     from edgeprune.cli.tables import profile_table
     from edgeprune.html_report.files import staircase_svg
-    from edgeprune.io import save, write_bytes
+    from edgeprune.io import check_replaceable, save, write_bytes
     from edgeprune.pipeline.context import check_task
     from edgeprune.pipeline.profile import profile as run
     from edgeprune.runtimes.remote.ssh import Host
     from edgeprune.runtimes.target import target_for
 
     check_task(task)
+    if out.suffix == ".svg":
+        raise typer.BadParameter(f"{out} is the file of the staircase; its plot is written beside it, as .svg")
+    picture = out.with_suffix(".svg") if out.suffix == ".json" else out.with_name(f"{out.name}.svg")
+    for path in (out, picture):
+        check_replaceable(path)
     with output.progress() as progress, output.clocks(device, lock_clocks, host):
         there = Host(host, host_program) if host else None
         target = target_for(device, precision, batch, simulate, work, progress, there, lock_clocks)
         size, blocks = size_from(image_size), layers_from(layers)
         staircase = run(target, model, weights, trunk, method, exhaustive, size, blocks, task)
     save(staircase, out)
-    write_bytes(out.with_suffix(".svg"), staircase_svg(staircase))
+    write_bytes(picture, staircase_svg(staircase))
     output.show(profile_table(staircase), as_json)
     output.tell(f"staircase: {out}", as_json)
     if as_json:
@@ -127,10 +132,11 @@ def schedule(
 ) -> None:
     """Choose how many tokens each block keeps, from a staircase and pictures."""
     from edgeprune.cli.tables import runs
-    from edgeprune.io import save
+    from edgeprune.io import check_replaceable, save
     from edgeprune.pipeline.context import Options
     from edgeprune.pipeline.schedule import schedule_from_file
 
+    check_replaceable(out)
     options = Options(
         model=model,
         weights=weights,
@@ -149,11 +155,13 @@ def schedule(
         overrides=overrides_from(crop_pct, interpolation, mean, std),
     )
     with output.progress() as progress:
-        found, dense_ms = schedule_from_file(staircase, options, progress)
+        found, measured = schedule_from_file(staircase, options, progress)
     save(found, out)
     assert found.predicted_ms is not None
+    dense_ms, simulated = measured.dense.median_ms, measured.setup.simulated
+    note = " (SIMULATED)" if simulated else ""
     output.tell(f"tokens per block: {runs(found.tokens)}", as_json)
-    output.tell(f"predicted: {found.predicted_ms:.3f} ms, {dense_ms / found.predicted_ms:.3f}x", as_json)
+    output.tell(f"predicted: {found.predicted_ms:.3f} ms, {dense_ms / found.predicted_ms:.3f}x{note}", as_json)
     output.tell(f"schedule: {out}", as_json)
     if as_json:
         output.json_line(
@@ -166,4 +174,5 @@ def schedule(
                 "predicted_speedup": dense_ms / found.predicted_ms,
                 "path": str(out),
             }
+            | ({"simulated": True} if simulated else {})
         )

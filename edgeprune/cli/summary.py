@@ -19,7 +19,6 @@ ENDS = ", wall time with the copies to and from the device"
 
 def bench_table(bench: Bench) -> Table:
     """One line per bundle; columns without any known figure are left out."""
-    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=TITLE + (ENDS if bench.end_to_end else ""))
@@ -27,7 +26,7 @@ def bench_table(bench: Bench) -> Table:
     for column in head:
         table.add_column(column, justify="left" if column == "bundle" else "right", overflow="fold")
     for line in lines:
-        table.add_row(*map(escape, line))
+        table.add_row(*line)
     return table
 
 

@@ -140,8 +140,9 @@ def _summary(report: Report, setup: Setup, task: Task) -> str:
         gain = f"{report.speedup:.2f}× {'faster' if report.speedup >= 1 else 'as fast'}"
     gain += " (SIMULATED)" if setup.simulated else ""
     if report.top1 is not None and report.dense_top1 is not None:
-        points = round(report.dense_top1 - report.top1, 1)
-        lost = f"{abs(points):.1f} points of {task.top1_name} {'lost' if points > 0 else 'gained'}"
+        points = report.dense_top1 - report.top1
+        size = f"{abs(points):.1f}" if round(abs(points), 1) else "less than 0.1"
+        lost = f"{size} points of {task.top1_name} {'lost' if points > 0 else 'gained'}"
         return f"{gain}, {lost}" if points else f"{gain}, no {task.top1_name} lost"
     if isinstance(report.fidelity, EmbedFidelity) and report.fidelity.cosine is not None:
         return f"{gain}, embeddings at a cosine of {report.fidelity.cosine:.4f}"

@@ -110,6 +110,8 @@ class _Methods:
                     if schedule is not None:
                         entries.append(Entry(method, policy, target, schedule, goal))
             self.scores[method].release()
+        if not entries:
+            raise ScheduleError(missing[0][3] if missing else f"no shape of {', '.join(self.methods)} was published")
         staircase, entries = self.corrected(*self.confirmed(staircase, entries))
         reported = self.reported(staircase, entries)
         return Comparison(tuple(reported), tuple(missing), context.target.setup, staircase)

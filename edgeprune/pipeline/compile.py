@@ -54,6 +54,8 @@ def _compiled(target: Target, given: Inputs) -> tuple[Path, Manifest]:
     metadata, bundle = described(given.onnx)
     setup, vit, schedule = target.setup, metadata.vit, metadata.schedule
     out = given.out or default_folder(setup, vit, schedule.method)
+    if out.resolve() == given.onnx.parent.resolve():
+        raise InputError(f"{given.onnx} is in {out}, which would be replaced: choose another --out")
     check_out(out)
     if given.dense is not None:
         check_dense(given.dense, given.onnx, vit)

@@ -65,7 +65,7 @@ def named(layers: Sequence[int]) -> str:
     return f"--layers {','.join(map(str, layers))}" if layers else "no --layers"
 
 
-def schedule_from_file(path: Path, options: Options, progress: Progress = silent) -> tuple[Schedule, float]:
-    """The schedule from a staircase file, and the unpruned latency in that file, ms."""
+def schedule_from_file(path: Path, options: Options, progress: Progress = silent) -> tuple[Schedule, Staircase]:
+    """The schedule from a staircase file, and that staircase."""
     staircase = load(path, Staircase)
-    return schedule_from_staircase(staircase, options, progress, str(path)), staircase.dense.median_ms
+    return schedule_from_staircase(staircase, options, progress, str(path)), staircase

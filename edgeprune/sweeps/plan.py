@@ -35,6 +35,7 @@ class Job(Record, frozen=True, kw_only=True):
     """One build of a sweep."""
 
     name: str  # of its folder, below that of the sweep
+    label: str  # the model and what tells it from others of its name
     model: ModelEntry
     device: str
     board: str
@@ -49,11 +50,6 @@ class Job(Record, frozen=True, kw_only=True):
     search_images: int
     rounds: int
     neighbours: int
-
-    @property
-    def label(self) -> str:
-        """The model and what tells it from others of its name."""
-        return label_of(self.model)
 
     def options(self, work: Path, out: Path) -> Options:
         """The options of the build; boards have work folders of their own, so that they can work side by side."""
@@ -112,10 +108,11 @@ def jobs_of(path: Path) -> tuple[Job, ...]:
     entries = [DeviceEntry(name=d) if isinstance(d, str) else d for d in sweep.devices]
     devices = [msgspec.structs.replace(entry, name=_device(entry.name, folder)) for entry in entries]
     jobs: list[Job] = []
-    for model, device in product(models, devices):
+    labels = labels_of([_located(model, folder, sweep.recover) for model in models])
+    for (model, label), device in product(zip(models, labels, strict=True), devices):
         located, known = _located(model, folder, sweep.recover), Path(device.name).stem
         precisions, batches = device.precisions or sweep.precisions, device.batches or sweep.batches
-        hosts = _hosts(device, folder / sweep.hosts if sweep.hosts else None)
+        hosts = _hosts(device, Path(_place(sweep.hosts, folder)) if sweep.hosts else None)
         for turn, (precision, batch) in enumerate(product(precisions, batches)):
             check_batch(batch)
             if precision != AUTO:
@@ -126,7 +123,8 @@ def jobs_of(path: Path) -> tuple[Job, ...]:
                 images = model.images or sweep.images
                 jobs.append(
                     Job(
-                        name="/".join((known, label_of(located), f"{method}-{precision}-b{batch}-{_goal_name(goal)}"))
+                        label=label,
+                        name="/".join((known, label, f"{method}-{precision}-b{batch}-{_goal_name(goal)}"))
                         + ("-simulated" if device.simulate else ""),
                         model=located,
                         device=device.name,
@@ -175,6 +173,17 @@ def _hosts(device: DeviceEntry, hosts: Path | None) -> list[Host]:
 def _goal_name(goal: GoalEntry) -> str:
     [(name, value)] = ((k, v) for k, v in msgspec.structs.asdict(goal).items() if v is not None)
     return f"{name.replace('_', '-')}-{value:g}"
+
+
+def labels_of(models: Sequence[ModelEntry]) -> list[str]:
+    """A label for each entry; those of different files of the same name end in a hash of their paths."""
+    labels = [label_of(model) for model in models]
+    return [
+        f"{label}-{key_of(model)[:6]}"
+        if any(a == label and b != model for a, b in zip(labels, models, strict=True))
+        else label
+        for label, model in zip(labels, models, strict=True)
+    ]
 
 
 def label_of(model: ModelEntry) -> str:

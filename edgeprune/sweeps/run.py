@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -35,7 +36,7 @@ class Stored(Record, frozen=True, kw_only=True):
     """A finished build, under the hash of its inputs; `manifest_sha256` says whether the bundle is still that one."""
 
     key: str
-    bundle: str
+    bundle: str  # below the folder of the sweep
     manifest_sha256: str
 
 
@@ -85,9 +86,9 @@ def finished(jobs: Sequence[Job], out: Path) -> dict[str, Outcome]:
             stored = decode(read_bytes(path), Stored, str(path)) if path.is_file() else None
             if stored is None or stored.key != job.key():
                 continue
-            load_bundle(Path(stored.bundle))
-            if sha256_file(Path(stored.bundle) / MANIFEST) == stored.manifest_sha256:
-                found[job.name] = Outcome(job=job, bundle=stored.bundle)
+            load_bundle(bundle := out / stored.bundle)
+            if sha256_file(bundle / MANIFEST) == stored.manifest_sha256:
+                found[job.name] = Outcome(job=job, bundle=str(bundle))
         except EdgepruneError as error:
             log.debug("%s is built again: %s", job.name, error)
     return found
@@ -132,8 +133,9 @@ def run_sweep(
 
 def _store(outcome: Outcome, out: Path) -> None:
     assert outcome.bundle is not None
-    manifest = sha256_file(Path(outcome.bundle) / MANIFEST)
-    save(Stored(key=outcome.job.key(), bundle=outcome.bundle, manifest_sha256=manifest), _result(outcome.job, out))
+    bundle = Path(outcome.bundle)
+    place, manifest = os.path.relpath(bundle, out), sha256_file(bundle / MANIFEST)
+    save(Stored(key=outcome.job.key(), bundle=place, manifest_sha256=manifest), _result(outcome.job, out))
 
 
 def _result(job: Job, out: Path) -> Path:

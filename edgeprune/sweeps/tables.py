@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,14 +35,23 @@ def columns(rows: Sequence[Row]) -> list[str]:
 
 
 def csv_bytes(rows: Sequence[Row]) -> bytes:
-    """Rows as CSV: lists are numbers with spaces between, an unknown figure is empty."""
+    """Rows as CSV: lists are numbers with spaces between, of tables JSON; an unknown figure is empty."""
     level = [flat(row) for row in rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, columns(level), restval="", extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in level:
-        writer.writerow({k: " ".join(map(str, v)) if isinstance(v, list) else v for k, v in row.items()})
+        writer.writerow({name: cell(value) for name, value in row.items()})
     return text.getvalue().encode()
+
+
+def cell(value: Any) -> Any:
+    """A value of a row in CSV."""
+    if not isinstance(value, list | tuple):
+        return value
+    if any(isinstance(each, Mapping) for each in value):
+        return json.dumps(value)
+    return " ".join(map(str, value))
 
 
 def write_tables(rows: Sequence[Row], out: Path) -> list[Path]:

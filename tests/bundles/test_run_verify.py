@@ -141,6 +141,8 @@ def test_simulated_bundles_say_so_and_are_not_shipped(
     assert row["simulated"] is True and ["simulated", "warning"] in [[c["name"], c["status"]] for c in row["checks"]]
     code, _, err = call(capsys, "ship", bundle, "nobody@host.invalid:models")
     assert code == 1 and "is simulated" in err
+    code, _, err = call(capsys, "export-triton", bundle, bundle.parent / "repository")
+    assert code == 1 and "is simulated" in err and not (bundle.parent / "repository").exists()
 
 
 def _bytes_of(array: np.ndarray[Any, Any]) -> bytes:

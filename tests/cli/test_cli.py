@@ -324,6 +324,19 @@ def test_profile_trunk_needs_the_cuts_of_the_method(
     assert not (tmp_path / "s.json").exists()
 
 
+def test_the_plot_of_a_staircase_is_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    common = ("profile", "--simulate", "--device", "orin-nano", "--work", tmp_path / "work", "--out")
+    assert call(capsys, *common, tmp_path / "a.svg")[0] == 2
+    for name, plot in (("a.json", "a.svg"), ("b.fp16", "b.fp16.svg")):
+        row_of(capsys, *common, tmp_path / name)
+        assert load(tmp_path / name, Staircase).points and (tmp_path / plot).read_text().startswith("<svg")
+
+
+def test_export_takes_a_method_for_the_trunk_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "export", "--dense", "--method", "tome", "--out", tmp_path / "m.onnx")
+    assert code == 2 and "--method belongs to --trunk" in err and not (tmp_path / "m.onnx").exists()
+
+
 def test_profile_of_other_weights_is_of_their_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ("--simulate", "--device", "orin-nano", "--work", tmp_path / "work", "--out", tmp_path / "s.json")
     model = timm.create_model("test_vit", num_classes=7)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import re
 import shutil
@@ -284,6 +285,35 @@ def test_work_below_a_file(tmp_path: Path, fails: Callable[..., str]) -> None:
     line = fails("build", "--work", tmp_path / "file" / "work", *options)
     assert "cannot be written" in line and str(tmp_path / "file") in line
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("command", ["bench nowhere --out", "bench nowhere --summary", "profile --simulate --out"])
+def test_a_result_that_cannot_be_written_is_told_before_the_work(
+    command: str, tmp_path: Path, fails: Callable[..., str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in fails(*command.split(), tmp_path / "file" / "x.json")
+
+
+def test_a_pipe_is_not_replaced_by_a_file(shared: Shared, tmp_path: Path, fails: Callable[..., str]) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "is not a regular file" in fails("report", shared.bundle, "--out", tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+
+
+def test_a_bundle_is_not_replaced_by_itself_compiled(shared: Shared, fails: Callable[..., str]) -> None:
+    before = sorted(path.name for path in shared.bundle.iterdir())
+    line = fails("compile", shared.bundle / "model.onnx", "--out", shared.bundle)
+    assert "would be replaced: choose another --out" in line
+    assert sorted(path.name for path in shared.bundle.iterdir()) == before
+
+
+def test_no_target_that_can_be_reached(shallow: Shallow, tmp_path: Path, fails: Callable[..., str]) -> None:
+    options = ("--device", "orin-nano", "--simulate", "--search-images", "4", "--speedup", "50")
+    images = few_digits(tmp_path / "digits", 36)
+    work = shallow.work(tmp_path / "work")
+    given = ("--model", shallow.model, "--methods", "topk", "--images", images, "--work", work)
+    assert "topk" in fails("compare", *given, *options)
 
 
 def test_onnx_without_an_input(tmp_path: Path, fails: Callable[..., str]) -> None:

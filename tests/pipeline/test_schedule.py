@@ -70,8 +70,8 @@ def test_counts_that_are_not_confirmed_are_told(
 def test_from_a_file_with_the_unpruned_latency(machine: Machine, tmp_path: Path) -> None:
     staircase = machine.truth
     save(staircase, tmp_path / "staircase.json")
-    schedule, dense_ms = schedule_from_file(tmp_path / "staircase.json", options(tmp_path, 1.2))
-    assert dense_ms == staircase.dense.median_ms == 11
+    schedule, measured = schedule_from_file(tmp_path / "staircase.json", options(tmp_path, 1.2))
+    assert measured == staircase and staircase.dense.median_ms == 11
     assert schedule == schedule_from_staircase(staircase, options(tmp_path, 1.2))
     assert schedule.predicted_ms is not None and schedule.predicted_ms <= 11 / 1.2
 

@@ -124,6 +124,18 @@ def test_a_device_file_is_found_from_the_file(tmp_path: Path) -> None:
     assert jobs[0].key() != before, "--resume builds again after an edit"
 
 
+def test_checkpoints_of_one_name_have_labels_of_their_own(tmp_path: Path) -> None:
+    model = '{{ name = "vit_tiny_patch16_224", weights = "{}/model.safetensors" }}'
+    models = f'{model.format("a")}, {model.format("b")}, "vit_digits"'
+    text = f'models = [{models}]\ndevices = ["cpu"]\ngoals = [{{ alpha = 1 }}]'
+    first, second, third = jobs_of(sweep(tmp_path, text))
+    assert first.label != second.label and first.name != second.name and third.label == "vit_digits"
+    assert first.label.startswith("vit_tiny_patch16_224-model-")
+    text = text.replace("b/model", "a/model")
+    with pytest.raises(EdgepruneError, match="appears twice"):
+        jobs_of(sweep(tmp_path, text))
+
+
 def test_boards_behind_ssh_come_from_hosts_toml(tmp_path: Path) -> None:
     (tmp_path / "hosts.toml").write_text(
         '[[to]]\nhost = "a@nano-1"\ndir = "m"\ndevice = "orin-nano"\n'

@@ -20,7 +20,7 @@ from edgeprune.pipeline.context import Options
 from edgeprune.sweeps import run
 from edgeprune.sweeps.plan import Job, jobs_of
 from edgeprune.sweeps.run import InProcess, Outcome, finished, run_sweep
-from edgeprune.sweeps.tables import write_tables
+from edgeprune.sweeps.tables import csv_bytes, write_tables
 
 TWO = """
 models = ["vit_digits"]
@@ -70,6 +70,19 @@ def test_a_failure_is_a_row_and_resume_tries_it_again(jobs: tuple[Job, ...], bui
     again = run_sweep(jobs, InProcess(), tmp_path / "work", tmp_path / "out", resume=True)
     assert built == [tmp_path / "out" / failed.job.name], "only what had failed is built"
     assert all(outcome.error is None for outcome in again)
+
+
+def test_results_are_found_from_any_folder(
+    jobs: tuple[Job, ...], builds: Builds, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where the whole folder was moved."""
+    builds()
+    monkeypatch.chdir(tmp_path)
+    run_sweep(jobs, InProcess(), Path("work"), Path("out"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    (tmp_path / "out").rename(tmp_path / "moved")
+    assert len(finished(jobs, tmp_path / "moved")) == 4
 
 
 def test_a_result_of_other_inputs_is_not_reused(jobs: tuple[Job, ...], builds: Builds, tmp_path: Path) -> None:
@@ -169,6 +182,16 @@ def test_command(shallow: Shallow, tmp_path: Path, capsys: pytest.CaptureFixture
 
     code, text, _ = call(capsys, *command, "--dry-run")
     assert code == 0 and [row["reused"] for row in json.loads(text.splitlines()[-1])["plan"]] == [True, False]
+
+
+def test_lists_in_csv() -> None:
+    rows = [{"error": None, "curve": (0.3, 0.2), "layers": ({"layer": 3, "error": 0.1},), "tokens": [9, 5]}]
+    [row] = csv.DictReader(csv_bytes(rows).decode().splitlines())
+    assert (row["curve"], row["tokens"], json.loads(row["layers"])) == (
+        "0.3 0.2",
+        "9 5",
+        [{"layer": 3, "error": 0.1}],
+    )
 
 
 def test_parquet_has_the_same_rows(tmp_path: Path) -> None:
