@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 RESAMPLES = 2000
 DRAWN_AT_ONCE = 1 << 20  # values resampled at a time, which limits memory
 
+ROUNDING = 1e-9  # of a difference of two percentages
+
 
 def median_interval(values: Sequence[float], z: float = 1.96) -> tuple[float, float]:
     """Interval of the median (95 % at z = 1.96) from the binomial sign test, ranks by normal approximation."""

@@ -132,7 +132,9 @@ def probe(
         staircase = staircase_from_samples(vit, setup, whole, conditions)
         requests = edge_requests(staircase, used) if used else probe_requests(staircase, prior, rounds)
         left = (limit - staircase.probes) // few
-        counts = [] if exhaustive else next_counts(vit, requests, left, setup.noiseless)
+        # The ends that a schedule uses are found one by one: side by side the budget ends before any of them.
+        most = 1 if setup.noiseless or used else AT_ONCE
+        counts = [] if exhaustive else next_counts(vit, requests, left, most, setup.noiseless)
         if requests and not counts and not exhaustive:
             log.info("probe budget used; gaps unresolved: %d (--exhaustive measures every count)", len(requests))
         if not counts and any(len(whole[key]) < rounds for key in others):
@@ -183,10 +185,10 @@ class ProbeRequest(NamedTuple):
     counts: tuple[int, ...]
 
 
-def next_counts(vit: Vit, requests: Sequence[ProbeRequest], room: int, noiseless: bool) -> list[int]:
-    """Counts of the next stage, at most `room`: the most valuable requests, and the unpruned count against drift."""
+def next_counts(vit: Vit, requests: Sequence[ProbeRequest], room: int, most: int, noiseless: bool) -> list[int]:
+    """Counts of the next stage, at most `room`: the `most` best requests, and the unpruned count against drift."""
     chosen: set[int] = set()
-    for request in sorted(requests, reverse=True)[: 1 if noiseless else AT_ONCE]:
+    for request in sorted(requests, reverse=True)[:most]:
         more = chosen | {*request.counts} | (set() if noiseless else {vit.tokens})
         if len(more) <= room:
             chosen = more

@@ -156,6 +156,8 @@ class _Methods:
             if [e.schedule.tokens for e in again] == [e.schedule.tokens for e in entries]:
                 break
             entries = again
+        for own, entry in zip(tries, entries, strict=True):
+            own.setdefault(entry.schedule.tokens, entry)
         several = {(e.method, tokens): e.schedule for own in tries if len(own) > 1 for tokens, e in own.items()}
         together = measured_schedules(self.context, staircase, [*several.values()]) if several else []
         speedups = {key: found.speedup for key, found in zip(several, together, strict=True)}
@@ -165,7 +167,7 @@ class _Methods:
     def solved_again(self, staircase: Staircase, entry: Entry, measured: MeasuredSchedule) -> Entry:
         """The entry solved for a corrected goal where its measured speed-up misses the target."""
         target = Goal(speedup=entry.target)
-        goal = corrected_goal(target, entry.goal, measured.measured) if entry.method != "none" else None
+        goal = corrected_goal(target, measured, staircase.dense.median_ms) if entry.method != "none" else None
         if goal is None:
             return entry
         log.info(

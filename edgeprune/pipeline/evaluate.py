@@ -23,6 +23,7 @@ from edgeprune.pipeline.recovery import Recovered
 from edgeprune.records import DenseFidelity, Report, Schedule, Staircase, Unrecovered
 from edgeprune.runtimes.inference import check_finite, logits_of
 from edgeprune.scheduling.goals import Goal
+from edgeprune.stats import ROUNDING
 from edgeprune.tasks import Answers, Task, points_lost
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ MOST_LOST = 1.5  # points of top-1 that a precision may lose against fp32
 MOST_CHANGED = 5.0  # points of agreement that it may lose where there are no labels
 MOST_COSINE = 0.002  # of the mean cosine that it may lose where fp32 does not keep to --min-cosine, either
 MOST_OFF = 10.0  # relative error of dense features that it may add, percent
+MORE = 0.25  # of a bound that fp32 does not keep to, either, that a precision may add
 
 
 class Evaluated(NamedTuple):
@@ -57,7 +59,8 @@ def evaluate(
 ) -> Evaluated:
     """Compile, time with the unpruned model, and compare outputs on held-out pictures.
 
-    The same pictures decide whether a precision below fp32 is accepted; nothing else is chosen by them.
+    The same pictures decide whether a precision below fp32 is accepted, and with --precision auto for a latency
+    budget which of them is kept; nothing else is chosen by them.
 
     In fp16, INT8 and FP8 the unpruned model is timed in the same precision, and outputs are compared with those of
     the unpruned model in fp32. The pruned model is also built and timed in the precisions `wider`, by default fp32
@@ -92,7 +95,9 @@ def evaluate(
         logits = logits_on(other, pictures, each)[kept]
         names = (target.setup.precision, other.target.setup.precision)
         refused = refused or gate(names, options.goal, (own, measured), pruned[kept], logits, labels, context.task)
-        refused = refused or below_bound(names[1], options.goal, context.task, dense[kept], pruned[kept], logits)
+        refused = refused or beyond_bound(
+            names[1], options.goal, context.task, dense[kept], pruned[kept], logits, labels
+        )
     report = with_fidelity(report, dense[kept], pruned[kept], labels, held_out, context.task)
     if recovered is not None:
         original = logits_on(context, pictures, precise_onnx(context, pruned_onnx(context, schedule)))
@@ -209,8 +214,8 @@ def gate(
     """Why a precision is not worth it: slower than a wider one, or it loses more than allowed; None where it is.
 
     `names` and `measured` are of the precision and of the wider one, as `logits` and `exact` (images, classes). The
-    limit is the goal's --max-drop or MOST_LOST points of top-1, and MOST_CHANGED points of agreement where there are
-    no labels. Dense features may be off by the goal's --max-error or MOST_OFF percent.
+    limit is the goal's --max-drop, else MOST_LOST points of top-1 or, without labels, MOST_CHANGED of
+    agreement. Dense features may be off by the goal's --max-error or MOST_OFF percent.
     """
     precision, wider = names
     narrow, wide = (each.latency for each in measured)
@@ -220,30 +225,40 @@ def gate(
     lost, what = points_lost(task, exact, logits, labels)
     if not isinstance(task, Answers):
         most = MOST_OFF if goal.max_error is None else 100 * goal.max_error
-        if lost > most:
+        if lost > most + ROUNDING:
             return f"its outputs are {lost:.2f} % off those in {wider} (limit {most:g}) at a speed-up of {gain:.2f}x"
         log.info("%s: %.2fx faster than %s, outputs %.2f %% off", precision, gain, wider, lost)
         return None
-    most = MOST_CHANGED if not labels else MOST_LOST if goal.max_drop is None else goal.max_drop
-    if lost > most:
+    most = goal.max_drop if goal.max_drop is not None else MOST_LOST if labels else MOST_CHANGED
+    if lost > most + ROUNDING:
         return f"it loses {lost:.2f} points of {what} against {wider} (limit {most}) at a speed-up of {gain:.2f}x"
     log.info("%s: %.2fx faster than %s, %.2f points of %s lost", precision, gain, wider, lost, what)
     return None
 
 
-def below_bound(
+def beyond_bound(
     wider: str,
     goal: Goal,
     task: Task,
     dense: NDArray[np.float32],
     narrow: NDArray[np.float32],
     exact: NDArray[np.float32],
+    labels: Sequence[int] | None = None,
 ) -> str | None:
-    """Why a precision breaks the bound of --min-cosine; None where it does not, and for other goals.
+    """Why pruning and a precision together break a bound on the loss; None where they do not, and for other goals.
 
-    `narrow` and `exact` (images, C) are the outputs of the precision and of the wider one, `dense` those of the
-    unpruned model in fp32. Where the wider one misses the bound, too, the precision may cost MOST_COSINE more.
+    `narrow` and `exact` (images, values) are the outputs of the precision and of the wider one, `dense` those of the
+    unpruned model in fp32. Where the wider one misses the bound, too, the precision may cost a little more:
+    MOST_COSINE, or a quarter of the bound.
     """
+    bound = goal.max_drop if goal.max_drop is not None else None if goal.max_error is None else 100 * goal.max_error
+    if bound is not None:
+        (lost, what), (before, _) = (points_lost(task, dense, each, labels) for each in (narrow, exact))
+        most = bound if before <= bound + ROUNDING else before + MORE * bound
+        if lost <= most + ROUNDING:
+            return None
+        unit = "% of" if goal.max_error is not None else "points of"
+        return f"with pruning it loses {lost:.2f} {unit} {what}, above {most:.2f}; it is {before:.2f} in {wider}"
     if goal.min_cosine is None:
         return None
     mean, whole = (1 - float(task.losses(dense, each).mean()) for each in (narrow, exact))

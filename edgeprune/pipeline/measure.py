@@ -16,10 +16,11 @@ from edgeprune.latency.staircase import predict_ms
 from edgeprune.latency.timing import UNLIMITED, WARMUP, WARMUP_MS, Room, interleave
 from edgeprune.onnx_graph.graph import weights_of
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.onnx_files import dense_onnx, nominal_onnx, pruned_onnx
+from edgeprune.pipeline.onnx_files import dense_onnx, nominal_onnx, precise_onnx, pruned_onnx
 from edgeprune.records import Candidate, DenseFidelity, Latency, Report, Schedule, Staircase
 from edgeprune.runtimes.target import Target
 from edgeprune.scheduling.goals import Goal
+from edgeprune.stats import ROUNDING
 from edgeprune.tasks import points_from
 
 log = logging.getLogger(__name__)
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 FINAL = "final"  # the session whose figures are reported; no schedule is chosen by it
 MISS = 0.02  # relative error beyond which a goal counts as missed whatever the noise
 OFF = 0.05  # relative error of the prediction beyond which a warning is logged
-ROUNDING = 1e-9  # of a difference of two percentages
 SHARE_OF_MEMORY = 0.7  # of what is free, for engines that are open at once
 COPIES = 1.5  # of its weights that a session of ONNX Runtime holds, roughly; others know their size
 
@@ -121,9 +121,12 @@ def measured_schedules(
 ) -> list[MeasuredSchedule]:
     """Export and compile schedules and time them with the unpruned model; predictions are scaled by its drift.
 
-    `session` is as in `interleaved`. Raises ExportError, EngineError, OutputError.
+    `session` is as in `interleaved`; in the FINAL one, INT8 and FP8 files have calibrated ranges, and the layers that
+    calibration leaves in floating point. The unpruned model has none of these. Raises ExportError, EngineError,
+    OutputError.
     """
-    files = [nominal_onnx(context, pruned_onnx(context.with_method(s.method), s)) for s in schedules]
+    converted = precise_onnx if session == FINAL else nominal_onnx
+    files = [converted(context, pruned_onnx(context.with_method(s.method), s)) for s in schedules]
     dense = nominal_onnx(context, dense_onnx(context))
     timed = measured_engines(context.target, files, dense, context.options.rounds, session=session)
     found = [
@@ -155,21 +158,27 @@ def report_of(measured: Measured, schedule: Schedule, staircase: Staircase | Non
     )
 
 
-def corrected_goal(asked: Goal, used: Goal, measured: Measured) -> Goal | None:
-    """The goal to give the additive model so that the measurement meets `asked`; `used` was given before.
+def corrected_goal(asked: Goal, found: MeasuredSchedule, dense_ms: float) -> Goal | None:
+    """The goal to give the additive model so that the measurement meets `asked`, from its error for one schedule.
 
-    None where `asked` is met and exceeded by no more than MISS, and for goals that do not limit latency.
+    A schedule can be predicted to be faster than the goal that it was found for, so the error is that of the
+    prediction, not the distance from the goal. `dense_ms` is the unpruned latency in the staircase. None where
+    `asked` is met and exceeded by no more than MISS, and for goals that do not limit latency.
     """
-    if asked.speedup is not None and used.speedup is not None:
-        assert measured.speedup is not None
-        error = measured.speedup / asked.speedup
-        corrected = Goal(speedup=max(used.speedup / error, 1.0))
-    elif asked.budget_ms is not None and used.budget_ms is not None:
-        error = asked.budget_ms / measured.latency.median_ms
-        corrected = Goal(budget_ms=used.budget_ms * error)
-    else:
+    measured = found.measured
+    if not asked.limits_latency:
         return None
-    return corrected if error > 1 + MISS or not meets(asked, measured) else None
+    assert measured.dense is not None and measured.speedup is not None
+    ratio = measured.dense.median_ms / found.predicted_ms / measured.speedup  # predicted over measured speed-up
+    if asked.speedup is not None:
+        exceeded = measured.speedup / asked.speedup
+        corrected = Goal(speedup=max(asked.speedup * ratio, 1.0))
+    else:
+        assert asked.budget_ms is not None
+        exceeded = asked.budget_ms / measured.latency.median_ms
+        drift = measured.dense.median_ms / dense_ms
+        corrected = Goal(budget_ms=asked.budget_ms * found.predicted_ms / drift / measured.latency.median_ms)
+    return corrected if exceeded > 1 + MISS or not meets(asked, measured) else None
 
 
 def meets(goal: Goal, found: Measured | Report) -> bool:

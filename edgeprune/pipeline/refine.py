@@ -16,6 +16,7 @@ from edgeprune.pipeline.solve import solve, with_tread_ends
 from edgeprune.records import Candidate, Schedule, Staircase
 from edgeprune.scheduling.goals import Goal, finished
 from edgeprune.scheduling.search import Tokens
+from edgeprune.stats import ROUNDING
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ def refine(context: Context, staircase: Staircase, scores: ScheduleScores) -> Re
         if any(m.schedule.tokens == schedule.tokens for m in measured):
             break
         measured += with_search_fidelity(measured_schedules(context, staircase, [schedule]), staircase, scores)
-        corrected = corrected_goal(asked, goal, measured[-1].measured)
+        corrected = corrected_goal(asked, measured[-1], staircase.dense.median_ms)
         if corrected is None:
             break
         goal = corrected
@@ -100,16 +101,16 @@ def ending_differently(
     if best.fidelity is None or limit_ms is None or not schedule.cuts:
         return []
     scale = best.measured.latency.median_ms / best.fidelity.predicted_ms
-    found: dict[int, Candidate] = {}
+    found: dict[int, Schedule] = {}
     for candidate in sorted(candidates, key=lambda c: (c.loss, c.tokens)):
         if candidate.loss > WORST * best.fidelity.loss:
             break
-        if candidate.predicted_ms * scale <= limit_ms and candidate.tokens[-1] != schedule.tokens[-1]:
-            found.setdefault(candidate.tokens[-1], candidate)
-    return [
-        finished(staircase, schedule.method, schedule.policy, candidate.tokens, schedule.prefix_last)
-        for candidate in [*found.values()][: RIVALS - 1]
-    ]
+        own = finished(staircase, schedule.method, schedule.policy, candidate.tokens, schedule.prefix_last)
+        own = with_tread_ends(staircase, own)
+        assert own.predicted_ms is not None
+        if own.predicted_ms * scale <= limit_ms and own.tokens[-1] != schedule.tokens[-1]:
+            found.setdefault(own.tokens[-1], own)
+    return [*found.values()][: RIVALS - 1]
 
 
 def within_bound(staircase: Staircase, schedule: Schedule, scores: ScheduleScores, goal: Goal) -> Schedule:
@@ -140,7 +141,7 @@ def is_searched(schedule: Schedule) -> bool:
 def is_kept(goal: Goal, scores: ScheduleScores, found: Candidate | None) -> bool:
     """Is a candidate within the bound of the goal on fidelity? True for goals without one."""
     if goal.max_drop is not None and found is not None:
-        return scores.drop(found.tokens) <= goal.max_drop
+        return scores.drop(found.tokens) <= goal.max_drop + ROUNDING
     return goal.kept_by(found)
 
 
@@ -185,7 +186,11 @@ def most_promising(
         other = finished(staircase, schedule.method, schedule.policy, tokens, schedule.prefix_last)
         score = scores.candidate(staircase, tokens)
         ms = score.predicted_ms * scale
-        if goal.limits_fidelity:
+        if goal.max_drop is not None:
+            # The loss is less noisy than points on a few pictures: among several that pass, some only seem to.
+            if is_kept(goal, scores, score) and score.loss <= best.fidelity.loss:
+                ranked.append((ms, other))
+        elif goal.limits_fidelity:
             if is_kept(goal, scores, score):
                 ranked.append((ms, other))
         elif limit_ms is None:

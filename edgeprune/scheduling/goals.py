@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import takewhile
 from typing import NamedTuple
 
 from edgeprune.errors import InputError, ScheduleError
@@ -10,6 +11,7 @@ from edgeprune.io import encode, sha256_bytes
 from edgeprune.latency.staircase import predict_ms, treads
 from edgeprune.records import Candidate, DenseFidelity, Fidelity, Schedule, Staircase, Vit
 from edgeprune.scheduling import DEFAULT_ALPHA
+from edgeprune.stats import ROUNDING
 
 LIMITS = {  # smallest and largest value of a goal
     "alpha": (0, 1), "speedup": (1, 1e6), "budget_ms": (1e-6, 1e9), "max_drop": (0, 1e9), "min_cosine": (0, 1),
@@ -149,8 +151,8 @@ def choose(
     """The candidate of a front (fastest first) that meets a goal best.
 
     Latency goals: the lowest loss within the limit. alpha: the highest utility, with agreement for A. max_drop: the
-    fastest whose `drop` (points of top-1, or of agreement without labels) is within the limit. min_cosine and
-    max_error: the fastest within the bound.
+    fastest whose `drop` (points of top-1, or of agreement without labels) is within the limit, as is that of all
+    slower ones. min_cosine and max_error: the fastest within the bound.
     Raises ScheduleError, which says what is possible, where no candidate meets the goal.
     """
     limit = goal.limit_ms(staircase.dense.median_ms)
@@ -160,10 +162,14 @@ def choose(
             raise impossible(limit, staircase, min(c.predicted_ms for c in front), method)
         return min(fits, key=lambda c: c.loss)
     if goal.max_drop is not None:
-        for candidate in front:
-            if drop(candidate.tokens) <= goal.max_drop:
-                return candidate
-        raise ScheduleError(f"every schedule of {method} loses more than {goal.max_drop} points: raise --max-drop")
+        # From the slowest on: the fastest that passes by itself would often be one that was lucky on few pictures.
+        most = goal.max_drop + ROUNDING
+        near = list(takewhile(lambda c: drop(c.tokens) <= most, reversed(front)))
+        if not near:
+            raise ScheduleError(
+                f"every schedule of {method} loses more than {goal.max_drop} points: raise --max-drop"
+            )
+        return near[-1]
     if goal.limits_fidelity:
         near = [c for c in front if goal.kept_by(c)]
         if not near and goal.max_error is not None:

@@ -25,7 +25,7 @@ from edgeprune.features import Dense
 from edgeprune.images import normalise
 from edgeprune.pipeline.evaluate import (
     PARITY_IMAGES,
-    below_bound,
+    beyond_bound,
     check_parity,
     gate,
     logits_on,
@@ -208,7 +208,33 @@ def test_a_precision_keeps_to_the_bound_on_the_cosine(
     bound: float | None, narrow: float, whole: float, told: str | None
 ) -> None:
     goal = Goal(min_cosine=bound)
-    assert below_bound("fp32", goal, BY_NAME["embed"], EXACT, turned(narrow), turned(whole)) == told
+    assert beyond_bound("fp32", goal, BY_NAME["embed"], EXACT, turned(narrow), turned(whole)) == told
+
+
+@pytest.mark.parametrize(
+    ("labels", "narrow", "whole", "told"),
+    [
+        (LABELS, 4, 3, None),
+        (LABELS, 6, 3, "with pruning it loses 6.00 points of top-1, above 5.00; it is 3.00 in fp32"),
+        (None, 6, 3, "with pruning it loses 6.00 points of agreement, above 5.00; it is 3.00 in fp32"),
+        (LABELS, 7, 6, None),  # fp32 misses the bound, too
+        (LABELS, 8, 6, "with pruning it loses 8.00 points of top-1, above 7.25; it is 6.00 in fp32"),
+    ],
+)
+def test_pruning_and_precision_together_keep_to_the_bound(
+    labels: Any, narrow: int, whole: int, told: str | None
+) -> None:
+    """Against the unpruned model: each of the two within it is not enough."""
+    assert beyond_bound("fp32", Goal(max_drop=5), CLASSIFY, EXACT, wrong(narrow), wrong(whole), labels) == told
+    assert beyond_bound("fp32", Goal(), CLASSIFY, EXACT, wrong(narrow), wrong(whole), labels) is None
+
+
+def test_dense_features_keep_to_the_bound_on_their_error() -> None:
+    task = Dense((Output("features_1", (2, 2, 2)), Output("embedding", (2,))))
+    near, far = EXACT * np.float32(1.03), EXACT * np.float32(1.06)
+    assert beyond_bound("fp32", Goal(max_error=0.05), task, EXACT, near, near) is None
+    told = "with pruning it loses 6.00 % of relative error, above 5.00; it is 3.00 in fp32"
+    assert beyond_bound("fp32", Goal(max_error=0.05), task, EXACT, far, near) == told
 
 
 def test_gate_of_dense_features_is_their_error() -> None:

@@ -24,6 +24,7 @@ from edgeprune.pipeline.evaluate import evaluate
 from edgeprune.pipeline.measure import (
     MISS,
     Measured,
+    MeasuredSchedule,
     corrected_goal,
     measured_engines,
     measured_schedules,
@@ -271,31 +272,37 @@ def test_report_of_an_engine_alone(make_staircase: MakeStaircase) -> None:
 # --- goals ---
 
 
-def test_a_missed_goal_is_corrected_by_the_ratio() -> None:
-    found = measured_as(1.8, 10 / 1.8)
-    corrected = corrected_goal(Goal(speedup=2.0), Goal(speedup=2.0), found)
-    assert corrected is not None and corrected.speedup == pytest.approx(2.0 * 2.0 / 1.8)
-    again = corrected_goal(Goal(speedup=2.0), corrected, measured_as(1.9))
-    assert again is not None and again.speedup == pytest.approx(2.0 * 2.0 / 1.8 * 2.0 / 1.9)
-    corrected = corrected_goal(Goal(budget_ms=5.0), Goal(budget_ms=5.0), found)
-    assert corrected is not None and corrected.budget_ms == pytest.approx(5.0 * 5.0 * 1.8 / 10)
+def found_as(speedup: float, predicted: float, ms: float = 5.0) -> MeasuredSchedule:
+    """A schedule that was measured and predicted to be so many times as fast."""
+    measured, schedule = measured_as(speedup, ms), SimpleNamespace()
+    return MeasuredSchedule(schedule, ms * speedup / predicted, measured)  # type: ignore[arg-type]
+
+
+def test_a_missed_goal_is_corrected_by_the_error_of_the_prediction() -> None:
+    """Not by the distance from the goal: this schedule was predicted to exceed it."""
+    corrected = corrected_goal(Goal(speedup=2.0), found_as(1.8, 2.1), 9.0)
+    assert corrected is not None and corrected.speedup == pytest.approx(2.0 * 2.1 / 1.8)
+    found = found_as(1.8, 2.1, 10 / 1.8)  # the unpruned model takes 10 ms now, and 8 in the staircase
+    corrected = corrected_goal(Goal(budget_ms=5.0), found, 8.0)
+    assert corrected is not None and corrected.budget_ms == pytest.approx(5.0 * (8 / 2.1) / (10 / 1.8))
 
 
 def test_a_goal_exceeded_is_relaxed() -> None:
-    corrected = corrected_goal(Goal(speedup=2.0), Goal(speedup=2.0), measured_as(2.5))
+    corrected = corrected_goal(Goal(speedup=2.0), found_as(2.5, 2.0), 9.0)
     assert corrected is not None and corrected.speedup == pytest.approx(1.6)
-    corrected = corrected_goal(Goal(budget_ms=5.0), Goal(budget_ms=5.0), measured_as(2.5, 4.0))
+    corrected = corrected_goal(Goal(budget_ms=5.0), found_as(2.5, 2.0, 4.0), 10.0)
     assert corrected is not None and corrected.budget_ms == pytest.approx(6.25)
-    slowest = corrected_goal(Goal(speedup=1.0), Goal(speedup=1.0), measured_as(5.0))
-    assert slowest == Goal(speedup=1.0), "never below 1"
+    assert corrected_goal(Goal(speedup=1.0), found_as(5.0, 1.0), 9.0) == Goal(speedup=1.0), "never below 1"
+    exact = corrected_goal(Goal(speedup=2.0), found_as(2.5, 2.5), 9.0)
+    assert exact is not None and exact.speedup == pytest.approx(2.0), "the model knew that it would be exceeded"
 
 
 def test_a_goal_that_is_met_is_not_corrected() -> None:
-    found = measured_as(1.8)
-    assert corrected_goal(Goal(speedup=1.8 * (1 + MISS / 2)), Goal(speedup=2.0), found) is None
-    assert corrected_goal(Goal(budget_ms=5.0), Goal(budget_ms=4.0), measured_as(1.8, 5.0)) is None
+    found = found_as(1.8, 2.0)
+    assert corrected_goal(Goal(speedup=1.8 * (1 + MISS / 2)), found, 9.0) is None
+    assert corrected_goal(Goal(budget_ms=5.0), found, 9.0) is None
     for goal in (Goal(alpha=0.5), Goal(max_drop=1.0), Goal()):
-        assert corrected_goal(goal, goal, found) is None, "it limits no latency"
+        assert corrected_goal(goal, found, 9.0) is None, "it limits no latency"
 
 
 @pytest.mark.parametrize(
@@ -310,7 +317,8 @@ def test_a_goal_is_met_unless_measurement_or_margin_say_otherwise(
     report = report_of(found, finished(staircase, "fold", "search", (98,) * 12), staircase)
     for goal in (Goal(speedup=1.5), Goal(budget_ms=10 / 1.5)):
         assert meets(goal, found) == meets(goal, report) == met
-        assert (corrected_goal(goal, goal, found) is None) == met
+        schedule = MeasuredSchedule(report, 10 / speedup, found)  # type: ignore[arg-type]
+        assert (corrected_goal(goal, schedule, 10.0) is None) == met
         caplog.clear()
         warn_if_missed(goal, report)
         assert len(warnings(caplog)) == (not met)

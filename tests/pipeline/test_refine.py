@@ -15,7 +15,7 @@ from edgeprune.latency.probing import confirmed_edges, unconfirmed
 from edgeprune.latency.staircase import predict_ms, treads
 from edgeprune.pipeline import refine as refining
 from edgeprune.pipeline.context import Context
-from edgeprune.pipeline.measure import MeasuredSchedule, corrected_goal, meets
+from edgeprune.pipeline.measure import MISS, MeasuredSchedule, corrected_goal, meets
 from edgeprune.pipeline.refine import Refined, most_promising, refine, similar_schedules, within_bound
 from edgeprune.records import Staircase, Vit, check_tokens
 from edgeprune.scheduling.goals import Goal, finished
@@ -153,12 +153,12 @@ def test_no_schedule_is_built_twice(goal: Goal, run: Refining) -> None:
 
 
 def test_a_correction_that_gives_the_same_schedule_is_not_built_again(run: Refining) -> None:
-    """One large step: predicted 1.43x, measured 1.35x; the corrected goal of 1.42x has the same solution."""
-    found = run(Goal(speedup=1.38), lambda _: 1.06, lambda n: 4.0 + 6.0 * (n > 93), neighbours=0)
+    """One large step: predicted and measured 1.43x, more than asked for; no slower schedule is fast enough."""
+    found = run(Goal(speedup=1.38), lambda _: 1.0, lambda n: 4.0 + 6.0 * (n > 93), neighbours=0)
     (only,) = found.refined.measured
-    assert len(found.machine.sessions) == 1 and not meets(Goal(speedup=1.38), only.measured)
-    corrected = corrected_goal(Goal(speedup=1.38), Goal(speedup=1.38), only.measured)
-    assert corrected is not None and corrected.speedup == pytest.approx(1.38**2 / only.speedup)
+    assert len(found.machine.sessions) == 1 and only.speedup > 1.38 * (1 + MISS)
+    corrected = corrected_goal(Goal(speedup=1.38), only, found.machine.truth.dense.median_ms)
+    assert corrected is not None and corrected.speedup == pytest.approx(1.38)
 
 
 def test_all_that_was_searched_or_measured_is_returned(run: Refining) -> None:
@@ -233,7 +233,10 @@ def test_max_drop_builds_the_fastest_similar_schedules_within_the_drop(
     lossy, others = ranked[:2], ranked[2:]
     monkeypatch.setattr(scores, "drop", lambda tokens: 2.0 if tokens in lossy else 0.5)
     found = [s.tokens for s in most_promising(context, staircase, scores, best, [best])]
-    assert not {*found} & {*lossy} and [*map(ms, found)] == pytest.approx([*map(ms, others[:3])])
+    assert best.fidelity is not None
+    better = [tokens for tokens in others if scores.candidate(staircase, tokens).loss <= best.fidelity.loss]
+    assert 0 < len(better) < len(others), "a lower loss is less noisy than points on a few pictures"
+    assert not {*found} & {*lossy} and [*map(ms, found)] == pytest.approx([*map(ms, better[:3])])
 
 
 def test_max_drop_keeps_a_schedule_off_the_ends_of_treads_that_would_lose_more(

@@ -157,10 +157,10 @@ def test_choice_for_each_goal(goal: Goal, best: int, staircase: Staircase) -> No
 
 
 @pytest.mark.parametrize(
-    ("lost", "fastest"), [((0.5, 3, 2, 0), 0), ((3, 0.5, 2, 0), 1), ((3, 0.5, 2, 2), 1), ((3, 2, 2, 1), 3)], ids=str
+    ("lost", "fastest"), [((0.5, 0, 1, 0), 0), ((3, 0.5, 1, 0), 1), ((0.5, 3, 2, 0), 3), ((3, 2, 2, 1), 3)], ids=str
 )
 def test_the_fastest_within_a_drop_is_found(lost: tuple[float, ...], fastest: int, staircase: Staircase) -> None:
-    """Also where a faster schedule loses less, as it happens on a few pictures."""
+    """One that loses less than slower ones was lucky on few pictures; so it counts as they do."""
     front = [Candidate((n,), 1 + n, 1 / (1 + n), 0.0, None) for n in range(4)]
     found = choose(front, staircase, "pomt", Goal(max_drop=1), lambda tokens: lost[tokens[0]])
     assert found == front[fastest]
