@@ -12,7 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from support.builds import Shallow, call, few_digits, row_of
+from support.builds import Shallow, as_measured, call, few_digits, row_of
 from support.evaluation import labelled
 from support.loopback import check_ships
 
@@ -153,7 +153,7 @@ def test_the_bundle_verifies_runs_and_goes_to_triton(
     code, _, err = call(capsys, "run", bundle, pictures[0], pictures[0], "--out", tmp_path / "twice")
     assert code == 1 and "several pictures would be saved as" in err and not (tmp_path / "twice").exists()
 
-    code, _, err = call(capsys, "export-triton", bundle, tmp_path / "models")
+    code, _, err = call(capsys, "export-triton", as_measured(bundle, tmp_path / "copy"), tmp_path / "models")
     [entry] = (tmp_path / "models").iterdir()
     config = (entry / "config.pbtxt").read_text()
     assert code == 0 and config.count("output [") == 3, err

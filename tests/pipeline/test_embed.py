@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 from support import processes
-from support.builds import call, few_digits, row_of
+from support.builds import as_measured, call, few_digits, row_of
 from support.evaluation import labelled, logits_of
 from support.loopback import check_ships
 
@@ -125,7 +125,7 @@ def test_the_bundle_verifies_runs_and_goes_to_triton(
     [first] = edgeprune.Bundle.load(bundle).predict(sorted((headless.digits.parent / "images").iterdir())[0]).rows
     assert first.top == () and first.embedding is not None and len(first.embedding) == 64
 
-    code, _, err = call(capsys, "export-triton", bundle, tmp_path / "models")
+    code, _, err = call(capsys, "export-triton", as_measured(bundle, tmp_path / "copy"), tmp_path / "models")
     [entry] = (tmp_path / "models").iterdir()
     config = (entry / "config.pbtxt").read_text()
     assert code == 0 and not (entry / "labels.txt").exists() and "label" not in config, err

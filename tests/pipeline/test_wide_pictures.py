@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support.builds import call, few_digits, row_of
+from support.builds import as_measured, call, few_digits, row_of
 from support.processes import shallow_vit
 
 import edgeprune
@@ -79,7 +79,8 @@ def test_run_verify_and_triton_take_the_size(
     Image.new("RGB", (90, 33), (10, 200, 30)).save(tmp_path / "wide.png")  # of any other shape
     rows = row_of(capsys, "run", built.bundle.path, tmp_path / "wide.png", built.pictures)["rows"]
     assert len(rows) == 13 and all(len(row["top"]) == 3 for row in rows)
-    assert call(capsys, "export-triton", built.bundle.path, tmp_path / "repository", "--name", "wide")[0] == 0
+    copy = as_measured(built.bundle.path, tmp_path / "copy")
+    assert call(capsys, "export-triton", copy, tmp_path / "repository", "--name", "wide")[0] == 0
     assert "dims: [32, 3, 20, 28]" in (tmp_path / "repository" / "wide" / "config.pbtxt").read_text()
 
 

@@ -179,6 +179,15 @@ def shallow_model(base: Path) -> Shallow:
         return Shallow(f"local-dir:{base / 'shallow'}", models)
 
 
+def as_measured(bundle: Path, folder: Path) -> Path:
+    """A copy of a simulated bundle that says it is of ONNX Runtime on a CPU."""
+    shutil.copytree(bundle, folder)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["engine"]["setup"]["runtime"] = "ort-cpu"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
 def few_digits(folder: Path, count: int = 21) -> Path:
     """Copy the first digits with their labels; the CSV."""
     source = zoo.images_dir()
