@@ -50,7 +50,7 @@ class Report(Record, frozen=True, kw_only=True):
     dense_top1: float | None = None
     fidelity: Fidelity | None = None  # all figures of the task; None without pictures
     images: int = 0
-    held_out: bool | None = None  # figures are of pictures used for nothing but to accept a precision; None: unknown
+    held_out: bool | None = None  # figures are of pictures used for nothing but to judge precisions; None: unknown
     probes: int = 0
     predicted_ms: float | None = None
     fusable_attention: int | None = None  # attention layers in the form that TensorRT fuses

@@ -262,6 +262,25 @@ def test_noise_is_no_step(make_vit: MakeVit) -> None:
     assert clean >= 18
 
 
+def test_ends_are_confirmed_one_after_another(make_vit: MakeVit) -> None:
+    """Small steps at odd counts: side by side the budget would end before any of three ends is found."""
+    vit, found = make_vit(), 0
+    spread = 1 + 0.005 * np.random.default_rng(0).standard_normal(200)
+    for seed in range(8):
+        machine = cost.Machine(seed=seed)
+
+        def opener(n: int, machine: cost.Machine = machine) -> Open:
+            return machine.opener(list(spread * (4 + 0.25 * np.ceil((n - 7) / 16))))
+
+        others = {FIXED: machine.opener(list(spread)), DENSE: machine.opener(list(spread * 17))}
+        probed, samples = probe(vit, SETUP, opener, others, cost.ROUNDS)
+        used = {min(treads(probed), key=lambda n: abs(n - wanted)) for wanted in (150, 100, 60)}
+        kept = {key: [*values] for key, values in samples.items()}
+        confirmed, _ = probe(vit, SETUP, opener, others, cost.ROUNDS, samples=kept, used=used)
+        found += sum(edge(confirmed, n) in confirmed_edges(confirmed) for n in used)
+    assert found >= 3
+
+
 # --- its parts ---
 
 

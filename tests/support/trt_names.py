@@ -87,6 +87,7 @@ PYCUDA = Library(
         "Device.total_memory": "",
         "Device.retain_primary_context": "Context",
         "Context.push": "",
+        "Context.pop": "",
         "Stream.synchronize": "",
         "Event.record": "",
         "Event.synchronize": "",
@@ -100,6 +101,8 @@ PYCUDA = Library(
         "gpu()": "Device",
         "card": "Device",
         "memory": "DeviceAllocation",
+        "primary": "Context",
+        "self.primary": "Context",
     },
 )
 
