@@ -74,6 +74,8 @@ def _problem(device: Device) -> str | None:
     if (model := device.simulation) is not None:
         if device.sm_count is None:
             return "$.sm_count: a simulation needs it"
+        if not model.fma_per_clock_per_sm:
+            return "$.simulation.fma_per_clock_per_sm: name at least one precision"
         figures |= {f"simulation.{k}": getattr(model, k) for k in SIMULATION_FIGURES}
         figures |= {f"simulation.fma_per_clock_per_sm.{k}": v for k, v in model.fma_per_clock_per_sm.items()}
     if problem := _trt_problem(device.trt):

@@ -112,6 +112,7 @@ def test_own_file(tmp_path: Path) -> None:
         ('"mine"', '"../mine"', r"\$\.name"),
         ("clock_mhz = 1000", "clock_mhz = nan", r"\$\.simulation\.clock_mhz is not above 0"),
         ("fp16 = 1024", "fp16 = -1", r"\$\.simulation\.fma_per_clock_per_sm\.fp16"),
+        ("{fp16 = 1024}", "{}", r"\$\.simulation\.fma_per_clock_per_sm: name at least one precision"),
         ("launch_us = 5", "launch_us = 0", r"\$\.simulation\.launch_us is not above 0"),
         ("launch_us = 5", "launch_us = 5\ntile = [64, 64]", "tile"),
         ("sm_count = 4", 'sm_count = 4\ncompute_capability = "ampere"', r"\$\.compute_capability"),
