@@ -21,6 +21,7 @@ import msgspec
 
 from edgeprune.errors import DeviceError, EdgepruneError, EngineError, MissingError
 from edgeprune.latency.timing import UNLIMITED, Room, interleave
+from edgeprune.pipeline.measure import OPEN_SHARE
 from edgeprune.runtimes import Session
 from edgeprune.runtimes.target import Target, target_for
 from edgeprune.runtimes.trt import TensorRT
@@ -30,7 +31,6 @@ from gpu_steps.kit import onnx_in, read_json, static_onnx, weights_key, write_js
 
 ATTEMPTS = 2  # at a part that ended its process; then it counts as failed and the others go on
 BUILDER_BYTES = 2048 * MIB  # of a GPU, that a builder takes besides its workspace
-SHARE_OF_MEMORY = 0.7  # of what is free, for engines that are open at once
 GRACE_S = 90  # that a child may take after `until`, before the call is killed
 PR_SET_PDEATHSIG = 1  # prctl(2)
 K = TypeVar("K", bound=Hashable)
@@ -150,7 +150,7 @@ class Run:
         """Samples, ms, of built engines in the same rounds, and whether each ran as one CUDA graph."""
         openers = {key: self.opener(spec) for key, spec in engines.items()}
         free_bytes = self.target("fp32", 1).runtime.free_bytes()
-        room = UNLIMITED if free_bytes is None else Room(SHARE_OF_MEMORY * free_bytes)
+        room = UNLIMITED if free_bytes is None else Room(OPEN_SHARE * free_bytes)
         graphs: dict[K, bool | None] = {}
         return interleave(openers, rounds, stable=True, room=room, graphs=graphs), graphs
 

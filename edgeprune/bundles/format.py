@@ -153,6 +153,12 @@ def _swapped(a: Path, b: Path) -> bool:
     return int(swap(AT_FDCWD, os.fsencode(a), AT_FDCWD, os.fsencode(b), RENAME_EXCHANGE)) == 0
 
 
+def check_engine(path: Path, setup: Setup) -> None:
+    """Raise InputError for a simulated bundle, which is for no device."""
+    if setup.simulated:
+        raise InputError(f"{path} is simulated and has no engine for a device: build it on the device first")
+
+
 def version_name(path: Path, manifest: Manifest) -> str:
     """The name of a bundle's folder on a device: <model>-<method>-<precision>-b<batch>-<hash of the manifest>.
 
@@ -160,8 +166,7 @@ def version_name(path: Path, manifest: Manifest) -> str:
     Raises InputError for a simulated bundle, which is for no device.
     """
     setup = manifest.engine.setup
-    if setup.simulated:
-        raise InputError(f"{path} is simulated and has no engine for a device: build it on the device first")
+    check_engine(path, setup)
     digest = sha256_file(path / MANIFEST)
     name = f"{manifest.vit.name}-{manifest.schedule.method}-{setup.precision}-b{setup.batch}-{digest[:12]}"
     return re.sub(r"[^\w.-]", "-", name, flags=re.ASCII).lstrip(".-")

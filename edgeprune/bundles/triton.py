@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from edgeprune.bundles.format import ONNX, load_bundle
+from edgeprune.bundles.format import ONNX, check_engine, load_bundle
 from edgeprune.errors import InputError
 from edgeprune.io import writable
 from edgeprune.onnx_graph.graph import load_graph, weights_of
@@ -27,8 +27,7 @@ def triton_entry(bundle: Path, repository: Path, name: str | None = None) -> Pat
     """
     manifest = load_bundle(bundle)
     setup, vit, engine = manifest.engine.setup, manifest.vit, bundle / manifest.engine.path
-    if setup.simulated:
-        raise InputError(f"{bundle} is simulated and has no engine for a device: build it on the device first")
+    check_engine(bundle, setup)
     name = name or f"{vit.name}-{manifest.schedule.method}-{setup.precision}-b{setup.batch}"
     if Path(name).name != name or name.startswith("."):
         raise InputError(f"{name!r} cannot be the name of a model: use letters, digits, - and _")

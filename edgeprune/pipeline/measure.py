@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 FINAL = "final"  # the session whose figures are reported; no schedule is chosen by it
 MISS = 0.02  # relative error beyond which a goal counts as missed whatever the noise
 OFF = 0.05  # relative error of the prediction beyond which a warning is logged
-SHARE_OF_MEMORY = 0.7  # of what is free, for engines that are open at once
+OPEN_SHARE = 0.7  # of the free memory, for engines that are open at once
 COPIES = 1.5  # of its weights that a session of ONNX Runtime holds, roughly; others know their size
 
 
@@ -84,12 +84,13 @@ def interleaved(engines: Sequence[tuple[Target, Path]], rounds: int, session: st
 
 
 def room_for(engines: Sequence[tuple[Target, Path]]) -> Room:
-    """The memory for the engines of ONNX files, which have a common device."""
+    """The memory for the engines of ONNX files, which are of one model and have a common device."""
     free_bytes = engines[0][0].runtime.free_bytes()
     if free_bytes is None:
         return UNLIMITED
-    sizes = [sum(part.stat().st_size for part in (file, *weights_of(file))) for _, file in engines]
-    return Room(SHARE_OF_MEMORY * free_bytes, round(COPIES * max(sizes)))
+    largest = max((file for _, file in engines), key=lambda file: file.stat().st_size)
+    size = sum(part.stat().st_size for part in (largest, *weights_of(largest)))
+    return Room(OPEN_SHARE * free_bytes, round(COPIES * size))
 
 
 def measured_engines(

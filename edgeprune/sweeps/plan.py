@@ -108,9 +108,9 @@ def jobs_of(path: Path) -> tuple[Job, ...]:
     entries = [DeviceEntry(name=d) if isinstance(d, str) else d for d in sweep.devices]
     devices = [msgspec.structs.replace(entry, name=_device(entry.name, folder)) for entry in entries]
     jobs: list[Job] = []
-    labels = labels_of([_located(model, folder, sweep.recover) for model in models])
-    for (model, label), device in product(zip(models, labels, strict=True), devices):
-        located, known = _located(model, folder, sweep.recover), Path(device.name).stem
+    places = [_located(model, folder, sweep.recover) for model in models]
+    for (model, located, label), device in product(zip(models, places, labels_of(places), strict=True), devices):
+        known = Path(device.name).stem
         precisions, batches = device.precisions or sweep.precisions, device.batches or sweep.batches
         hosts = _hosts(device, Path(_place(sweep.hosts, folder)) if sweep.hosts else None)
         for turn, (precision, batch) in enumerate(product(precisions, batches)):

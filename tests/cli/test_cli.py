@@ -314,16 +314,6 @@ def test_profile_trunk_needs_no_torch(probes: Path, tmp_path: Path) -> None:
         assert shape == [1, tokens, 64]
 
 
-def test_profile_trunk_needs_the_cuts_of_the_method(
-    probes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A staircase without their cost would be reused once they are there."""
-    common = ("--simulate", "--device", "orin-nano", "--work", tmp_path / "work", "--out", tmp_path / "s.json")
-    code, _, err = call(capsys, "profile", "--trunk", probes / "trunk.onnx", "--method", "tome", *common)
-    assert code == 1 and "has no cuts by tome: export it with --method tome" in err
-    assert not (tmp_path / "s.json").exists()
-
-
 def test_the_plot_of_a_staircase_is_beside_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     common = ("profile", "--simulate", "--device", "orin-nano", "--work", tmp_path / "work", "--out")
     assert call(capsys, *common, tmp_path / "a.svg")[0] == 2
@@ -352,13 +342,19 @@ def test_profile_of_other_weights_is_of_their_classes(tmp_path: Path, capsys: py
     assert load(tmp_path / "s.json", Staircase).vit.classes == model.embed_dim
 
 
-def test_profile_trunk_of_another_batch_is_refused(
-    probes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--batch", "2"), "batch"),  # probes of batch 1 must not pass for a staircase of batch 2
+        (("--method", "tome"), "has no cuts by tome: export it with --method tome"),  # nor cuts for free
+    ],
+)
+def test_profile_trunk_of_other_models_is_refused(
+    options: tuple[str, str], said: str, probes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Probes of batch 1 must not pass for a staircase of batch 2."""
     common = ("--simulate", "--device", "orin-nano", "--work", tmp_path / "work", "--out", tmp_path / "s.json")
-    code, _, err = call(capsys, "profile", "--trunk", probes / "trunk.onnx", "--batch", "2", *common)
-    assert code == 1 and "batch" in err
+    code, _, err = call(capsys, "profile", "--trunk", probes / "trunk.onnx", *options, *common)
+    assert code == 1 and said in err
     assert not (tmp_path / "s.json").exists()
 
 
