@@ -15,6 +15,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.paths import ROOT
@@ -122,18 +123,24 @@ def run(program: Path, cwd: Path, *argv: str) -> subprocess.CompletedProcess[str
     return subprocess.run([program, *argv], capture_output=True, text=True, timeout=300, cwd=cwd, env=plain())
 
 
-@pytest.mark.parametrize("version", ["3.10", "3.11", "3.12", "3.13"])
-def test_the_tested_set_can_be_installed(version: str, tmp_path: Path) -> None:
-    """Every extra that make installs, with constraints.txt, for each Python: resolved, not installed."""
+def test_the_tested_set_can_be_installed() -> None:
+    """Every extra that make installs, with constraints.txt, for each Python: resolved, not installed.
+
+    From wheels alone: with source archives a pin that an old Python lacks ends in the oldest release of a package.
+    """
     if importlib.util.find_spec("uv") is None:
         pytest.skip("uv is not installed")
-    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--python-version", version]
-    command += ["--constraint", str(ROOT / "constraints.txt"), "--extra", "export", "--extra", "ort"]
-    command += [str(ROOT / "pyproject.toml"), str(ROOT / "requirements-dev.txt")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
-    if done.returncode and any(sign in done.stderr for sign in (*NO_NETWORK, "Failed to fetch", "dns error")):
-        pytest.skip("no package index can be reached")
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--only-binary", ":all:"]
+    command += ["--no-python-downloads", "--constraint", "constraints.txt", "--extra", "export", "--extra", "ort"]
+    command += ["pyproject.toml", "requirements-dev.txt", "--python-version"]
+    piped: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
+    running = [subprocess.Popen([*command, version], **piped) for version in ("3.10", "3.11", "3.12", "3.13")]
+    for process in running:
+        found, said = process.communicate(timeout=300)
+        if process.returncode and any(sign in said for sign in (*NO_NETWORK, "Failed to fetch", "dns error")):
+            pytest.skip("no package index can be reached")
+        assert process.returncode == 0, said
+        assert "import-linter==2." in found
 
 
 def test_wheel_carries_its_data(wheel: Path) -> None:
