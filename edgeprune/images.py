@@ -17,7 +17,7 @@ from PIL import Image
 
 from edgeprune.errors import ImageError, InputError
 from edgeprune.image_csv import pictures_of_csv
-from edgeprune.io import key_of, replacing, sha256_file
+from edgeprune.io import NPY, key_of, replacing, sha256_file
 from edgeprune.records import MOST_PX, Preprocessing, Progress, sides_of, silent, text_of
 
 if TYPE_CHECKING:
@@ -272,7 +272,7 @@ def save_pixels(paths: Sequence[Path], how: Preprocessing, out: Path, progress: 
     """Write what `load_pixels` returns as .npy, atomically and picture by picture. Raises ImageError, OutputError."""
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(paths), *how.size, 3)}
     with replacing(out) as temporary, open(temporary, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
+        NPY.write_array_header_1_0(file, header)
         for picture in decoded(paths, how, progress):
             file.write(np.ascontiguousarray(picture).data)
 

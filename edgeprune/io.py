@@ -24,6 +24,7 @@ from edgeprune.version import __version__
 
 MAX_RECORD_BYTES = 64 << 20
 CODE = (".py", ".toml", ".j2", ".css")
+NPY: Any = np.lib.format  # numpy 2.2, the last for Python 3.10, has no types for it
 T = TypeVar("T", bound=Record)
 
 
@@ -88,8 +89,8 @@ def load_array(path: Path, advice: str = "build again") -> NDArray[np.float32]:
     """The array in an fp32 .npy file; its header is checked against the file size first. Raises RecordError."""
     try:
         with open(path, "rb") as file:
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-            shape, _, kind = read[np.lib.format.read_magic(file)](file)
+            read = {(1, 0): NPY.read_array_header_1_0, (2, 0): NPY.read_array_header_2_0}
+            shape, _, kind = read[NPY.read_magic(file)](file)
             left = os.fstat(file.fileno()).st_size - file.tell()
             if kind != np.float32 or left != 4 * math.prod(shape):
                 raise ValueError("not fp32, or cut short")
