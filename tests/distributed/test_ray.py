@@ -21,7 +21,7 @@ import pytest
 from support.builds import Shallow, call, few_digits
 from support.loopback import Server
 from support.processes import command, fork
-from support.rays import ROUNDS, DyingBoard, NotingBoard, SharedBoard, marked, named, sweep_and_die
+from support.rays import ROUNDS, DyingBoard, MeetingBoard, NotingBoard, SharedBoard, marked, named, sweep_and_die
 
 import edgeprune
 from edgeprune import zoo
@@ -338,7 +338,7 @@ def test_boards_take_turns(
     joined: Any, jobs: tuple[Job, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One build at a time on a board, boards side by side, this machine alone and last."""
-    monkeypatch.setattr(on_ray, "Board", NotingBoard)
+    monkeypatch.setattr(on_ray, "Board", MeetingBoard)
     turns = [(board, n) for board in (HERE, "a", "b") for n in (1, 2)]
     many = [msgspec.structs.replace(jobs[0], name=f"{board} {n}", board=board) for board, n in turns]
     outcomes = run_sweep(many, Boards(joined), tmp_path, tmp_path)
@@ -347,7 +347,7 @@ def test_boards_take_turns(
         assert busy[f"{board} 1"][1] <= busy[f"{board} 2"][0]
     others = [end for name, (_, end) in busy.items() if not name.startswith(HERE)]
     assert max(others) <= busy[f"{HERE} 1"][0]
-    assert busy["a 1"][0] < busy["b 2"][1] and busy["b 1"][0] < busy["a 2"][1], "side by side"
+    assert busy["a 1"][0] < busy["b 1"][1] and busy["b 1"][0] < busy["a 1"][1], "side by side"
 
 
 def test_a_board_in_use_fails_its_own_builds_alone(
