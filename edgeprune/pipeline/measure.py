@@ -84,13 +84,12 @@ def interleaved(engines: Sequence[tuple[Target, Path]], rounds: int, session: st
 
 
 def room_for(engines: Sequence[tuple[Target, Path]]) -> Room:
-    """The memory for the engines of ONNX files, which are of one model and have a common device."""
+    """The memory for the engines of ONNX files, which have a common device."""
     free_bytes = engines[0][0].runtime.free_bytes()
     if free_bytes is None:
         return UNLIMITED
-    largest = max((file for _, file in engines), key=lambda file: file.stat().st_size)
-    size = sum(part.stat().st_size for part in (largest, *weights_of(largest)))
-    return Room(OPEN_SHARE * free_bytes, round(COPIES * size))
+    sizes = [sum(part.stat().st_size for part in (file, *weights_of(file))) for _, file in engines]
+    return Room(OPEN_SHARE * free_bytes, round(COPIES * max(sizes)))
 
 
 def measured_engines(

@@ -145,6 +145,18 @@ def test_engines_that_do_not_fit_into_memory_take_turns(
     assert engines.opened.count("one.onnx") == 1 and engines.opened.count("dense.onnx") == 1 + ROUNDS
 
 
+def test_weights_outside_the_graph_count(
+    target: Target, engines: Engines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A small graph with its weights in another file beside a larger one that holds its own, as in fp32 and INT8."""
+    apart, whole = files_of(tmp_path, apart=8.0, whole=10.0)
+    weights = tmp_path / "apart.weights"
+    weights.write_bytes(bytes(97))
+    monkeypatch.setattr(measure, "weights_of", lambda file: (weights,) if file == apart else ())
+    monkeypatch.setattr(engines, "free_bytes", lambda: 1000)
+    assert measure.room_for([(target, apart), (target, whole)]).guess == 1.5 * (97 + len("8.0"))
+
+
 def test_without_noise_one_round_is_enough(target: Target, tmp_path: Path) -> None:
     one, dense = files_of(tmp_path, one=8.0, dense=10.0)
     noiseless = Target(target.device, target.runtime, NOISELESS, target.work)
