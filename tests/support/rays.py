@@ -49,21 +49,23 @@ class NotingBoard(Board):
     def run(self, job: Job, work: Path, out: Path, calib: Path, cluster: Cluster) -> Outcome:
         assert all(path.is_absolute() for path in (work, out, calib)), "it runs in a folder of Ray's"
         start = time.time()
-        time.sleep(0.2)
+        self.wait(work, job.board)
         return Outcome(job=job, error=f"{start} {time.time()}")
+
+    def wait(self, work: Path, board: str) -> None:
+        time.sleep(0.2)
 
 
 class MeetingBoard(NotingBoard):
     """The boards a and b each wait half a minute for the other to have begun."""
 
-    def run(self, job: Job, work: Path, out: Path, calib: Path, cluster: Cluster) -> Outcome:
-        start, both = time.time(), [work / "a", work / "b"]
-        if work / job.board in both:
-            (work / job.board).touch()
-            while not all(path.exists() for path in both) and time.time() < start + 30:
+    def wait(self, work: Path, board: str) -> None:
+        both, end = (work / "a", work / "b"), time.time() + 30
+        if work / board in both:
+            (work / board).touch()
+            while not all(path.exists() for path in both) and time.time() < end:
                 time.sleep(0.05)
-        found = super().run(job, work, out, calib, cluster)
-        return Outcome(job=job, error=f"{start} {str(found.error).split()[1]}")
+        super().wait(work, board)
 
 
 def sweep_and_die(address: str, jobs: Sequence[Job], work: Path, out: Path) -> None:
